@@ -1,0 +1,34 @@
+"""fxquant: takes a PyTorch model as its author wrote it and makes it compute in integers.
+
+    prepared = fxquant.prepare(model, example_inputs)
+    fxquant.calibrate(prepared, loader)
+    int8 = fxquant.convert(prepared)
+    print(fxquant.diff(model, prepared))
+"""
+
+from fxquant.checkpoint import load, save
+from fxquant.errors import FxquantError
+from fxquant.flow import calibrate, convert, freeze, prepare, quantize, quantizers_off
+from fxquant.numerics.scheme import Scheme
+from fxquant.recipe import Op, Recipe, Setting
+from fxquant.training import freeze_batchnorm, reestimate_batchnorm
+
+__all__ = [
+    "FxquantError",
+    "Op",
+    "Recipe",
+    "Scheme",
+    "Setting",
+    "calibrate",
+    "convert",
+    "freeze",
+    "freeze_batchnorm",
+    "load",
+    "prepare",
+    "quantize",
+    "quantizers_off",
+    "reestimate_batchnorm",
+    "save",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,130 @@
+"""Saving a prepared or converted model, and rebuilding it from the user's own float model.
+
+A file holds plain data and tensors only (``torch.load(weights_only=True)`` reads it): the settings that the graph was
+made with, and its state dict. Loading runs the same passes on a fresh float model and puts the numbers in.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.errors import CheckpointError, InputError
+from fxquant.flow import convert, freeze, prepare
+from fxquant.graph.leveled import LeveledModule
+from fxquant.inputs import make_inputs
+from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.numerics.scheme import Scheme
+from fxquant.recipe import Op, Recipe, Setting
+
+__all__ = ["load", "save"]
+
+FORMAT = 1
+
+
+def save(module: LeveledModule, path: str | os.PathLike[str]) -> None:
+    """Write a prepared, frozen or integer model to ``path``.
+
+    Raises:
+        InputError: ``module`` did not come from fxquant.
+    """
+    if not isinstance(module, LeveledModule) or "recipe" not in module.settings:
+        raise InputError(f"save takes what prepare, freeze or convert returned, not a {type(module).__name__}.")
+    settings = module.settings
+    content = {
+        "fxquant": FORMAT,
+        "model": module.__class__.__name__,
+        "level": module.level,
+        "qat": settings["qat"],
+        "batch_norm": settings["batch_norm"],
+        "rounding": settings.get("rounding", "single"),
+        "recipe": _recipe_to_plain(settings["recipe"]),
+        "inputs": settings["inputs"],
+        "state": module.state_dict(),
+    }
+    torch.save(content, path)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> LeveledModule:
+    """Rebuild a saved model from a float model of the same class; its weights may be anything.
+
+    Args:
+        model: the user's float model, as it was given to ``prepare``; not touched.
+        path: what ``save`` wrote.
+
+    Raises:
+        CheckpointError: the file is not one of ours, or does not fit the model; says which entries differ.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {os.fspath(path)!r}.") from error
+    except Exception as error:
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("fxquant") != FORMAT:
+        raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
+    module = _rebuild(model, content)
+    missing, unexpected = module.load_state_dict(content["state"], strict=False)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "
+            f"{len(missing)} entries missing ({', '.join(missing[:4])}…), {len(unexpected)} unexpected "
+            f"({', '.join(unexpected[:4])}…). Build the model as it was built when it was saved."
+        )
+    return module
+
+
+def _rebuild(model: nn.Module, content: dict[str, Any]) -> LeveledModule:
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    recipe = _recipe_from_plain(content["recipe"], model)
+    inputs = make_inputs(content["inputs"], device)
+    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=content["batch_norm"], recipe=recipe)
+    if content["level"] == "prepared":
+        return prepared
+    for part in prepared.modules():
+        if isinstance(part, FakeQuantize) and not part.ready:
+            part.set_range(torch.full_like(part.scale, -1.0), torch.full_like(part.scale, 1.0))
+    return freeze(prepared) if content["level"] == "frozen" else convert(prepared, rounding=content["rounding"])
+
+
+def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "settings": [[_selector_to_plain(selector), _setting_to_plain(setting)] for selector, setting in recipe.settings],
+        "default": _setting_to_plain(recipe.default),
+        "quantize_outputs": recipe.quantize_outputs,
+    }
+
+
+def _setting_to_plain(setting: Setting | None) -> dict[str, Any] | None:
+    return None if setting is None else asdict(setting)
+
+
+def _selector_to_plain(selector: Any) -> dict[str, str]:
+    if isinstance(selector, str):
+        return {"path": selector}
+    if isinstance(selector, Op):
+        return {"op": selector.name}
+    return {"type": f"{selector.__module__}.{selector.__qualname__}"}
+
+
+def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
+    classes = {f"{c.__module__}.{c.__qualname__}": c for part in model.modules() for c in type(part).__mro__}
+
+    def selector(value: dict[str, str]) -> Any:
+        if "path" in value:
+            return value["path"]
+        if "op" in value:
+            return Op(value["op"])
+        if value["type"] not in classes:
+            raise CheckpointError(f"the saved recipe selects {value['type']}, which this {type(model).__name__} does not contain.")
+        return classes[value["type"]]
+
+    def setting(value: dict[str, Any] | None) -> Setting | None:
+        return None if value is None else Setting(**{name: Scheme(**scheme) for name, scheme in value.items()})
+
+    pairs = [(selector(s), setting(v)) for s, v in plain["settings"]]
+    return Recipe(pairs, default=setting(plain["default"]), quantize_outputs=plain["quantize_outputs"])

@@ -1,0 +1,58 @@
+"""Every error that fxquant raises on purpose.
+
+    FxquantError
+    ├── CaptureError          the model could not be traced            (module, line, cause)
+    ├── SchemeError           a quantization scheme that cannot be     (also a ValueError)
+    ├── RecipeError           a setting that matched nothing, or clashes
+    ├── CalibrationError      nothing, NaN or infinity was observed; or ranges are missing
+    ├── InputError            an input of the wrong shape, dtype, device or kind
+    ├── LevelError            a verb was given a model of another level, or a pass broke a law
+    └── CheckpointError       a saved file that does not fit the model
+
+Each message says what happened, where, why, and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "CheckpointError",
+    "FxquantError",
+    "InputError",
+    "LevelError",
+    "RecipeError",
+    "SchemeError",
+]
+
+
+class FxquantError(Exception):
+    """The root of the tree: catch this to catch everything fxquant raises on purpose."""
+
+
+class CaptureError(FxquantError):
+    """The model could not be traced into a graph."""
+
+
+class SchemeError(FxquantError, ValueError):
+    """A quantization scheme whose settings contradict each other or lie out of bounds."""
+
+
+class RecipeError(FxquantError, ValueError):
+    """A recipe whose setting matched nothing, or whose settings clash."""
+
+
+class CalibrationError(FxquantError):
+    """Ranges are missing or cannot be trusted."""
+
+
+class InputError(FxquantError, ValueError):
+    """An input (example, batch, file, model) of the wrong kind, shape, dtype or device."""
+
+
+class LevelError(FxquantError):
+    """A model or graph is not at the level that a verb or pass takes, or a pass broke a law of its level."""
+
+
+class CheckpointError(FxquantError):
+    """A saved file that does not fit the model it is loaded into."""

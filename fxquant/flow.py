@@ -1,0 +1,344 @@
+"""READ FIRST: the method as tuples of passes, and the verbs that run them.
+
+    captured ──canonical──▶ canonical ──ptq / qat──▶ prepared ──freeze──▶ frozen ──to_integer──▶ integer
+     capture                            prepare       calibrate, train     freeze      convert
+
+Every pass is a pure function from graph module to graph module; after each, the laws of its level are checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from fxquant.errors import CalibrationError, InputError, LevelError
+from fxquant.graph.capture import capture, record_shapes
+from fxquant.graph.leveled import LeveledModule
+from fxquant.inputs import arguments_of, as_example, describe_inputs, move_to
+from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.numerics.requantize import ROUNDINGS
+from fxquant.passes.apply_recipe import apply_recipe
+from fxquant.passes.canonicalize import canonicalize
+from fxquant.passes.choose_regions import choose_regions
+from fxquant.passes.drop_noops import drop_noops
+from fxquant.passes.fold_batchnorm import fold_batchnorm
+from fxquant.passes.freeze import freeze as freeze_graph
+from fxquant.passes.levels import check
+from fxquant.passes.merge_clamps import merge_clamps
+from fxquant.passes.place_quantizers import place_quantizers
+from fxquant.passes.scale_groups import scale_groups
+from fxquant.passes.to_integer import to_integer
+from fxquant.passes.verification import verify_against
+from fxquant.recipe import Recipe
+
+__all__ = ["calibrate", "convert", "freeze", "prepare", "quantize", "quantizers_off"]
+
+Pass = Callable[[LeveledModule], LeveledModule]
+
+BATCH_NORM_MODES = ("late", "frozen")
+
+
+def passes_of(*, recipe: Recipe, qat: bool) -> tuple[Pass, ...]:
+    """The way from a captured graph to a prepared one, in order."""
+    return (
+        canonicalize,
+        partial(drop_noops, keep_dropout=qat),
+        *(() if qat else (fold_batchnorm,)),
+        partial(apply_recipe, recipe=recipe),
+        choose_regions,
+        merge_clamps,
+        partial(scale_groups, recipe=recipe),
+        partial(place_quantizers, recipe=recipe),
+    )
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    qat: bool = False,
+    recipe: Recipe | None = None,
+    batch_norm: str = "late",
+    verify: bool = False,
+) -> LeveledModule:
+    """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
+
+    For post-training quantization, batch norms are folded and the result is in eval mode; calibrate it next. For
+    quantization-aware training the result trains like the model did, with its parameters at the same names.
+
+    Args:
+        model: any ``nn.Module``, unmodified.
+        example_inputs: a tensor, or the tuple of arguments of one call. Optional; adds shapes to the reports, settles what
+            depends on shapes, and lets integer tensors be told from real ones.
+        qat: make it trainable with quantizers that follow the ranges.
+        recipe: what is quantized how; 8-bit weights per channel and 8-bit activations by default.
+        batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
+            scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
+        verify: run the model and the graph after every pass on ``example_inputs`` and compare, quantizers off.
+
+    Raises:
+        InputError: the model or ``example_inputs`` cannot be used.
+        CaptureError: the model cannot be traced; says where and why.
+        RecipeError: the recipe does not fit the model.
+    """
+    if batch_norm not in BATCH_NORM_MODES:
+        raise InputError(f"batch_norm={batch_norm!r} is not known. Choose one of {', '.join(BATCH_NORM_MODES)}.")
+    if verify and example_inputs is None:
+        raise InputError("verify=True compares outputs: give example_inputs to run on.")
+    recipe = _with_default_estimator(recipe or Recipe(), qat=qat)
+    module = check(capture(model, for_training=qat), by="capture")
+    example = None if example_inputs is None else as_example(example_inputs)
+    if example is not None:
+        record_shapes(module, example)
+    module.settings.update(
+        qat=qat, batch_norm=batch_norm, recipe=recipe, inputs=None if example is None else describe_inputs(example)
+    )
+    for step in passes_of(recipe=recipe, qat=qat):
+        before, module = module, check(step(module), by=_name(step))
+        if verify and example is not None:
+            verify_against(before, module, example, by=_name(step))
+    return _ready_to_train(module, batch_norm) if qat else module.eval()
+
+
+def _with_default_estimator(recipe: Recipe, *, qat: bool) -> Recipe:
+    """In training, ranges follow a moving average unless the recipe asks for another estimator by name."""
+    default = Recipe().default
+    if qat and recipe.default == default:
+        return recipe.with_activation_estimator("moving_average")
+    return recipe
+
+
+def _ready_to_train(module: LeveledModule, batch_norm: str) -> LeveledModule:
+    for part in module.modules():
+        if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize):
+            part.tracking = True
+        if batch_norm == "frozen" and hasattr(part, "statistics_frozen"):
+            part.statistics_frozen = True  # type: ignore[assignment]
+    return module
+
+
+def _name(step: Pass) -> str:
+    return getattr(getattr(step, "func", step), "__name__", str(step))
+
+
+def calibrate(
+    prepared: LeveledModule,
+    loader: Iterable[Any],
+    *,
+    forward: Callable[[LeveledModule, Any], Any] | None = None,
+    batches: int | None = None,
+    progress: bool = True,
+) -> LeveledModule:
+    """Run data through a prepared model and set every quantizer's range from what it saw.
+
+    Args:
+        prepared: what ``prepare`` returned; changed in place, and returned.
+        loader: any iterable of batches: tensors, or tuples, lists or dicts that start with the model's inputs (labels
+            behind them are ignored).
+        forward: how to run one batch, as ``forward(model, batch)``, for batches of another form.
+        batches: stop after that many.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: the loader is empty, or NaN or infinity was seen; then all ranges are as they were before.
+        LevelError: the model is not a prepared one.
+    """
+    _require_level(prepared, ("prepared",), "calibrate")
+    quantizers = _activation_quantizers(prepared)
+    saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
+    modes = {part: part.training for part in prepared.modules()}
+    try:
+        with _observing(quantizers.values()), torch.no_grad():
+            prepared.eval()
+            _run_batches(prepared, quantizers, loader, forward, batches, progress)
+    except BaseException:
+        for name, quantizer in quantizers.items():
+            for key, value in quantizer.range_state().items():
+                value.copy_(saved[name][key])
+        raise
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    for quantizer in quantizers.values():
+        quantizer.update_scale()
+    _read_weights(prepared)
+    return prepared
+
+
+def _run_batches(
+    prepared: LeveledModule,
+    quantizers: dict[str, FakeQuantize],
+    loader: Iterable[Any],
+    forward: Callable[[LeveledModule, Any], Any] | None,
+    batches: int | None,
+    progress: bool,
+) -> None:
+    count = 0
+    total = batches if batches is not None else (len(loader) if hasattr(loader, "__len__") else None)
+    for batch in tqdm(itertools.islice(loader, batches), total=total, desc="calibrate", disable=not progress or None):
+        if forward is not None:
+            forward(prepared, batch)
+        else:
+            args, kwargs = arguments_of(prepared, move_to(prepared, batch))
+            prepared(*args, **kwargs)
+        count += 1
+        _require_finite(quantizers, count)
+    if not count:
+        raise CalibrationError(
+            "calibrate was given an empty loader: no range can be set. Check that the data set is not empty and that a "
+            "generator was not used up before."
+        )
+
+
+def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
+    observed = {name: q.range_state() for name, q in quantizers.items() if q.fixed_range is None}
+    if not observed:
+        return
+    low = torch.stack([state["low"] for state in observed.values()])
+    high = torch.stack([state["high"] for state in observed.values()])
+    bad = torch.isnan(low) | torch.isnan(high) | torch.isneginf(low) | torch.isposinf(high)
+    if not bool(bad.any()):
+        return
+    names = [name.removesuffix(".output_quantizer") for name, wrong in zip(observed, bad.tolist(), strict=True) if wrong]
+    raise CalibrationError(
+        f"calibration batch {batch} gave NaN or infinite activations, first at {names[0]!r}"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Ranges are as they were before.\n"
+        "  what to do: check this batch's inputs for NaN, and whether the float model gives finite outputs on it."
+    )
+
+
+@contextmanager
+def _observing(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
+    quantizers = list(quantizers)
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+
+
+def _activation_quantizers(module: LeveledModule) -> dict[str, FakeQuantize]:
+    """Every activation quantizer once, by the name of the first module that holds it."""
+    found = module.named_modules()
+    return {n: q for n, q in found if isinstance(q, FakeQuantize) and not isinstance(q, WeightQuantize)}
+
+
+def _read_weights(module: LeveledModule) -> None:
+    """Let every weight quantizer of a module know its weight, so that reports show scales."""
+    for part in module.modules():
+        quantizer = getattr(part, "weight_quantizer", None)
+        if isinstance(quantizer, WeightQuantize) and isinstance(getattr(part, "weight", None), torch.Tensor):
+            quantizer.refresh(part.weight)  # type: ignore[arg-type]
+
+
+def freeze(prepared: LeveledModule) -> LeveledModule:
+    """A copy of a calibrated or trained model with every number final, still computing in floats.
+
+    It rounds exactly as the integer model does, and is the reference that ``convert`` is held against.
+
+    Raises:
+        CalibrationError: some quantizers have no range yet; names them.
+    """
+    _require_level(prepared, ("prepared",), "freeze")
+    missing = [n.removesuffix(".output_quantizer") for n, q in _activation_quantizers(prepared).items() if not q.ready]
+    if missing:
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise CalibrationError(
+            f"{len(missing)} of the model's quantizers have no range yet: {shown}.\n"
+            "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch reaches needs "
+            "data that reaches it, or a recipe that keeps it in float."
+        )
+    return check(freeze_graph(prepared), by="freeze")
+
+
+def convert(prepared: LeveledModule, *, rounding: str = "single") -> LeveledModule:
+    """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
+
+    Args:
+        prepared: a calibrated or trained model; not touched.
+        rounding: how accumulators are requantized: ``single`` (one fixed-point rounding), ``double`` (TFLite's and
+            gemmlowp's two), or ``float`` (multiply and round half to even).
+
+    Raises:
+        CalibrationError: some quantizers have no range yet; names them.
+        LevelError: the model is not a prepared or frozen one.
+    """
+    if rounding not in ROUNDINGS:
+        raise InputError(f"rounding={rounding!r} is not known. Choose one of {', '.join(ROUNDINGS)}.")
+    _require_level(prepared, ("prepared", "frozen"), "convert")
+    frozen = prepared if prepared.level == "frozen" else freeze(prepared)
+    integer = check(to_integer(frozen, rounding=rounding), by="to_integer").eval()
+    integer.meta["settings"] = {**frozen.settings, "rounding": rounding}
+    return integer
+
+
+def quantize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    recipe: Recipe | None = None,
+    forward: Callable[[LeveledModule, Any], Any] | None = None,
+    batches: int | None = None,
+    progress: bool = True,
+) -> LeveledModule:
+    """``prepare``, ``calibrate`` and ``convert`` in one: the integer model, calibrated on ``loader``.
+
+    The first batch serves as example inputs unless others are given. Arguments and errors as of the three verbs.
+    """
+    iterator = iter(loader)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("quantize was given an empty loader: no range can be set.")
+    if example_inputs is None and forward is None:
+        args, kwargs = arguments_of(model, move_to(model, first))
+        example_inputs = args if not kwargs else None
+    prepared = prepare(model, example_inputs, recipe=recipe)
+    every = _Counted(itertools.chain([first], iterator), len(loader) if hasattr(loader, "__len__") else None)
+    calibrate(prepared, every, forward=forward, batches=batches, progress=progress)
+    return convert(prepared)
+
+
+class _Counted:
+    """An iterable with the length of another, for the progress bar."""
+
+    def __init__(self, items: Iterable[Any], length: int | None) -> None:
+        self._items, self._length = items, length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return self._length or 0
+
+
+@contextmanager
+def quantizers_off(prepared: nn.Module) -> Iterator[None]:
+    """Inside, the rewritten graph computes in float: no rounding, no observing."""
+    before = {part: part.enabled for part in prepared.modules() if isinstance(part, FakeQuantize)}
+    for part in before:
+        part.enabled = False
+    try:
+        yield
+    finally:
+        for part, enabled in before.items():
+            part.enabled = enabled
+
+
+def _require_level(module: Any, levels: tuple[str, ...], verb: str) -> None:
+    if isinstance(module, LeveledModule) and module.level in levels:
+        return
+    what = f"a model at level {module.level!r}" if isinstance(module, LeveledModule) else f"a {type(module).__name__}"
+    raise LevelError(
+        f"{verb} takes a model at level {' or '.join(levels)}, and was given {what}.\n"
+        f"  what to do: {verb} what fxquant.prepare(model, example_inputs) returns."
+    )

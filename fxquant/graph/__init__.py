@@ -1,0 +1,1 @@
+"""torch.fx and nothing of quantization: capturing a model, matching chains, editing a graph, printing it."""

@@ -1,0 +1,194 @@
+"""The only file that changes a graph.
+
+A pass opens an ``Edit`` on the graph module it was given, changes the edit's own copy, and returns ``edit.done()``. The
+given module is never touched: nodes are copied, modules and parameters are shared by reference until a pass puts a new
+one in their place (see ``clone_module``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from fxquant.graph.leveled import LeveledModule
+
+__all__ = ["Edit", "clone_module"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def clone_module(old: nn.Module, cls: type[M] | None = None, **changes: Any) -> M:
+    """A new module with ``old``'s attributes, some of them changed, of ``old``'s class or its subclass ``cls``.
+
+    Parameters, buffers, hooks and submodules not named in ``changes`` are shared with ``old``; a change may name any.
+    """
+    cls = cls or type(old)  # type: ignore[assignment]
+    new: Any = cls.__new__(cls)  # type: ignore[misc,type-var]
+    new.__dict__.update(old.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[registry] = old.__dict__[registry].copy()
+    for name, value in changes.items():
+        for registry in ("_parameters", "_buffers", "_modules"):
+            if name in new.__dict__[registry] and not _fits(registry, value):
+                del new.__dict__[registry][name]
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and name in old._parameters:
+            value = nn.Parameter(value, requires_grad=value.is_floating_point())
+        setattr(new, name, value)
+    return new
+
+
+def _fits(registry: str, value: Any) -> bool:
+    kind = {"_parameters": nn.Parameter, "_buffers": torch.Tensor, "_modules": nn.Module}[registry]
+    return value is None or isinstance(value, kind)
+
+
+class Edit:
+    """A private copy of a graph module's graph, with the few ways to change it.
+
+    Args:
+        source: the graph module to start from; never touched.
+        by: the pass's name, stamped on every node it makes.
+    """
+
+    def __init__(self, source: fx.GraphModule, *, by: str) -> None:
+        self._source, self._by = source, by
+        self.graph = fx.Graph()
+        self._copies: dict[fx.Node, fx.Node] = {}
+        output = self.graph.graph_copy(source.graph, self._copies, return_output_node=True)
+        if output is not None:
+            value, old = output
+            self._copies[old] = self.graph.output(value)
+            self._copies[old].meta = dict(old.meta)
+        for old, new in self._copies.items():
+            new.meta = {**old.meta, "notes": list(old.meta.get("notes", ()))}
+        self.attributes: dict[str, Any] = {}
+        for node in self.graph.nodes:
+            if node.op in ("call_module", "get_attr") and node.target not in self.attributes:
+                self.attributes[node.target] = _attribute(source, node.target)
+        self._paths: set[str] | None = None
+
+    @property
+    def training(self) -> bool:
+        """Whether the source is in training mode."""
+        return self._source.training
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """A snapshot of the nodes in order, safe to change while walking."""
+        return list(self.graph.nodes)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a ``call_module`` node calls; None for other nodes."""
+        return self.attributes[str(node.target)] if node.op == "call_module" else None
+
+    def note(self, node: fx.Node, text: str) -> None:
+        """Write down, for the diff and the report, what was done or declined at ``node``."""
+        node.meta.setdefault("notes", []).append(text)
+
+    def set_module(self, node: fx.Node, module: nn.Module) -> None:
+        """Put ``module`` where ``node`` calls one."""
+        self.attributes[str(node.target)] = module
+
+    def call_module(
+        self, node: fx.Node, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Turn ``node`` into a call of ``module`` at ``path``; its users, facts and place stay."""
+        self.attributes[path] = module
+        node.op, node.target, node.args, node.kwargs = "call_module", path, args, kwargs
+        node.meta["by"] = self._by
+
+    def call_function(self, node: fx.Node, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Turn ``node`` into a call of ``function``; its users, facts and place stay."""
+        if (node.op, node.target, node.args, node.kwargs) == ("call_function", function, args, kwargs):
+            return
+        node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
+        node.meta["by"] = self._by
+
+    def insert_module(
+        self, after: fx.Node, path: str, module: nn.Module, *, users: Iterable[fx.Node], **meta: Any
+    ) -> fx.Node:
+        """Call ``module`` on ``after``'s value right behind it; only ``users`` see the result."""
+        self.attributes[path] = module
+        with self.graph.inserting_after(after):
+            node = self.graph.create_node("call_module", path, (after,), {}, name=path.replace(".", "_"))
+        node.meta = {"by": self._by, "origin": [after.name], "notes": [], **meta}
+        for user in list(users):
+            user.replace_input_with(after, node)
+        return node
+
+    def insert_attribute(self, before: fx.Node, path: str, tensor: torch.Tensor, **meta: Any) -> fx.Node:
+        """Read the parameter or buffer ``path`` right before ``before``."""
+        self.attributes[path] = tensor
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", path, (), {}, name=path.replace(".", "_"))
+        node.meta = {"by": self._by, "origin": [before.name], "notes": [], **meta}
+        return node
+
+    def remove(self, node: fx.Node, replacement: fx.Node) -> None:
+        """Take ``node`` out; its users read ``replacement`` instead."""
+        node.replace_all_uses_with(replacement)
+        self.graph.erase_node(node)
+
+    def redirect(self, users: Iterable[fx.Node], old: fx.Node, new: fx.Node) -> None:
+        """Let ``users`` read ``new`` where they read ``old``."""
+        for user in list(users):
+            user.replace_input_with(old, new)
+
+    def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+        """Give ``node`` other arguments."""
+        node.args = tuple(args)
+        if kwargs is not None:
+            node.kwargs = kwargs
+
+    def fresh_path(self, wanted: str) -> str:
+        """``wanted``, or the first ``wanted_1``, ``wanted_2``, … that no module or parameter of the model has."""
+        if self._paths is None:
+            self._paths = {name for name, _ in self._source.named_modules(remove_duplicate=False)}
+            self._paths.update(name for name, _ in self._source.named_parameters(remove_duplicate=False))
+            self._paths.update(name for name, _ in self._source.named_buffers(remove_duplicate=False))
+            self._paths.update(self.attributes)
+        path, number = wanted, 0
+        while path in self._paths:
+            number += 1
+            path = f"{wanted}_{number}"
+        self._paths.add(path)
+        return path
+
+    def done(self, *, level: str | None = None, **meta: Any) -> LeveledModule:
+        """The changed graph module. Nodes that nothing uses any more are dropped; the level and ``meta`` are set."""
+        self._drop_unused()
+        named = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        attributes = {path: value for path, value in self.attributes.items() if path in named}
+        result = LeveledModule(attributes, self.graph, self._source.__class__.__name__)
+        result.meta.update({**self._source.meta, **meta})
+        if level is not None:
+            result.meta["level"] = level
+        _copy_training_flags(self._source, result)
+        return result
+
+    def _drop_unused(self) -> None:
+        for node in reversed(self.nodes):
+            if not node.users and node.op in ("call_module", "call_function", "call_method", "get_attr"):
+                if node.meta.get("removable", node.op == "get_attr"):
+                    self.graph.erase_node(node)
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _copy_training_flags(source: nn.Module, result: nn.Module) -> None:
+    """Containers are made anew by fx: let each carry the mode of the one it stands for, leaves untouched."""
+    result.training = source.training
+    modes = {path: module.training for path, module in source.named_modules()}
+    for path, module in result.named_modules():
+        if type(module) is nn.Module and path in modes:
+            module.training = modes[path]
+        elif type(module) is nn.Module:
+            module.training = source.training

@@ -1,0 +1,116 @@
+"""A ``torch.fx.GraphModule`` that knows its level and keeps the facts of its nodes through copying and pickling.
+
+fx pickles a graph module as source code and traces that again, which drops ``node.meta`` and may reorder nodes. Here the
+nodes themselves are written, so that a model read from disk prints the same diff as the one that was saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+__all__ = ["LEVELS", "LeveledModule", "facts"]
+
+LEVELS = ("captured", "canonical", "prepared", "frozen", "integer")
+
+_NAMESPACES = (torch, torch.nn.functional, torch.Tensor, operator, math, torch.linalg, torch.special)
+
+
+class LeveledModule(fx.GraphModule):
+    """What every pass takes and gives: a graph, its modules, and the level whose laws it obeys.
+
+    Attributes:
+        level: one of ``LEVELS``.
+        settings: what the graph was made with (recipe, mode, input shapes); plain data that is saved with the model.
+    """
+
+    def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "LeveledModule") -> None:
+        super().__init__(root, graph, class_name)
+        self.meta.update(getattr(root, "meta", {}) if isinstance(root, nn.Module) else {})
+
+    @property
+    def level(self) -> str:
+        return self.meta.get("level", "captured")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.meta.setdefault("settings", {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_tracer_cls", "_tracer_extras")}
+        return _rebuild, (self.__class__.__name__, state, [_record(node) for node in self.graph.nodes])
+
+
+def facts(node: fx.Node) -> dict[str, Any]:
+    """What is known of ``node``; keys are written by capture and the passes.
+
+    ``module_path``: where in the user's model it was called. ``source``: ``file:line`` of that call. ``shape``, ``dtype``
+    where an example was run. ``notes``: what passes did or declined to do. ``by``: the pass that made the node;
+    ``origin``: the user's nodes it stands for.
+    """
+    return node.meta
+
+
+class _Reference:
+    """Stands for a node inside pickled arguments."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _record(node: fx.Node) -> tuple[Any, ...]:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Reference(n.name))
+    target = node.target if isinstance(node.target, str) else _function_path(node.target)
+    meta = {k: v for k, v in node.meta.items() if k not in ("nn_module_stack", "stack_trace", "val")}
+    return node.name, node.op, target, args, kwargs, meta
+
+
+def _function_path(function: Any) -> tuple[str, str]:
+    for space in _NAMESPACES:
+        name = getattr(function, "__name__", "")
+        if getattr(space, name, None) is function:
+            return (space.__module__ + ".Tensor", name) if space is torch.Tensor else (space.__name__, name)
+    return function.__module__, function.__qualname__
+
+
+def _function(path: tuple[str, str]) -> Any:
+    module, name = path
+    if module.endswith(".Tensor"):
+        return getattr(torch.Tensor, name)
+    found: Any = __import__("builtins") if module == "_operator_builtin" else importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _rebuild(class_name: str, state: dict[str, Any], records: list[tuple[Any, ...]]) -> LeveledModule:
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, _Reference):
+            return nodes[value.name]
+        if isinstance(value, dict):
+            return {k: resolve(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(resolve(value.start), resolve(value.stop), resolve(value.step))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(resolve(v) for v in value))
+        return type(value)(resolve(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    for name, op, target, args, kwargs, meta in records:
+        target = _function(target) if isinstance(target, tuple) else target
+        node = graph.create_node(op, target, tuple(resolve(a) for a in args), resolve(dict(kwargs)), name)
+        node.meta = meta
+        nodes[name] = node
+    module = LeveledModule.__new__(LeveledModule)
+    nn.Module.__init__(module)
+    module.__dict__.update(state)
+    module.__class__.__name__ = class_name
+    module.__dict__["_tracer_cls"], module.__dict__["_tracer_extras"] = None, {}
+    module.graph = graph
+    return module

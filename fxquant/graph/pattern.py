@@ -1,0 +1,54 @@
+"""Matching straight chains of nodes, with the reason when a chain breaks.
+
+A rule of a pass asks ``only_user`` or ``only_reader`` for the next or previous link and gets a node or a ``Skip``, whose
+reason reaches the user in the diff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+__all__ = ["Skip", "is_tensor_argument", "next_in_chain", "nodes_in"]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a rule did not fire, in words for the user."""
+
+    reason: str
+
+
+def next_in_chain(node: fx.Node) -> fx.Node | Skip:
+    """The one node that reads ``node``, or why there is none."""
+    users = list(node.users)
+    if len(users) != 1:
+        others = ", ".join(user.name for user in users[1:4])
+        return Skip(f"{node.name}'s output is not used" if not users else f"{node.name}'s output is also used by {others}")
+    if users[0].op == "output":
+        return Skip(f"{node.name} is an output of the model")
+    return users[0]
+
+
+def nodes_in(value: Any) -> Iterator[fx.Node]:
+    """Every node inside an argument, through lists, tuples, dicts and slices."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nodes_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from nodes_in(item)
+    elif isinstance(value, slice):
+        yield from nodes_in((value.start, value.stop, value.step))
+
+
+def is_tensor_argument(value: Any) -> bool:
+    """Whether ``value`` is a node, or a non-empty list or tuple of nothing but nodes."""
+    if isinstance(value, fx.Node):
+        return True
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, fx.Node) for v in value)

@@ -1,0 +1,1 @@
+"""The fake-quant modules that stand in a prepared graph, and their integer twins."""

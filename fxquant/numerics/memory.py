@@ -1,0 +1,43 @@
+"""Reading a tensor in the order of its memory, in pieces that stay in cache.
+
+An elementwise map or a full reduction does not care about the order of elements. A dense tensor (contiguous,
+channels_last, or any permutation of a contiguous one) can therefore be taken as one flat vector without a copy, and
+several passes over pieces of that vector cost little more than one pass over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["flat_view", "piece_size", "pieces"]
+
+_ELEMENTS_PER_THREAD = 1 << 20
+"""Two float32 operands of that size stay within a usual share of the last cache. Smaller pieces gain little, and every
+op on a piece is one more time that all threads wait for each other, which is slow where cores are shared."""
+
+
+def flat_view(x: Tensor) -> Tensor | None:
+    """The elements of ``x`` in the order of its memory as a view ``(n,)``; None where it has gaps or overlaps."""
+    if x.is_contiguous():
+        return x.view(-1)
+    stride = x.stride()
+    ordered = x.permute(sorted(range(x.ndim), key=stride.__getitem__, reverse=True))
+    return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+def piece_size() -> int:
+    """How many elements all threads together work on at a time."""
+    return _ELEMENTS_PER_THREAD * torch.get_num_threads()
+
+
+def pieces(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut flat tensors of one length, on the CPU, into pieces; elsewhere and for small ones there is one piece."""
+    size, count = piece_size(), flat[0].numel()
+    if count <= size or flat[0].device.type != "cpu":
+        yield flat
+        return
+    for start in range(0, count, size):
+        yield tuple(f[start : start + size] for f in flat)

@@ -1,0 +1,260 @@
+"""One op, told once: its spellings, behaviour, integer form, ONNX form and an example.
+
+Everything else follows from the entry: tracing recognizes the spellings, ``canonicalize`` writes one of them, passes act
+on the behaviour, ``to_integer`` builds the integer form, the docs and the generated tests read the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.nn.integer import Site
+from fxquant.ops.behaviour import Behaviour
+from fxquant.ops.example import Example
+
+__all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "Unbindable", "scalar"]
+
+
+ENTRIES: dict[str, OpEntry] = {}
+"""Every entry by name, in the order of definition; filled by importing the families (see ``ops.table``)."""
+
+
+class Unbindable(Exception):
+    """A call uses an argument that the op's signature does not know; the message is a reason for the user."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of an op: its name, whether it is a tensor, its default, whether it takes all further positionals."""
+
+    name: str
+    operand: bool
+    required: bool
+    default: Any
+    variadic: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpEntry:
+    """An op of the table.
+
+    Args:
+        name: torch's functional name.
+        function: the canonical function; takes operands by position and attributes by name.
+        signature: its arguments in order, as ``"input*, dim=None"``: ``*`` marks a tensor operand, ``...name`` takes all
+            further positional arguments.
+        behaviour: what passes know of it.
+        functions, methods: other spellings.
+        inplace_functions, inplace_methods: spellings that overwrite their first operand.
+        modules: module classes; a module with parameters stays a module, others become calls of ``function``.
+        named_functions: spellings in packages that need not be installed, as ``"package.module.function"``.
+        parametric: the module has state (parameters, statistics, a mode) and stays a module.
+        drops: it drops values while training and does nothing in eval mode.
+        read: reads the attributes off a module whose own attributes are named otherwise.
+        integer: builds the integer form from a ``Site``; None where the op has none.
+        fresh: the result is a buffer of its own that no backward formula reads again, so a quantizer may overwrite it.
+        views: the result may share memory with the first operand.
+        returns: ``tensor`` or ``tuple``.
+        accepts: whether a call is this op's, where entries with different behaviours share a spelling.
+        check: a reason to leave a call in float, from the call; None to accept it.
+        macs: multiply-accumulates of a call whose shapes are known.
+        onnx: the ONNX operator it exports to.
+        example: makes a small model with the op and non-default attributes; mandatory.
+        aliases: further names of arguments, as ``{"axis": "dim"}``.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    signature: str
+    behaviour: Behaviour
+    example: Callable[[], Example]
+    functions: tuple[Callable[..., Any], ...] = ()
+    methods: tuple[str, ...] = ()
+    inplace_functions: tuple[Callable[..., Any], ...] = ()
+    inplace_methods: tuple[str, ...] = ()
+    modules: tuple[type[nn.Module], ...] = ()
+    named_functions: tuple[str, ...] = ()
+    parametric: bool = False
+    drops: bool = False
+    read: Callable[[nn.Module], dict[str, Any]] | None = None
+    integer: Callable[[Site], nn.Module] | None = None
+    fresh: bool = False
+    views: bool = False
+    returns: str = "tensor"
+    accepts: Callable[[Call], bool] | None = None
+    check: Callable[[Call], str | None] | None = None
+    macs: Callable[[Call], int] | None = None
+    onnx: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name in ENTRIES:
+            raise ValueError(f"the op {self.name!r} is entered twice; an op has one entry")
+        ENTRIES[self.name] = self
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The signature, parsed."""
+        return tuple(_parse(part.strip()) for part in _split(self.signature))
+
+    @cached_property
+    def title(self) -> str:
+        """The op's name as a class is named: ``ReLU``, ``MaxPool2d``, ``Add``."""
+        for module in self.modules:
+            if module.__name__.lower() == self.name.replace("_", ""):
+                return module.__name__
+        return "".join(part.capitalize() for part in self.name.split("_"))
+
+    @cached_property
+    def operand_names(self) -> tuple[str, ...]:
+        """The names of the tensor arguments, in order."""
+        return tuple(p.name for p in self.parameters if p.operand)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, defaults left out.
+
+        Raises:
+            Unbindable: an argument is unknown, given twice, or missing.
+        """
+        bound: dict[str, Any] = {}
+        remaining = list(args)
+        for parameter in self.parameters:
+            if parameter.variadic and remaining:
+                single = len(remaining) == 1 and isinstance(remaining[0], (tuple, list, fx.Node))
+                bound[parameter.name] = remaining[0] if single else tuple(remaining)
+                remaining = []
+            elif remaining:
+                bound[parameter.name] = remaining.pop(0)
+        if remaining:
+            raise Unbindable(f"{self.name} is called with more arguments than {self.signature!r}")
+        for key, value in kwargs.items():
+            key = self.aliases.get(key, key)
+            if key in bound or all(key != p.name for p in self.parameters):
+                raise Unbindable(f"{self.name} is called with {key}={value!r}, which is not supported")
+            bound[key] = value
+        missing = [p.name for p in self.parameters if p.required and p.name not in bound]
+        if missing:
+            raise Unbindable(f"{self.name} is called without {', '.join(missing)}")
+        return {p.name: bound[p.name] for p in self.parameters if p.name in bound and not _same(bound[p.name], p.default)}
+
+    def arrange(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Bound arguments as a call: leading operands by position, everything else by name."""
+        args: list[Any] = []
+        for parameter in self.parameters:
+            if not parameter.operand or parameter.name not in bound:
+                break
+            args.append(bound[parameter.name])
+        positional = {p.name for p in self.parameters[: len(args)]}
+        return tuple(args), {name: value for name, value in bound.items() if name not in positional}
+
+    def read_module(self, module: nn.Module) -> dict[str, Any]:
+        """The op's attributes (not its operands) as ``module`` holds them."""
+        if self.read is not None:
+            return self.read(module)
+        names = [p for p in self.parameters if not p.operand and p.name != "training" and hasattr(module, p.name)]
+        values = {p.name: getattr(module, p.name) for p in names}
+        return {p.name: values[p.name] for p in names if not _same(values[p.name], p.default)}
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _named, (self.name,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpEntry:
+        return self
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op in a graph: the entry with its arguments by name.
+
+    Args:
+        entry: the op.
+        arguments: bound arguments, defaults left out; nodes where the graph computes them.
+        node: the node, for its facts.
+        module: the module where the op is called as one.
+    """
+
+    entry: OpEntry
+    arguments: dict[str, Any]
+    node: fx.Node
+    module: nn.Module | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of argument ``name``, or its default."""
+        if name in self.arguments:
+            return self.arguments[name]
+        return next(p.default for p in self.entry.parameters if p.name == name)
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        """The nodes that the tensor arguments are, lists of tensors flattened, in order."""
+        found: list[fx.Node] = []
+        for name in self.entry.operand_names:
+            value = self.arguments.get(name)
+            items = value if isinstance(value, (list, tuple)) else [value]
+            found.extend(item for item in items if isinstance(item, fx.Node))
+        return found
+
+    def operand(self, name: str) -> fx.Node | None:
+        """The node given for tensor argument ``name``."""
+        value = self.arguments.get(name)
+        return value if isinstance(value, fx.Node) else None
+
+    def shape(self, name: str | None = None) -> tuple[int, ...]:
+        """The recorded shape of operand ``name``, of the result where None; parameters of modules are operands too."""
+        if name is None:
+            return tuple(self.node.meta["shape"])
+        held = getattr(self.module, name, None)
+        operand = self.operand(name)
+        return tuple(operand.meta["shape"]) if operand is not None else tuple(held.shape)  # type: ignore[union-attr]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The arguments that are not operands."""
+        return {name: value for name, value in self.arguments.items() if name not in self.entry.operand_names}
+
+
+def _split(signature: str) -> list[str]:
+    parts, depth, current = [], 0, ""
+    for character in signature:
+        depth += character in "([{"
+        depth -= character in ")]}"
+        if character == "," and not depth:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    return [*parts, current] if current.strip() else parts
+
+
+def _parse(text: str) -> Parameter:
+    name, _, default = (part.strip() for part in text.partition("="))
+    variadic, operand = name.startswith("..."), name.endswith("*")
+    value = ast.literal_eval(default) if default else None
+    return Parameter(name.strip(".*"), operand, not default and not variadic, value, variadic)
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(value, (fx.Node, Tensor)):
+        return False
+    if isinstance(value, (tuple, list)) and isinstance(default, int):
+        return bool(value) and all(type(v) is type(default) and v == default for v in value)
+    return type(value) is type(default) and value == default
+
+
+def _named(name: str) -> OpEntry:
+    return ENTRIES[name]
+
+
+def scalar(value: Any) -> bool:
+    """Whether ``value`` is a plain Python number."""
+    return isinstance(value, (int, float)) and not isinstance(value, (bool, torch.SymInt, torch.SymFloat))

@@ -1,0 +1,208 @@
+"""canonicalize: one spelling for each op, no operation in place, one entry on every compute node."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.errors import CaptureError
+from fxquant.graph.capture import TrainingFlag
+from fxquant.graph.edit import Edit, clone_module
+from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.pattern import nodes_in
+from fxquant.ops.behaviour import Passing, Weighted
+from fxquant.ops.calls import FLOAT, recognize
+from fxquant.ops.entry import Call, OpEntry
+from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement
+from fxquant.ops.table import is_inplace
+
+__all__ = ["canonicalize"]
+
+_CONTAINERS = ("dict", "list", "tuple")
+
+
+def canonicalize(module: LeveledModule) -> LeveledModule:
+    """Give every compute node its op entry and its canonical form.
+
+    Methods, operators and modules without state become calls of the op's function; a module with state stays a module
+    where it is called once, and becomes a call with its parameters as arguments where it is called more often.
+    Operations in place become ordinary ones, and what was read after them reads their result.
+
+    Before:
+        x = input
+        relu_ = .relu_(x)
+        add = iadd(relu_, x)
+        size = .size(add, 0)
+        view = .view(add, size, -1)
+        return view
+
+    After:
+        x = input
+        relu_ = relu(x)
+        add = add(relu_, relu_)
+        size = .size(add, 0)
+        view = view(add, shape=(size, -1))
+        return view
+
+    Law:
+        Outputs are the captured graph's, bit for bit.
+    """
+    edit = Edit(module, by="canonicalize")
+    _Canonicalizer(edit).run()
+    return edit.done(level="canonical")
+
+
+class _Canonicalizer:
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.order = {node: i for i, node in enumerate(edit.nodes)}
+        self.calls: dict[Any, int] = {}
+        for node in edit.nodes:
+            if node.op == "call_module":
+                self.calls[node.target] = self.calls.get(node.target, 0) + 1
+        self.seen: set[Any] = set()
+
+    def run(self) -> None:
+        for node in self.edit.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self._mark_source(node)
+            elif node.op != "output":
+                self._visit(node)
+
+    def _mark_source(self, node: fx.Node) -> None:
+        dtype = node.meta.get("dtype")
+        node.meta["is_tensor"] = not isinstance(dtype, str) or dtype == "NoneType"
+        node.meta["is_container"] = dtype in _CONTAINERS
+        node.meta["constant"] = node.op == "get_attr"
+        value = self.edit.attributes.get(node.target) if node.op == "get_attr" else None
+        if isinstance(value, torch.Tensor):
+            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+
+    def _visit(self, node: fx.Node) -> None:
+        operands = [n for n in nodes_in((node.args, node.kwargs)) if _is_data(n)]
+        node.meta.update(is_tensor=True, constant=bool(operands) and all(n.meta["constant"] for n in operands))
+        module = self.edit.module(node)
+        if isinstance(module, TrainingFlag) or is_measurement(node.op, node.target, node.args):
+            self._measure(node)
+        elif not operands and node.op == "call_function" and is_arithmetic(node.target):
+            self._measure(node)
+        elif any(n.meta.get("is_container") for n in operands) and node.target is _GETITEM:
+            self._keep_float(node, "it is part of an input", from_container=True)
+        else:
+            self._recognize(node, module)
+
+    def _measure(self, node: fx.Node) -> None:
+        node.meta.update(is_tensor=False, entry=MEASURING)
+
+    def _recognize(self, node: fx.Node, module: nn.Module | None) -> None:
+        found = recognize(node, module)
+        if isinstance(found, Call):
+            reason = self._reason(node, found)
+            if reason is None:
+                self._rewrite(node, found, module)
+                return
+            found = reason
+        self._keep_float(node, found)
+
+    def _reason(self, node: fx.Node, call: Call) -> str | None:
+        dtype = node.meta.get("dtype")
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            return f"it computes {str(dtype).removeprefix('torch.')} values"
+        if dtype in ("int", "float", "bool", "Size"):
+            return "it computes a number"
+        if node.meta["constant"] and not isinstance(call.entry.behaviour, Passing):
+            return "it is computed from parameters alone"
+        if isinstance(call.entry.behaviour, Weighted) and call.module is None:
+            held = nodes_in((call.arguments.get("weight"), call.arguments.get("bias")))
+            if any(n.op != "get_attr" for n in held):
+                return "its weight is computed in forward"
+        return None
+
+    def _keep_float(self, node: fx.Node, reason: str, *, from_container: bool = False) -> None:
+        node.meta.update(entry=FLOAT, reason=reason)
+        if from_container:
+            node.meta["part_of_input"] = True
+            node.meta["is_container"] = node.meta.get("dtype") in _CONTAINERS
+
+    def _rewrite(self, node: fx.Node, call: Call, module: nn.Module | None) -> None:
+        entry = call.entry
+        inplace = is_inplace(entry, node, module)
+        arguments = {name: value for name, value in call.arguments.items() if name != "inplace"}
+        node.meta["entry"] = entry
+        node.meta["is_tuple"] = entry.returns == "tuple"
+        if inplace:
+            self._out_of_place(node, node.args[0])
+        if module is not None and entry.parametric:
+            self._settle_module(node, call, module)
+            return
+        if module is not None:
+            node.meta["was_module"] = type(module)
+        args, kwargs = entry.arrange(arguments)
+        self.edit.call_function(node, entry.function, args, kwargs)
+
+    def _settle_module(self, node: fx.Node, call: Call, module: nn.Module) -> None:
+        """A module called once stays; each further call gets the same parameters under its own node."""
+        if self.calls[node.target] == 1:
+            return
+        path, entry = str(node.target), call.entry
+        held = [name for name in entry.operand_names[1:] if isinstance(getattr(module, name, None), torch.Tensor)]
+        if "running_mean" in held or not held:
+            if path in self.seen:
+                fresh = self.edit.fresh_path(path)
+                self.edit.call_module(node, fresh, clone_module(module), node.args, {})
+            self.seen.add(path)
+            return
+        arguments = dict(call.arguments)
+        for name in held:
+            tensor = getattr(module, name)
+            arguments[name] = self.edit.insert_attribute(
+                node, f"{path}.{name}", tensor, is_tensor=True, constant=True, shape=tuple(tensor.shape), dtype=tensor.dtype
+            )
+        node.meta["was_module"] = type(module)
+        ordered = {p.name: arguments[p.name] for p in entry.parameters if p.name in arguments}
+        self.edit.call_function(node, entry.function, *entry.arrange(ordered))
+
+    def _out_of_place(self, node: fx.Node, target: Any) -> None:
+        """Let whatever reads ``target`` after ``node`` read ``node`` instead."""
+        if not isinstance(target, fx.Node):
+            return
+        self._refuse_aliases(node, target)
+        later = [user for user in target.users if self.order.get(user, -1) > self.order[node]]
+        self.edit.redirect(later, target, node)
+
+    def _refuse_aliases(self, node: fx.Node, target: fx.Node) -> None:
+        root = target
+        while _is_view(root) and isinstance(root.args[0], fx.Node):
+            root = root.args[0]
+        for alias in _views_of(root):
+            late = [user for user in alias.users if self.order.get(user, -1) > self.order[node]]
+            if alias is not target and late:
+                raise CaptureError(
+                    f"{node.name} writes in place into {target.name}, a view of memory that {late[0].name} reads later "
+                    f"through {alias.name} ({node.meta.get('source')}).\n"
+                    "  what to do: write it out of place, as y = f(x) instead of an in-place call."
+                )
+
+
+_GETITEM = operator.getitem
+
+
+def _is_data(node: fx.Node) -> bool:
+    return bool(node.meta.get("is_tensor") or node.meta.get("is_container"))
+
+
+def _is_view(node: fx.Node) -> bool:
+    entry: OpEntry | None = node.meta.get("entry")
+    return entry is not None and entry.views and "reason" not in node.meta
+
+
+def _views_of(root: fx.Node) -> list[fx.Node]:
+    found, todo = [], [root]
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        todo.extend(user for user in node.users if _is_view(user) and user.args and user.args[0] is node)
+    return found

@@ -1,0 +1,59 @@
+"""choose_regions: which tensors are made of integers, and where float begins and ends."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxquant.graph.edit import Edit
+from fxquant.graph.leveled import LeveledModule
+from fxquant.ops.behaviour import Measuring, Passing, Rescaling
+from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.ops.entry import Call
+
+__all__ = ["choose_regions", "quantized_operands"]
+
+
+def quantized_operands(call: Call) -> list[fx.Node]:
+    """The operands of a quantized op that have to be quantized tensors themselves."""
+    behaviour = call.entry.behaviour
+    if isinstance(behaviour, Passing):
+        return call.operands
+    if isinstance(behaviour, Rescaling):
+        names = call.entry.operand_names if behaviour.inputs is None else behaviour.inputs
+        return [node for name in names if (node := call.operand(name)) is not None]
+    first = call.operand(call.entry.operand_names[0])
+    return [] if first is None else [first]
+
+
+def choose_regions(module: LeveledModule) -> LeveledModule:
+    """Mark each tensor ``quantized`` or not.
+
+    An op with a setting makes a quantized tensor and wants quantized operands. An op that passes values on follows its
+    input. An input of the model, a parameter, or the result of a float op is quantized where a quantized op reads it,
+    directly or through ops that pass it on.
+
+    Law:
+        The graph is unchanged; every operand that a quantized op wants quantized is marked so.
+    """
+    edit = Edit(module, by="choose_regions")
+    calls = {n: call_of(n, edit.module(n)) for n in edit.nodes if "setting" in n.meta and n.meta["setting"] is not None}
+    wanted: set[fx.Node] = set()
+    for node in reversed(edit.nodes):
+        call = calls.get(node)
+        if call is None:
+            continue
+        if not isinstance(call.entry.behaviour, Passing) or node in wanted:
+            wanted.update(quantized_operands(call))
+    for node in edit.nodes:
+        node.meta["quantized"] = _is_quantized(node, calls.get(node), wanted)
+    return edit.done()
+
+
+def _is_quantized(node: fx.Node, call: Call | None, wanted: set[fx.Node]) -> bool:
+    if node.op == "output" or isinstance(behaviour_of(node), Measuring):
+        return False
+    if call is None:
+        return node in wanted and not node.meta.get("is_container", False)
+    if isinstance(call.entry.behaviour, Passing):
+        return bool(call.operands) and all(operand.meta["quantized"] or operand in wanted for operand in call.operands)
+    return True

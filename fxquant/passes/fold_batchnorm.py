@@ -1,0 +1,147 @@
+"""fold_batchnorm: batch normalization with known statistics becomes part of a convolution's or linear layer's weights.
+
+In eval mode  BN(y) = k·y + c  per channel, with  k = γ / sqrt(σ² + ε)  and  c = β − μ·k.
+
+    after a weighted op    k·(W∗x + b) + c  =  (k·W)∗x + (k·b + c)
+    before one             W∗(k·x + c) + b  =  (W·k)∗x + (Σ W·c + b)        exact only where nothing is padded
+
+ε is the module's own. The arithmetic is done in float64 and rounded to the weight's dtype once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.graph.edit import Edit, clone_module
+from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.pattern import Skip, next_in_chain
+from fxquant.ops.behaviour import ChannelAffine, Weighted
+from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.ops.normalization import channel_affine_of
+
+__all__ = ["fold_batchnorm", "per_output_channel"]
+
+
+def fold_batchnorm(module: LeveledModule) -> LeveledModule:
+    """Fold each batch norm into the weighted op before it, or else into the one behind it.
+
+    Before:
+        x = input
+        conv = Conv2d[conv](x)
+        bn = BatchNorm2d[bn](conv)
+        relu = relu(bn)
+        return relu
+
+    After:
+        x = input
+        conv = Conv2d[conv](x)
+        relu = relu(conv)
+        return relu
+
+    Law:
+        Outputs in eval mode are unchanged up to the rounding of the folded weights.
+    """
+    edit = Edit(module, by="fold_batchnorm")
+    for node in edit.nodes:
+        if not isinstance(behaviour_of(node), ChannelAffine):
+            continue
+        backward = _fold_into_producer(edit, node)
+        if not isinstance(backward, Skip):
+            continue
+        forward = _fold_into_consumer(edit, node)
+        if isinstance(forward, Skip):
+            edit.note(node, f"not folded: {backward.reason}; {forward.reason}")
+    return edit.done()
+
+
+def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
+    producer = bn.args[0]
+    assert isinstance(producer, fx.Node)
+    refusal = _refuse(edit, producer, "produces its input")
+    if refusal is not None:
+        return refusal
+    following = next_in_chain(producer)
+    if isinstance(following, Skip):
+        return following
+    gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
+    conv = edit.module(producer)
+    assert conv is not None
+    if isinstance(conv, nn.Linear) and len(producer.meta.get("shape", ())) != 2:
+        return Skip(f"{producer.name} may give more than (batch, features); example_inputs of two dimensions would settle it")
+    weight, bias = _scaled_outputs(call_of(producer, conv).entry.behaviour, conv, gain)
+    _put(edit, producer, conv, weight, offset if bias is None else bias * gain + offset)
+    edit.note(producer, f"{bn.target} folded in")
+    edit.remove(bn, producer)
+    return producer
+
+
+def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
+    consumer = next_in_chain(bn)
+    if isinstance(consumer, Skip):
+        return consumer
+    refusal = _refuse(edit, consumer, "uses it")
+    if refusal is not None:
+        return refusal
+    call, conv = call_of(consumer, edit.module(consumer)), edit.module(consumer)
+    assert conv is not None
+    if call.entry.behaviour != Weighted(out_axis=0):
+        return Skip(f"{consumer.name} is transposed and folds only what follows it")
+    if isinstance(conv, nn.Linear) and len(bn.meta.get("shape", ())) != 2:
+        return Skip(f"{consumer.name} may take more than (batch, features)")
+    if not isinstance(conv, nn.Linear) and _pads(call["padding"]):
+        return Skip(f"{consumer.name} pads, and padding is not shifted by a batch norm")
+    gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
+    old = conv.weight.detach().double()  # type: ignore[operator]
+    per_group = old.shape[1]
+    groups = int(getattr(conv, "groups", 1))
+    owner = torch.arange(old.shape[0], device=old.device) // (old.shape[0] // groups)
+    inputs = owner[:, None] * per_group + torch.arange(per_group, device=old.device)[None]
+    shape = (*inputs.shape, *[1] * (old.ndim - 2))
+    bias = (old * offset[inputs].reshape(shape)).flatten(1).sum(1)
+    if conv.bias is not None:
+        bias = bias + conv.bias.detach().double()  # type: ignore[operator]
+    source = bn.args[0]
+    assert isinstance(source, fx.Node)
+    _put(edit, consumer, conv, old * gain[inputs].reshape(shape), bias)
+    edit.note(consumer, f"{bn.target} folded in")
+    edit.remove(bn, source)
+    return consumer
+
+
+def _refuse(edit: Edit, node: fx.Node, role: str) -> Skip | None:
+    if not isinstance(behaviour_of(node), Weighted):
+        return Skip(f"{node.name} {role} and has no weights")
+    if node.op != "call_module":
+        return Skip(f"{node.name} {role}, and its weights are used at several places")
+    return None
+
+
+def _pads(padding: object) -> bool:
+    if isinstance(padding, str):
+        return padding != "valid"
+    return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
+
+
+def per_output_channel(values: Tensor, weight: Tensor, *, out_axis: int, groups: int) -> Tensor:
+    """``values`` ``(out_channels,)`` shaped to multiply ``weight`` of a convolution, transposed or not, by channel."""
+    if out_axis == 0:
+        return values.reshape(-1, *[1] * (weight.ndim - 1))
+    by_group = values.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return by_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
+
+
+def _scaled_outputs(behaviour: object, conv: nn.Module, gain: Tensor) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(behaviour, Weighted) and isinstance(conv.weight, Tensor)
+    weight = conv.weight.detach().double()
+    factor = per_output_channel(gain, weight, out_axis=behaviour.out_axis, groups=int(getattr(conv, "groups", 1)))
+    bias = conv.bias
+    return weight * factor, bias.detach().double() if isinstance(bias, Tensor) else None
+
+
+def _put(edit: Edit, node: fx.Node, conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    old = conv.weight
+    assert isinstance(old, Tensor)
+    new_weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
+    new_bias = nn.Parameter(bias.to(old.dtype), requires_grad=old.requires_grad)
+    edit.set_module(node, clone_module(conv, weight=new_weight, bias=new_bias))

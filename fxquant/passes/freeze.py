@@ -1,0 +1,190 @@
+"""freeze: fix every grid, fold batch norms into weight scales, and put biases on their integer grid.
+
+After training with batch norms behind quantized convolutions (*late* mode), the exact fold is into the scales:
+
+    BN(conv(x, s_w·q_w)) = k·(s_w·q_w ∗ x + b) + c          k = γ / sqrt(σ² + ε),  c = β − μ·k
+                         = (|k|·s_w · sign(k)·q_w) ∗ x + (k·b + c)
+
+so that the integers that were trained stay what they were, up to a sign per channel, which a narrow weight range can
+always take. Source: AIMET's batch-norm re-estimation guide; Jacob et al., 1712.05877, §2.4 for the bias.
+
+The bias grid is s_b = s_x·s_w with zero point 0. Where a bias would not fit into 31 bits on it, the channel's weight
+scale is raised until it does: such a channel has weights near zero, and lives by its bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.graph.edit import Edit, clone_module
+from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
+from fxquant.numerics.affine import dequantize, quantize
+from fxquant.ops.behaviour import ChannelAffine, Weighted
+from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.ops.normalization import channel_affine_of
+from fxquant.passes.fold_batchnorm import per_output_channel
+
+__all__ = ["freeze", "input_quantizer"]
+
+_LARGEST_BIAS = 2.0**30
+
+
+def freeze(module: LeveledModule) -> LeveledModule:
+    """Make a prepared graph's numbers final.
+
+    Before:
+        x = input
+        x_quantizer = QuantInput[x_quantizer](x)
+        conv = QuantConv2d[conv](x_quantizer)
+        bn = QuantBatchNorm2d[bn](conv)
+        relu = QuantReLU[relu](bn)
+        return relu
+
+    After:
+        x = input
+        x_quantizer = QuantInput[x_quantizer](x)
+        conv = QuantConv2d[conv](x_quantizer)
+        relu = QuantReLU[relu](conv)
+        return relu
+
+    Law:
+        Outputs in eval mode are the prepared graph's up to float rounding and to the rounding of biases to s_x·s_w.
+    """
+    edit = Edit(module, by="freeze")
+    _Freezer(edit).run()
+    frozen = edit.done(level="frozen")
+    return frozen.eval()  # type: ignore[no-any-return]
+
+
+class _Freezer:
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.frozen: dict[int, FakeQuantize] = {}
+
+    def run(self) -> None:
+        for node in self.edit.nodes:
+            part = self.edit.module(node)
+            if getattr(part, "output_quantizer", None) is not None:
+                assert part is not None
+                part = clone_module(part, output_quantizer=self._freeze(part.output_quantizer))  # type: ignore[arg-type]
+                self.edit.set_module(node, part)
+            elif part is not None and node.meta.get("entry") is not None and "reason" not in node.meta:
+                self.edit.set_module(node, clone_module(part))
+        for node in self.edit.nodes:
+            part = self.edit.module(node)
+            if isinstance(part, QuantWeighted):
+                self._settle(node, part)
+            elif isinstance(part, QuantWeightedOp):
+                self._settle_call(node, part)
+
+    def _freeze(self, quantizer: FakeQuantize) -> FakeQuantize:
+        """One frozen twin for each quantizer, so that what was shared stays shared."""
+        if id(quantizer) not in self.frozen:
+            twin = clone_module(quantizer, scale=quantizer.scale.clone(), zero_point=quantizer.zero_point.clone())
+            twin.observing, twin.tracking, twin.enabled = False, False, True
+            self.frozen[id(quantizer)] = twin
+        return self.frozen[id(quantizer)]
+
+    def _freeze_weight(self, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
+        quantizer.refresh(weight)
+        twin = self._freeze(quantizer)
+        assert isinstance(twin, WeightQuantize)
+        twin.frozen = True
+        return twin
+
+    def _settle(self, node: fx.Node, part: Any) -> None:
+        """Final weight, scale and bias of a module; the batch norm behind it is folded."""
+        behaviour = behaviour_of(node)
+        assert isinstance(behaviour, Weighted)
+        quantizer = self._freeze_weight(part.weight_quantizer, part.weight)
+        real = part.weight.detach()
+        q = quantize(real.float(), quantizer.scale, quantizer.zero_point, quantizer.scheme.qmin, quantizer.scheme.qmax, axis=quantizer.axis)
+        scale = quantizer.scale.double()
+        bias = None if part.bias is None else part.bias.detach().double()
+        batch_norm = self._batch_norm_behind(node)
+        if batch_norm is not None:
+            gain, offset = channel_affine_of(self.edit.module(batch_norm))  # type: ignore[arg-type]
+            q = q * per_output_channel(torch.where(gain < 0, -1.0, 1.0), q, out_axis=behaviour.out_axis, groups=1).to(q.dtype)
+            scale = scale * gain.abs()
+            bias = offset if bias is None else gain * bias + offset
+            self._take_over(node, part, batch_norm)
+            part = self.edit.module(node)
+        scale, bias = self._fit_bias(node, scale, bias, getattr(part, "groups", 1) if behaviour.out_axis == 1 else 1)
+        axis = behaviour.out_axis if scale.ndim else None
+        twin = self._with_scale(quantizer, scale, axis)
+        weight = dequantize(q, twin.scale, twin.zero_point, axis=axis).to(real.dtype)
+        changes: dict[str, Any] = {"weight": nn.Parameter(weight, requires_grad=False), "weight_quantizer": twin}
+        if bias is not None:
+            changes["bias"] = nn.Parameter(bias.to(real.dtype), requires_grad=False)
+        self.edit.set_module(node, clone_module(part, **changes))
+
+    def _take_over(self, node: fx.Node, part: Any, batch_norm: fx.Node) -> None:
+        """Remove a folded batch norm; where it was the last link, its quantizer becomes the weighted op's."""
+        last: Any = self.edit.module(batch_norm)
+        if not batch_norm.meta.get("continues"):
+            part = clone_module(part)
+            part.attach(last.output_quantizer, applies=True, inplace=True)
+            self.edit.set_module(node, part)
+            for key in ("continues", "group", "quantized", "leaves_as_float"):
+                node.meta[key] = batch_norm.meta.get(key)
+        self.edit.note(node, f"{batch_norm.target} folded into the weight scales")
+        self.edit.remove(batch_norm, node)
+
+    def _with_scale(self, quantizer: WeightQuantize, scale: Tensor, axis: int | None) -> WeightQuantize:
+        safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+        twin = clone_module(quantizer, scale=safe, zero_point=torch.zeros_like(safe, dtype=torch.int32))
+        twin.axis = axis
+        return twin
+
+    def _batch_norm_behind(self, node: fx.Node) -> fx.Node | None:
+        if not node.meta.get("continues"):
+            return None
+        (user,) = node.users
+        return user if isinstance(behaviour_of(user), ChannelAffine) else None
+
+    def _fit_bias(self, node: fx.Node, scale: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+        """The bias on the grid s_x·s_w, with weight scales raised where it would not fit."""
+        if bias is None:
+            return scale, None
+        x_scale = input_quantizer(self.edit, node).scale.double()
+        needed = bias.abs() / (_LARGEST_BIAS * x_scale)
+        if scale.ndim == 0:
+            scale = torch.maximum(scale, needed.max())
+        else:
+            scale = torch.maximum(scale, needed.reshape(groups, -1).amax(0))
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).float().double()
+        step = x_scale * (scale.repeat(groups) if scale.ndim else scale)
+        return scale, torch.round(bias / step) * step
+
+    def _settle_call(self, node: fx.Node, part: QuantWeightedOp) -> None:
+        """A call whose parameters are read from the graph: the bias becomes a rounded constant of this call."""
+        call = call_of(node, part)
+        weight = self.edit.attributes[str(call.operand("weight").target)]  # type: ignore[union-attr]
+        quantizer = self._freeze_weight(part.weight_quantizer, weight)
+        self.edit.set_module(node, clone_module(part, weight_quantizer=quantizer))
+        bias_node = call.operand("bias")
+        if bias_node is None:
+            return
+        bias = self.edit.attributes[str(bias_node.target)].detach()
+        step = input_quantizer(self.edit, node).scale.double() * quantizer.scale.double()
+        if quantizer.axis == 1:
+            step = step.repeat(int(call.attributes.get("groups", 1)))
+        rounded = (torch.round(bias.double() / step) * step).to(bias.dtype)
+        path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_bias")
+        constant = self.edit.insert_attribute(node, path, rounded, is_tensor=True, constant=True, quantized=False)
+        self.edit.redirect([node], bias_node, constant)
+
+
+def input_quantizer(edit: Edit, node: fx.Node) -> FakeQuantize:
+    """The quantizer of what ``node`` reads first: the one that the producing or passing module holds."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    part: Any = edit.module(source)
+    quantizer = part.output_quantizer
+    assert isinstance(quantizer, FakeQuantize)
+    return quantizer

@@ -1,0 +1,139 @@
+"""Five levels, checked: what must hold of a graph at each, and one function that says what does not.
+
+captured → canonical → prepared → frozen → integer. A level's laws are rows: a name and a function that yields the
+nodes that break it. ``check`` runs after every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx, nn
+
+from fxquant.errors import LevelError
+from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.pattern import nodes_in
+from fxquant.graph.text import node_text
+from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
+from fxquant.nn.modules import QuantInput, QuantOp, QuantParametric, QuantWeighted
+from fxquant.ops.behaviour import Passing
+from fxquant.ops.calls import behaviour_of
+
+__all__ = ["LAWS", "check"]
+
+Law = Callable[[LeveledModule], Iterator[tuple[fx.Node | None, str]]]
+
+_COMPUTE = ("call_module", "call_function", "call_method")
+_FAKE_QUANT = (QuantOp, QuantParametric, QuantWeighted, QuantInput)
+
+
+def _module(graph_module: LeveledModule, node: fx.Node) -> nn.Module | None:
+    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def well_formed(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """Nodes are defined before they are used, and every module and parameter exists."""
+    try:
+        module.graph.lint()
+    except Exception as error:
+        yield None, str(error)
+
+
+def knows_its_place(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """Every compute node carries the path of the module that it was called in."""
+    for node in module.graph.nodes:
+        if node.op in _COMPUTE and "module_path" not in node.meta and "by" not in node.meta:
+            yield node, "no module path"
+
+
+def one_entry_each(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """Every compute node carries exactly one op entry, and calls its function, its module, or stays in float visibly."""
+    for node in module.graph.nodes:
+        if node.op not in _COMPUTE:
+            continue
+        entry = node.meta.get("entry")
+        if entry is None:
+            yield node, "no op entry"
+        elif node.op == "call_method" and "reason" not in node.meta and node.meta.get("is_tensor"):
+            yield node, "still spelled as a method"
+        elif node.op == "call_function" and "reason" not in node.meta and node.meta.get("is_tensor"):
+            if node.target is not entry.function:
+                yield node, f"spelled otherwise than {entry.name}"
+
+
+def quantized_once(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """Every quantized op is a fake-quant module that owns or shares one quantizer, and no value is quantized twice."""
+    for node in module.graph.nodes:
+        part = _module(module, node)
+        if node.op in _COMPUTE and node.meta.get("quantized") and node.meta.get("is_tensor", True):
+            if not isinstance(part, _FAKE_QUANT):
+                yield node, "quantized, but not a fake-quant module"
+            elif part.output_quantizer is None and not node.meta.get("continues"):
+                yield node, "quantized, but without a quantizer"
+            elif part.applies and isinstance(behaviour_of(node), Passing) and not node.meta.get("requantizes"):
+                yield node, "rounds values that pass through it and were rounded before"
+        if isinstance(part, QuantWeighted) and not isinstance(part.weight_quantizer, FakeQuantize):
+            yield node, "has a weight without a quantizer"
+
+
+def grids_are_sound(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """Every quantizer has a finite positive scale and a zero point on its grid."""
+    for name, part in module.named_modules():
+        if not isinstance(part, FakeQuantize):
+            continue
+        scale, zero_point = part.scale, part.zero_point
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            yield None, f"{name} has scale {scale.flatten()[:3].tolist()}"
+        if not bool(((zero_point >= part.scheme.qmin) & (zero_point <= part.scheme.qmax)).all()):
+            yield None, f"{name} has zero point {zero_point.flatten()[:3].tolist()} off its grid"
+
+
+def integers_between(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """Between quantize and dequantize no tensor is float: integer ops read integers, float ops read floats."""
+    integer: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        part = _module(module, node)
+        if isinstance(part, IntegerOp):
+            first = next((a for a in nodes_in(node.args) if a.meta.get("is_tensor")), None)
+            if first is not None and first not in integer and node.meta["entry"].name != "embedding":
+                yield node, f"an integer op reads {first.name}, which is float"
+            if part.output_dtype is not None or isinstance(behaviour_of(node), Passing):
+                integer.add(node)
+        elif isinstance(part, Quantize) or node.meta.get("integer_constant"):
+            integer.add(node)
+        elif not isinstance(part, Dequantize):
+            for read in nodes_in((node.args, node.kwargs)):
+                if read in integer and not node.meta.get("reads_shape") and node.op != "placeholder":
+                    if node.op == "output" or node.meta.get("is_tensor", True):
+                        yield node, f"a float op reads {read.name}, which is made of integers"
+
+
+LAWS: dict[str, tuple[Law, ...]] = {
+    "captured": (well_formed, knows_its_place),
+    "canonical": (well_formed, knows_its_place, one_entry_each),
+    "prepared": (well_formed, knows_its_place, quantized_once),
+    "frozen": (well_formed, knows_its_place, quantized_once, grids_are_sound),
+    "integer": (well_formed, knows_its_place, integers_between),
+}
+
+
+def check(module: LeveledModule, *, by: str) -> LeveledModule:
+    """``module``, if it obeys every law of its level.
+
+    Raises:
+        LevelError: names the pass, the law, the node, the module path and the user's source line.
+    """
+    for law in LAWS[module.level]:
+        for node, what in law(module):
+            place = "" if node is None else f"\n  node: {node_text(node)}"
+            if node is not None:
+                place += f"\n  module path: {node.meta.get('module_path') or '(top)'}"
+                place += f"\n  source: {node.meta.get('source') or 'unknown'}"
+            raise LevelError(
+                f"pass {by} broke a law of level {module.level}: {law.__name__}.\n"
+                f"  law: {(law.__doc__ or '').strip()}\n  broken by: {what}{place}\n"
+                "  This is a defect of fxquant, not of your model: please report it with the model."
+            )
+    return module

@@ -1,0 +1,88 @@
+"""merge_clamps: find the chains whose inner results need no quantizer, because the last link's does for all.
+
+    weighted op → (batch norm) → (clamp)          one integer op: accumulate, rescale, clamp
+    add, mul, mean … → clamp                      likewise
+
+A clamp that is merged costs nothing: the quantizer behind it clamps anyway, to bounds that now include the clamp's.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxquant.graph.edit import Edit
+from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.pattern import Skip, next_in_chain
+from fxquant.ops.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
+from fxquant.ops.calls import behaviour_of, call_of
+
+__all__ = ["clamp_bounds", "merge_clamps"]
+
+
+def merge_clamps(module: LeveledModule) -> LeveledModule:
+    """Mark the links of each chain: ``continues`` on all but the last, ``chain`` (the names, in order) on the last.
+
+    Law:
+        The graph is unchanged; only the last link of a chain is used outside of it.
+    """
+    edit = Edit(module, by="merge_clamps")
+    inner: set[fx.Node] = set()
+    for node in edit.nodes:
+        if node in inner or not node.meta.get("quantized") or not _starts(node):
+            continue
+        chain = _grow(edit, node)
+        inner.update(chain)
+        for link in chain[:-1]:
+            link.meta["continues"] = True
+        chain[-1].meta["chain"] = [link.name for link in chain]
+        chain[-1].meta["setting"] = node.meta["setting"]
+        for link in chain[1:]:
+            edit.note(link, f"merged with {chain[0].name}")
+    return edit.done()
+
+
+def _starts(node: fx.Node) -> bool:
+    return isinstance(behaviour_of(node), (Weighted, Rescaling, ChannelAffine))
+
+
+def _grow(edit: Edit, head: fx.Node) -> list[fx.Node]:
+    chain = [head]
+    for step in (_batch_norm, _clamp):
+        following = next_in_chain(chain[-1])
+        if isinstance(following, Skip) or not following.meta.get("quantized"):
+            break
+        if step(edit, chain[0], following):
+            chain.append(following)
+    return chain
+
+
+def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
+    """Only a weighted module's own weights can take a batch norm; a grouped transposed one shares scales across groups."""
+    if not isinstance(behaviour_of(node), ChannelAffine) or not isinstance(behaviour_of(head), Weighted):
+        return False
+    part = edit.module(head)
+    if part is None:
+        edit.note(node, f"not folded: {head.name}'s weights are used at several places")
+        return False
+    behaviour = behaviour_of(head)
+    assert isinstance(behaviour, Weighted)
+    if behaviour.out_axis == 1 and int(getattr(part, "groups", 1)) > 1:
+        edit.note(node, f"not folded: {head.name} is transposed and grouped")
+        return False
+    if head.meta["entry"].name == "linear" and len(head.meta.get("shape", ())) != 2:
+        edit.note(node, f"not folded: {head.name} may give more than (batch, features)")
+        return False
+    return True
+
+
+def _clamp(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
+    return clamp_bounds(edit, node) is not None
+
+
+def clamp_bounds(edit: Edit, node: fx.Node) -> tuple[float | None, float | None] | None:
+    """The bounds of a clamping op; None for any other op, and where a bound is not a number."""
+    behaviour = behaviour_of(node)
+    if not isinstance(behaviour, Clamping):
+        return None
+    bounds = behaviour.bounds(call_of(node, edit.module(node)))
+    return None if isinstance(bounds, str) else bounds

@@ -1,0 +1,222 @@
+"""to_integer: from fake-quant modules to integer ops, with quantize and dequantize where float begins and ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.graph.edit import Edit
+from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.pattern import nodes_in
+from fxquant.nn.fake_quantize import Grid
+from fxquant.nn.integer import Dequantize, IntegerSum, Quantize, Site
+from fxquant.nn.modules import QuantInput
+from fxquant.ops.behaviour import ChannelAffine, Measuring, Passing, Weighted
+from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.ops.entry import Call, scalar
+from fxquant.ops.normalization import channel_affine_of
+from fxquant.ops.table import TABLE
+from fxquant.passes.choose_regions import quantized_operands
+from fxquant.passes.merge_clamps import clamp_bounds
+
+__all__ = ["to_integer"]
+
+
+def to_integer(module: LeveledModule, *, rounding: str = "single") -> LeveledModule:
+    """Replace each chain of fake-quant modules by one integer op.
+
+    Args:
+        module: a frozen graph.
+        rounding: how accumulators are requantized: ``single``, ``double`` or ``float`` (see ``numerics.requantize``).
+
+    Before:
+        x = input
+        x_quantizer = QuantInput[x_quantizer](x)
+        conv = QuantConv2d[conv](x_quantizer)
+        relu = QuantReLU[relu](conv)
+        fc = QuantLinear[fc](relu)
+        return fc
+
+    After:
+        x = input
+        x_quantizer = Quantize[x_quantizer](x)
+        conv = IntConv2d[conv](x_quantizer)
+        fc = IntLinear[fc](conv)
+        return fc
+
+    Law:
+        Each op's integers are within one of the frozen graph's on the same inputs.
+    """
+    edit = Edit(module, by="to_integer")
+    _Converter(edit, rounding).run()
+    return edit.done(level="integer")
+
+
+class _Converter:
+    def __init__(self, edit: Edit, rounding: str) -> None:
+        self.edit, self.rounding = edit, rounding
+        self.grids: dict[fx.Node, Grid] = {}
+        self.dequantized: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        for node in self.edit.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            part: Any = self.edit.module(node)
+            behaviour = behaviour_of(node)
+            if isinstance(part, QuantInput):
+                self._enter(node, part)
+            elif node.op == "output" or not self._is_quantized(node, part):
+                self._leave(node, measures=isinstance(behaviour, Measuring))
+            elif isinstance(behaviour, Passing):
+                self._pass(node, part)
+            elif not node.meta.get("continues"):
+                self._compute(node, part)
+
+    def _is_quantized(self, node: fx.Node, part: Any) -> bool:
+        if part is None or "reason" in node.meta or "entry" not in node.meta:
+            return False
+        return bool(node.meta.get("quantized") or node.meta.get("continues") or self._leaves_an_accumulator(node))
+
+    def _leaves_an_accumulator(self, node: fx.Node) -> bool:
+        return bool(node.meta.get("leaves_as_float")) and not isinstance(behaviour_of(node), Passing)
+
+    def _enter(self, node: fx.Node, part: QuantInput) -> None:
+        assert part.output_quantizer is not None
+        grid = part.output_quantizer.grid
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        quantize = Quantize(grid)
+        if source in self.grids:
+            source = self._dequantize(source)
+            node.args = (source,)
+        if source.op == "get_attr":
+            integers = quantize(self.edit.attributes[str(source.target)].detach())
+            path = self.edit.fresh_path(f"{str(source.target).replace('.', '_')}_integers")
+            constant = self.edit.insert_attribute(node, path, integers, is_tensor=True, integer_constant=True)
+            self.edit.remove(node, constant)
+            self.grids[constant] = grid
+            return
+        self.edit.set_module(node, quantize)
+        self.grids[node] = grid
+
+    def _leave(self, node: fx.Node, *, measures: bool) -> None:
+        """Let a float op, or the model's output, read real numbers."""
+        for read in set(nodes_in((node.args, node.kwargs))):
+            if read in self.grids and not measures:
+                self.edit.redirect([node], read, self._dequantize(read))
+
+    def _dequantize(self, node: fx.Node) -> fx.Node:
+        if node not in self.dequantized:
+            dtype = node.meta.get("dtype")
+            part = Dequantize(self.grids[node], dtype if isinstance(dtype, torch.dtype) else torch.float32)
+            path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_dequantize")
+            self.dequantized[node] = self.edit.insert_module(
+                node, path, part, users=(), is_tensor=True, shape=node.meta.get("shape"), dtype=dtype
+            )
+        return self.dequantized[node]
+
+    def _pass(self, node: fx.Node, part: Any) -> None:
+        call = call_of(node, part)
+        entry, sources = call.entry, call.operands
+        if entry.drops:
+            self.edit.remove(node, sources[0])
+            return
+        grid = part.output_quantizer.grid
+        for source in sources:
+            if node.meta.get("requantizes"):
+                self._requantize(node, source, grid)
+        assert entry.integer is not None
+        static = self._static(call)
+        self.edit.set_module(node, entry.integer(Site(entry, static, (grid,), grid, rounding=self.rounding)))
+        self.grids[node] = grid
+
+    def _requantize(self, node: fx.Node, source: fx.Node, grid: Grid) -> None:
+        entry = TABLE["identity"]
+        part = IntegerSum(Site(entry, {}, (self.grids[source],), grid, rounding=self.rounding), signs=(1.0,))
+        path = self.edit.fresh_path(f"{str(source.target).replace('.', '_')}_requantize")
+        made = self.edit.insert_module(source, path, part, users=[node], is_tensor=True, entry=entry)
+        self.grids[made] = grid
+
+    @staticmethod
+    def _static(call: Call) -> dict[str, Any]:
+        return {k: v for k, v in call.attributes.items() if next(nodes_in(v), None) is None}
+
+    def _compute(self, last: fx.Node, last_part: Any) -> None:
+        """One integer op for the chain that ends in ``last``; it stands where the chain began."""
+        links = self._links(last)
+        head = links[0]
+        part: Any = self.edit.module(head)
+        call = call_of(head, part)
+        clamp: tuple[float | None, float | None] = (None, None)
+        if len(links) > 1:
+            clamp = clamp_bounds(self.edit, last) or clamp
+        quantizer = last_part.output_quantizer
+        output = None if quantizer is None else quantizer.grid
+        site, args = self._site(call, part, output, clamp)
+        assert call.entry.integer is not None, f"{call.entry.name} has no integer form"
+        integer = call.entry.integer(site)
+        dynamic = {k: v for k, v in call.attributes.items() if next(nodes_in(v), None) is not None}
+        notes = [note for link in links[1:] for note in [f"{link.name} merged in"]]
+        self.edit.call_module(head, str(head.target), integer, tuple(args), dynamic)
+        head.meta["notes"] = [*head.meta.get("notes", ()), *notes]
+        head.meta["merged"] = [link.meta["entry"].title for link in links]
+        for link in reversed(links[1:]):
+            self.edit.remove(link, head)
+        if output is not None:
+            self.grids[head] = output
+        head.meta["dtype"] = last.meta.get("dtype", head.meta.get("dtype"))
+        for key in ("continues", "group", "leaves_as_float"):
+            head.meta[key] = last.meta.get(key)
+
+    def _links(self, last: fx.Node) -> list[fx.Node]:
+        chain = [last]
+        while len(last.meta.get("chain", ())) > 1:
+            before = chain[0].args[0]
+            if not isinstance(before, fx.Node) or not before.meta.get("continues") or len(before.users) != 1:
+                break
+            chain.insert(0, before)
+        return chain
+
+    def _site(self, call: Call, part: Any, output: Grid | None, clamp: Any) -> tuple[Site, list[Any]]:
+        wanted = set(quantized_operands(call))
+        grids, args, scalars, parameters = [], [], {}, self._held_parameters(call, part)
+        for name in call.entry.operand_names:
+            value = call.arguments.get(name)
+            if value is None:
+                continue
+            if isinstance(value, fx.Node) and value.op == "get_attr" and value not in self.grids:
+                parameters[name] = self.edit.attributes[str(value.target)]
+                continue
+            if scalar(value):
+                scalars[len(args)] = float(value)
+            grids.append(self.grids[value] if value in wanted else None)
+            args.append(self._readable(value, value in wanted))
+        weight = part.weight_quantizer.grid if isinstance(call.entry.behaviour, Weighted) else None
+        site = Site(
+            entry=call.entry,
+            attributes=self._static(call),
+            inputs=tuple(grids),
+            output=output,
+            clamp=clamp,
+            parameters=parameters,
+            weight=weight,
+            scalars=scalars,
+            rounding=self.rounding,
+        )
+        return site, args
+
+    def _readable(self, value: Any, as_integers: bool) -> Any:
+        if isinstance(value, fx.Node) and value in self.grids and not as_integers:
+            return self._dequantize(value)
+        return value
+
+    def _held_parameters(self, call: Call, part: nn.Module) -> dict[str, Tensor]:
+        """Constant tensors that a module holds itself."""
+        if isinstance(call.entry.behaviour, ChannelAffine):
+            gain, offset = channel_affine_of(part)
+            return {"gain": gain, "offset": offset}
+        held = {name: getattr(part, name, None) for name in call.entry.operand_names[1:]}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}

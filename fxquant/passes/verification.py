@@ -1,0 +1,87 @@
+"""verification: run the graphs before and after a pass on the same inputs, and name the node where they part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.errors import LevelError
+from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.text import node_text
+from fxquant.nn.fake_quantize import FakeQuantize
+
+__all__ = ["verify_against"]
+
+TOLERANCE = 1e-4
+"""Largest difference allowed where weights were folded, relative to the largest magnitude of the tensor."""
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps every value by the name of its node."""
+
+    def __init__(self, module: LeveledModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value.clone() if isinstance(value, Tensor) else value
+        return value
+
+
+def _run(module: LeveledModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    quantizers = [part for part in module.modules() if isinstance(part, FakeQuantize)]
+    modes = {part: part.training for part in module.modules()}
+    enabled = [quantizer.enabled for quantizer in quantizers]
+    recorder = _Recorder(module)
+    try:
+        for quantizer in quantizers:
+            quantizer.enabled = False
+        module.eval()
+        with torch.no_grad():
+            recorder.run(*[value.clone() if isinstance(value, Tensor) else value for value in inputs])
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for quantizer, was in zip(quantizers, enabled, strict=True):
+            quantizer.enabled = was
+    return recorder.values
+
+
+def verify_against(before: LeveledModule, after: LeveledModule, inputs: tuple[Any, ...], *, by: str) -> None:
+    """Compare the outputs of two graphs, quantizers off.
+
+    Raises:
+        LevelError: names the pass and the first node, present in both, whose values differ.
+    """
+    old, new = _run(before, inputs), _run(after, inputs)
+    if _distance(old["output"], new["output"]) <= TOLERANCE:
+        return
+    for node in after.graph.nodes:
+        if node.name in old and _distance(old[node.name], new[node.name]) > TOLERANCE and not node.meta.get("notes"):
+            raise LevelError(
+                f"pass {by} changed what the model computes: {node_text(node)}\n"
+                f"  module path: {node.meta.get('module_path') or '(top)'}, source: {node.meta.get('source') or 'unknown'}\n"
+                f"  largest difference: {_distance(old[node.name], new[node.name]):.3g} of the tensor's magnitude"
+            )
+    raise LevelError(f"pass {by} changed the model's outputs by {_distance(old['output'], new['output']):.3g}.")
+
+
+def _distance(a: Any, b: Any) -> float:
+    """The largest difference of two values, relative to the largest magnitude of the first; infinite for unlike ones."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape:
+            return float("inf")
+        if not a.is_floating_point():
+            return 0.0 if torch.equal(a, b) else float("inf")
+        if not a.numel():
+            return 0.0
+        gap = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)
+        return float(gap)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return max((_distance(a[k], b[k]) for k in a), default=0.0) if a.keys() == b.keys() else float("inf")
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return max((_distance(x, y) for x, y in zip(a, b, strict=False)), default=0.0)
+    return 0.0

@@ -1,0 +1,262 @@
+"""The diff of a model and what it became: one line a node.
+
+    layer    float         quantized           weight           output       range            scale    zp
+    conv1    Conv2d        QuantConv2d         s8 per-channel   → relu
+    bn1      BatchNorm2d   folded into conv1
+    relu     ReLU          QuantReLU                            u8 affine    [0, 6.31]       0.0247     0
+    pool     MaxPool2d     QuantMaxPool2d                       = relu
+
+``→ relu``: relu's quantizer rounds this result too, once for the whole chain; ``= relu``: the same quantizer as relu's.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import nn
+
+from fxquant.errors import InputError
+from fxquant.graph.capture import capture
+from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.numerics.scheme import Scheme
+from fxquant.passes.canonicalize import canonicalize
+from fxquant.report.census import Share, is_float_op, macs_share, module_at, weights_share
+from fxquant.report.paths import elide, near
+from fxquant.report.rows import Row, rows, source_line
+from fxquant.report.terminal import paint, terminal_width, wants_color
+
+__all__ = ["Diff", "diff"]
+
+_UNKNOWN = "–"
+_LEGEND = {
+    "→": "→ x  rounded once, by x's quantizer",
+    "=": "= x  shares x's quantizer",
+    _UNKNOWN: "–  known after calibration",
+}
+_NARROWEST_NOTE, _NARROWEST_PATH, _WIDEST_NAME = 32, 28, 24
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What became of each node, as data and as text.
+
+    Attributes:
+        rows: one ``Row`` a node, in order; the text leaves out those that only read shapes.
+        name: the model's class.
+        levels: the levels before and after.
+        calibrated: whether every range is known.
+        macs: the MACs in integers and in all; None without recorded shapes.
+        weights: the weights in integers and in all.
+        float_ops: the number of ops that compute in float.
+    """
+
+    rows: tuple[Row, ...]
+    name: str
+    levels: tuple[str, str]
+    calibrated: bool
+    macs: Share | None
+    weights: Share
+    float_ops: int
+    color: bool | None = None
+    width: int | None = None
+
+    def text(self, *, color: bool = False, width: int | None = None) -> str:
+        """The whole diff.
+
+        Args:
+            color: whether to use terminal colours.
+            width: wrap notes, and shorten paths where that is not enough, to so many columns; None for lines of any length.
+        """
+        shown = [row for row in self.rows if row.state != "shape"]
+        header, lines = _columns(shown, self.levels)
+        table = _table(header, lines, shown, color=color, width=width)
+        hidden = len(self.rows) - len(shown)
+        parts = [paint(self._title(), "bold" if color else None), "", table, ""]
+        legend = _legend(lines, hidden)
+        if legend:
+            parts += [paint("\n".join(_wrapped(legend, width)), "dim" if color else None)]
+        return "\n".join([*parts, *_wrapped(self.summary(), width)])
+
+    def summary(self) -> str:
+        """One line: the shares of MACs and weights in integers, and the number of float ops."""
+        shares = [_share(self.macs, "MACs"), _share(self.weights, "weights")]
+        unknown = "" if self.macs else "; give prepare example_inputs for MACs"
+        if self.macs and self.macs.unknown:
+            unknown = f", {self.macs.unknown} of them with MACs that cannot be counted"
+        return f"in integers: {', '.join(s for s in shares if s)}; float ops: {self.float_ops}{unknown}"
+
+    def _title(self) -> str:
+        state = "" if self.calibrated or self.levels[1] != "prepared" else ", not calibrated"
+        return f"{self.name}: {self.levels[0]} → {self.levels[1]}{state}"
+
+    def __str__(self) -> str:
+        color = wants_color() if self.color is None else self.color
+        return self.text(color=color, width=self.width or terminal_width())
+
+
+def diff(before: nn.Module, after: nn.Module, *, color: bool | None = None, width: int | None = None) -> Diff:
+    """Compare a model with what ``prepare`` or ``convert`` made of it.
+
+    Args:
+        before: the float model, or an earlier level of it, such as the prepared model.
+        after: what fxquant made of it.
+        color: colours when printed; None for yes on a terminal where ``NO_COLOR`` is not set.
+        width: columns when printed; None for the terminal's, and unlimited elsewhere.
+
+    Raises:
+        InputError: ``after`` is not fxquant's, or was made from another model.
+        CaptureError: ``before`` cannot be traced.
+    """
+    if not isinstance(after, LeveledModule):
+        raise InputError(
+            f"diff was given a {type(after).__name__} as its second model, which fxquant did not make.\n"
+            "  what to do: diff(model, prepared) or diff(model, int8), with what prepare or convert returned."
+        )
+    old = before if isinstance(before, LeveledModule) else capture(before)
+    if old.level == "captured":
+        old = canonicalize(old)
+    level = old.level if isinstance(before, LeveledModule) else "float"
+    return Diff(
+        rows=tuple(rows(old, after)),
+        name=after.__class__.__name__,
+        levels=(level, after.level),
+        calibrated=is_calibrated(after),
+        macs=macs_share(after),
+        weights=weights_share(after),
+        float_ops=sum(is_float_op(node, module_at(after, node)) for node in after.graph.nodes),
+        color=color,
+        width=width,
+    )
+
+
+def is_calibrated(module: nn.Module) -> bool:
+    """Whether every activation quantizer knows its range."""
+    return all(q.ready for q in module.modules() if isinstance(q, FakeQuantize) and not isinstance(q, WeightQuantize))
+
+
+def _share(share: Share | None, of: str) -> str:
+    if share is None:
+        return ""
+    percent, _, counts = str(share).partition(" (")
+    return f"{percent} of {of} ({counts}"
+
+
+def _columns(shown: Sequence[Row], levels: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+    after = {"prepared": "quantized", "frozen": "frozen"}.get(levels[1], levels[1])
+    header = ["layer", levels[0], after, "weight", "output", "range", "scale", "zp", "note"]
+    lines = [
+        [row.path, row.before, _after(row), _weight(row.weight), _output(row), *_numbers(row), _note(row)]
+        for row in shown
+    ]
+    used = [i for i in range(len(header)) if i < 3 or any(line[i] for line in lines)]
+    return [header[i] for i in used], [[line[i] for i in used] for line in lines]
+
+
+def _after(row: Row) -> str:
+    if row.state != "gone":
+        return row.after
+    return f"{row.how} into {near(row.into, row.path)}" if row.into else "removed (no-op)"
+
+
+def _weight(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return ""
+    return f"s{scheme.bits} {'per-channel' if scheme.per_channel else 'per-tensor'}"
+
+
+def _output(row: Row) -> str:
+    if row.rounded_by:
+        return f"→ {near(row.rounded_by, row.path)}"
+    if row.shares:
+        return f"= {near(row.shares, row.path)}"
+    if row.output is not None:
+        return (
+            f"{'s' if row.output.signed else 'u'}{row.output.bits} {'symmetric' if row.output.symmetric else 'affine'}"
+        )
+    return "float" if row.state in ("integer", "border") else ""
+
+
+def _numbers(row: Row) -> tuple[str, str, str]:
+    if row.output is None or row.shares:
+        return "", "", ""
+    if row.range is None or row.scale is None:
+        return _UNKNOWN, _UNKNOWN, _UNKNOWN
+    low, high = row.range
+    return f"[{low:.3g}, {high:.3g}]", f"{row.scale:.3g}", str(row.zero_point)
+
+
+def _note(row: Row) -> str:
+    note = row.note.removeprefix(f"{row.before} is ")
+    place = source_line(row.source) if row.state == "float" else ""
+    return f"{note} ({place})" if note and place else note
+
+
+def _table(header: list[str], lines: list[list[str]], shown: Sequence[Row], *, color: bool, width: int | None) -> str:
+    lines = [list(line) for line in lines]
+    if width is not None:
+        _fit(header, lines, width)
+    align = ["right" if name in ("scale", "zp") else "left" for name in header]
+    painted = [
+        [_painted(row, name, cell) for name, cell in zip(header, line, strict=True)]
+        for row, line in zip(shown, lines, strict=True)
+    ]
+    cells = painted if color else lines
+    table = tabulate(cells, header, tablefmt="simple", colalign=align, disable_numparse=True)
+    return "\n".join(line.rstrip() for line in table.split("\n"))
+
+
+def _fit(header: list[str], lines: list[list[str]], width: int) -> None:
+    """Wrap the notes into what is left of ``width``; shorten paths where that is too little."""
+    for line in lines:
+        line[1:-1] = [_shortened(cell) for cell in line[1:-1]]
+    widths = [max(len(name), *(len(line[i]) for line in lines)) for i, name in enumerate(header)]
+    gaps = 2 * (len(header) - 1)
+    has_note = header[-1] == "note"
+    fixed = sum(widths[:-1] if has_note else widths) + gaps
+    missing = fixed + (min(widths[-1], _NARROWEST_NOTE) if has_note else 0) - width
+    if missing > 0:
+        limit = max(widths[0] - missing, _NARROWEST_PATH)
+        fixed -= max(widths[0] - limit, 0)
+        for line in lines:
+            line[0] = elide(line[0], limit)
+    if has_note:
+        room = max(width - fixed, _NARROWEST_NOTE)
+        for line in lines:
+            line[-1] = "\n".join(textwrap.wrap(line[-1], room, break_long_words=False))
+
+
+def _shortened(cell: str) -> str:
+    """A cell whose last word, if it is a long path, is elided."""
+    words, _, last = cell.rpartition(" ")
+    return f"{words} {elide(last, _WIDEST_NAME)}".lstrip()
+
+
+def _painted(row: Row, column: str, cell: str) -> str:
+    return "\n".join(paint(part, _style(row, column)) for part in cell.split("\n"))
+
+
+def _style(row: Row, column: str) -> str | None:
+    if row.state == "gone":
+        return "dim"
+    if row.state == "float":
+        return "yellow" if column != "float" else None
+    if column in ("quantized", "frozen", "integer"):
+        return "cyan" if row.state in ("border", "input") else "green"
+    if column == "note" and row.note.startswith("not folded"):
+        return "yellow"
+    return "dim" if column == "output" and (row.shares or row.rounded_by) else None
+
+
+def _legend(lines: list[list[str]], hidden: int) -> str:
+    words = [text for mark, text in _LEGEND.items() if any(cell.startswith(mark) for line in lines for cell in line)]
+    if hidden:
+        words.append(f"{hidden} readings of shapes are not shown")
+    return " · ".join(words)
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    return [text] if width is None else textwrap.wrap(text, max(width, 20))
