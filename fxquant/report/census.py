@@ -71,7 +71,7 @@ def module_at(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def state_of(node: fx.Node, part: nn.Module | None) -> str:
-    """``integer``, ``border`` (quantize, dequantize), ``float``, ``shape`` (reads shapes), ``input``, ``parameter``, ``output``."""
+    """integer, border (quantize, dequantize), float, shape (reads shapes), input, parameter or output."""
     if node.op in ("placeholder", "get_attr", "output"):
         return {"placeholder": "input", "get_attr": "parameter", "output": "output"}[node.op]
     if isinstance(part, _COMPUTES_INTEGERS):
@@ -81,7 +81,7 @@ def state_of(node: fx.Node, part: nn.Module | None) -> str:
     dtype = node.meta.get("dtype")
     is_number = isinstance(dtype, str) and dtype not in ("tuple", "list", "dict")
     reads_shape = is_number or isinstance(behaviour_of(node), Measuring) or not node.meta.get("is_tensor", True)
-    return "shape" if reads_shape or node.meta.get("part_of_input") else "float"
+    return "shape" if reads_shape or node.meta.get("part_of") else "float"
 
 
 def is_integer(node: fx.Node, part: nn.Module | None) -> bool:
@@ -107,7 +107,8 @@ def macs_of(node: fx.Node, part: nn.Module | None) -> int | None:
         return _counted_macs(node, part)
     if entry is None or entry.macs is None:
         return 0
-    call = Call(entry, dict(zip(entry.operand_names, node.args, strict=False)), node, part)
+    named = {name: value for name, value in node.kwargs.items() if name in entry.operand_names}
+    call = Call(entry, {**dict(zip(entry.operand_names, node.args, strict=False)), **named}, node, part)
     try:
         return entry.macs(call)
     except (KeyError, TypeError):  # a node without a recorded shape
@@ -126,7 +127,7 @@ def _counted_macs(node: fx.Node, part: nn.Module | None) -> int | None:
                 (node.target if part is None else _without_data(part))(*args, **kwargs)  # type: ignore[operator]
     except Exception:  # any code of the user's may run here, and not all of it runs without data
         return None
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def _stand_in(node: fx.Node) -> Any:
@@ -136,7 +137,7 @@ def _stand_in(node: fx.Node) -> Any:
 
 
 def _without_data(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers have shapes and no data; gradients on, so that no shortcut is taken."""
+    """A copy of ``module`` whose parameters have shapes and no data; gradients on, so that it takes no shortcut."""
     copies: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
     for parameter in module.parameters():
         copies[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.is_floating_point())

@@ -27,7 +27,7 @@ from fxquant.passes.canonicalize import canonicalize
 from fxquant.report.census import Share, is_float_op, macs_share, module_at, weights_share
 from fxquant.report.paths import elide, near
 from fxquant.report.rows import Row, rows, source_line
-from fxquant.report.terminal import paint, terminal_width, wants_color
+from fxquant.report.terminal import paint, terminal_width, visible_length, wants_color
 
 __all__ = ["Diff", "diff"]
 
@@ -37,7 +37,8 @@ _LEGEND = {
     "=": "= x  shares x's quantizer",
     _UNKNOWN: "–  known after calibration",
 }
-_NARROWEST_NOTE, _NARROWEST_PATH, _WIDEST_NAME = 32, 28, 24
+_LIMITS = ((60, 60), (48, 32), (40, 28), (32, 24), (26, 20), (20, 16))
+"""How long paths and names in cells may be, from the gentlest to the least that can be read."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Diff:
 
         Args:
             color: whether to use terminal colours.
-            width: wrap notes, and shorten paths where that is not enough, to so many columns; None for lines of any length.
+            width: shorten paths and wrap notes to so many columns; None for lines of any length.
         """
         shown = [row for row in self.rows if row.state != "shape"]
         header, lines = _columns(shown, self.levels)
@@ -147,11 +148,8 @@ def _share(share: Share | None, of: str) -> str:
 
 def _columns(shown: Sequence[Row], levels: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
     after = {"prepared": "quantized", "frozen": "frozen"}.get(levels[1], levels[1])
-    header = ["layer", levels[0], after, "weight", "output", "range", "scale", "zp", "note"]
-    lines = [
-        [row.path, row.before, _after(row), _weight(row.weight), _output(row), *_numbers(row), _note(row)]
-        for row in shown
-    ]
+    header = ["layer", levels[0], after, "weight", "output", "range", "scale", "zp"]
+    lines = [[row.path, row.before, _after(row), _weight(row.weight), _output(row), *_numbers(row)] for row in shown]
     used = [i for i in range(len(header)) if i < 3 or any(line[i] for line in lines)]
     return [header[i] for i in used], [[line[i] for i in used] for line in lines]
 
@@ -174,9 +172,8 @@ def _output(row: Row) -> str:
     if row.shares:
         return f"= {near(row.shares, row.path)}"
     if row.output is not None:
-        return (
-            f"{'s' if row.output.signed else 'u'}{row.output.bits} {'symmetric' if row.output.symmetric else 'affine'}"
-        )
+        kind = "symmetric" if row.output.symmetric else "affine"
+        return f"{'s' if row.output.signed else 'u'}{row.output.bits} {kind}"
     return "float" if row.state in ("integer", "border") else ""
 
 
@@ -196,47 +193,48 @@ def _note(row: Row) -> str:
 
 
 def _table(header: list[str], lines: list[list[str]], shown: Sequence[Row], *, color: bool, width: int | None) -> str:
-    lines = [list(line) for line in lines]
-    if width is not None:
-        _fit(header, lines, width)
+    if width is not None and lines:
+        lines = _fit(header, lines, width)
+    if color:
+        lines = [
+            [paint(cell, _style(row, name)) for name, cell in zip(header, line, strict=True)]
+            for row, line in zip(shown, lines, strict=True)
+        ]
     align = ["right" if name in ("scale", "zp") else "left" for name in header]
-    painted = [
-        [_painted(row, name, cell) for name, cell in zip(header, line, strict=True)]
-        for row, line in zip(shown, lines, strict=True)
-    ]
-    cells = painted if color else lines
-    table = tabulate(cells, header, tablefmt="simple", colalign=align, disable_numparse=True)
-    return "\n".join(line.rstrip() for line in table.split("\n"))
+    table = tabulate(lines, header, tablefmt="simple", colalign=align, disable_numparse=True)
+    head, ruler, *body = (line.rstrip() for line in table.split("\n"))
+    margin = sum(len(column) + 2 for column in ruler.split()[:3])
+    noted = [_with_note(line, row, margin, color, width) for row, line in zip(shown, body, strict=True)]
+    return "\n".join([head, ruler, *noted])
 
 
-def _fit(header: list[str], lines: list[list[str]], width: int) -> None:
-    """Wrap the notes into what is left of ``width``; shorten paths where that is too little."""
-    for line in lines:
-        line[1:-1] = [_shortened(cell) for cell in line[1:-1]]
-    widths = [max(len(name), *(len(line[i]) for line in lines)) for i, name in enumerate(header)]
-    gaps = 2 * (len(header) - 1)
-    has_note = header[-1] == "note"
-    fixed = sum(widths[:-1] if has_note else widths) + gaps
-    missing = fixed + (min(widths[-1], _NARROWEST_NOTE) if has_note else 0) - width
-    if missing > 0:
-        limit = max(widths[0] - missing, _NARROWEST_PATH)
-        fixed -= max(widths[0] - limit, 0)
-        for line in lines:
-            line[0] = elide(line[0], limit)
-    if has_note:
-        room = max(width - fixed, _NARROWEST_NOTE)
-        for line in lines:
-            line[-1] = "\n".join(textwrap.wrap(line[-1], room, break_long_words=False))
+def _with_note(line: str, row: Row, margin: int, color: bool, width: int | None) -> str:
+    """A line of the table with its note behind it, or below it where the line would get too long."""
+    note, used = _note(row), visible_length(line)
+    if not note:
+        return line
+    style = ("yellow" if row.state == "float" or note.startswith("not folded") else "dim") if color else None
+    start = max(used + 2, margin)
+    if width is None or start + len(note) <= width:
+        return line + " " * (start - used) + paint(note, style)
+    wrapped = textwrap.wrap(f"↳ {note}", max(width - 4, 20), break_long_words=False, subsequent_indent="  ")
+    return "\n".join([line, *(f"    {paint(part, style)}" for part in wrapped)])
 
 
-def _shortened(cell: str) -> str:
-    """A cell whose last word, if it is a long path, is elided."""
+def _fit(header: list[str], lines: list[list[str]], width: int) -> list[list[str]]:
+    """Shorten paths until the table is at most ``width`` wide, no more than that needs."""
+    for path, name in _LIMITS:
+        fitted = [[elide(line[0], path), *(_shortened(cell, name) for cell in line[1:])] for line in lines]
+        columns = zip(header, *fitted, strict=True)
+        if sum(max(map(len, column)) + 2 for column in columns) - 2 <= width:
+            break
+    return fitted
+
+
+def _shortened(cell: str, width: int) -> str:
+    """A cell whose last word, where it is a long path, is elided."""
     words, _, last = cell.rpartition(" ")
-    return f"{words} {elide(last, _WIDEST_NAME)}".lstrip()
-
-
-def _painted(row: Row, column: str, cell: str) -> str:
-    return "\n".join(paint(part, _style(row, column)) for part in cell.split("\n"))
+    return f"{words} {elide(last, width)}".lstrip()
 
 
 def _style(row: Row, column: str) -> str | None:
@@ -246,15 +244,13 @@ def _style(row: Row, column: str) -> str | None:
         return "yellow" if column != "float" else None
     if column in ("quantized", "frozen", "integer"):
         return "cyan" if row.state in ("border", "input") else "green"
-    if column == "note" and row.note.startswith("not folded"):
-        return "yellow"
     return "dim" if column == "output" and (row.shares or row.rounded_by) else None
 
 
 def _legend(lines: list[list[str]], hidden: int) -> str:
     words = [text for mark, text in _LEGEND.items() if any(cell.startswith(mark) for line in lines for cell in line)]
     if hidden:
-        words.append(f"{hidden} readings of shapes are not shown")
+        words.append(f"{hidden} {'reading of a shape is' if hidden == 1 else 'readings of shapes are'} not shown")
     return " · ".join(words)
 
 

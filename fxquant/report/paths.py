@@ -6,16 +6,19 @@ __all__ = ["elide", "near"]
 
 
 def elide(path: str, width: int) -> str:
-    """A module path in at most ``width`` characters: its first part and as many of its last ones as fit.
+    """A module path in at most ``width`` characters: its last parts, and its first one where two of them fit beside it.
 
     >>> elide("features.denseblock3.denselayer24.conv2", 30)
     'features…denselayer24.conv2'
+    >>> elide("features.denseblock3.denselayer24.conv2", 24)
+    '…denselayer24.conv2'
     """
     if len(path) <= width:
         return path
     first, *rest = path.split(".")
-    for start in range(1, len(rest)):
-        shorter = f"{first}…{'.'.join(rest[start:])}"
+    tails = [".".join(rest[start:]) for start in range(1, len(rest))]
+    candidates = [f"{first}…{tail}" for tail in tails[:-1]] + [f"…{tail}" for tail in tails]
+    for shorter in candidates:
         if len(shorter) <= width:
             return shorter
     return "…" + path[len(path) - max(width - 1, 1) :]

@@ -24,9 +24,6 @@ from fxquant.report.paths import near
 
 __all__ = ["Row", "op_text", "path_of", "rows", "source_line", "told"]
 
-_ABSORBED = re.compile(r"^(?P<what>\S+) (?P<how>folded|merged) (in|into the weight scales)$")
-"""The notes with which passes say that a node went into another."""
-_TOLD_OTHERWISE = re.compile(r"^merged with \S+$")
 _NODE_NAME = re.compile(r"\b[A-Za-z]\w*_\w+\b")
 
 
@@ -39,7 +36,7 @@ class Row:
         path: where the op stands in the model, as the printed model and recipes spell it.
         before: the op before (``Conv2d``, ``add``); empty for what was put in.
         after: the op after (``QuantConv2d``, ``IntAdd+ReLU``); empty where it is gone.
-        state: ``integer``, ``border`` (a quantize or dequantize), ``input``, ``parameter``, ``float``, ``shape`` or ``gone``.
+        state: integer, border (a quantize or dequantize), input, parameter, float, shape (reads one) or gone.
         weight: the scheme of its weight.
         output: the scheme of its result; None where the result is float, or where the chain goes on.
         shares: path of the earlier row with the same quantizer.
@@ -92,7 +89,7 @@ class _Reader:
         strangers = [name for name, node in self.new.items() if name not in self.old and "origin" not in node.meta]
         if strangers:
             raise InputError(
-                f"the second model was not made from the first: it has {', '.join(strangers[:3])}, which the first has not.\n"
+                f"the second model was not made from the first, which has no {', '.join(strangers[:3])}.\n"
                 "  what to do: give diff the model that you gave to prepare, and what prepare or convert returned."
             )
         self.paths = self._paths()
@@ -119,12 +116,10 @@ class _Reader:
         return paths
 
     def _absorptions(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """What was folded or merged, by name or path, with how and into what."""
+        """What was folded or merged, by name, with how and into what."""
         for node in self.new.values():
-            for note in node.meta.get("notes", ()):
-                match = _ABSORBED.match(note)
-                if match:
-                    yield match["what"], (match["how"], self.paths[node.name])
+            for name, how in node.meta.get("absorbed", ()):
+                yield name, (how, self.paths[node.name])
 
     def _entering(self) -> dict[str, fx.Node]:
         """The quantizer node of each input and parameter: both stand in one row."""
@@ -153,7 +148,7 @@ class _Reader:
     def _gone(self, node: fx.Node) -> Iterator[Row]:
         if node.op == "get_attr":
             return
-        how, into = self.absorbed.get(str(node.target), self.absorbed.get(node.name, ("removed", None)))
+        how, into = self.absorbed.get(node.name, ("removed", None))
         yield Row(
             name=node.name, path=self.paths[node.name], before=op_text(self.before, node), after="", state="gone",
             into=into, how=how, source=node.meta.get("source"),
@@ -211,13 +206,13 @@ class _Reader:
         if state == "float":
             parts.append(node.meta.get("reason") or "passes float values on")
         if node.meta.get("leaves_as_float"):
-            parts.append("output not rounded")
-        in_chain = node.meta.get("continues") or len(node.meta.get("chain", ())) > 1
+            parts.append("not rounded")
+        source = node.args[0] if node.args else None
+        in_chain = isinstance(source, fx.Node) and source.meta.get("continues")
         if state == "integer" and in_chain and isinstance(behaviour_of(node), ChannelAffine):
             parts.append("folds at conversion")
         for note in node.meta.get("notes", ()):
-            if not _ABSORBED.match(note) and not _TOLD_OTHERWISE.match(note):
-                parts.append(told(note, self.paths, seen_from=self.paths[node.name]))
+            parts.append(told(note, self.paths, seen_from=self.paths[node.name]))
         return "; ".join(parts)
 
 
@@ -249,7 +244,7 @@ def op_text(module: LeveledModule, node: fx.Node) -> str:
     """What a node runs, in a word: a class name, or a function's."""
     part = module_at(module, node)
     if part is not None:
-        return part._get_name()
+        return str(part._get_name())  # type: ignore[no-untyped-call]
     if node.op in ("placeholder", "get_attr"):
         return {"placeholder": "input", "get_attr": "parameter"}[node.op]
     was: type[nn.Module] | None = node.meta.get("was_module")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 
-__all__ = ["paint", "terminal_width", "wants_color"]
+__all__ = ["paint", "terminal_width", "visible_length", "wants_color"]
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -22,5 +23,10 @@ def terminal_width() -> int | None:
 
 
 def paint(text: str, style: str | None) -> str:
-    """``text`` in one of the styles bold, dim, red, green, yellow, cyan; unchanged where it is empty or ``style`` is None."""
+    """``text`` in bold, dim, red, green, yellow or cyan; unchanged where it is empty or ``style`` is None."""
     return f"\033[{_CODES[style]}m{text}\033[0m" if style and text else text
+
+
+def visible_length(text: str) -> int:
+    """The columns that ``text`` takes, colours not counted."""
+    return len(re.sub("\033\\[[0-9]*m", "", text))
