@@ -1,9 +1,9 @@
 """fxquant: takes a PyTorch model as its author wrote it and makes it compute in integers.
 
-    prepared = fxquant.prepare(model, example_inputs)
-    fxquant.calibrate(prepared, loader)
-    int8 = fxquant.convert(prepared)
-    print(fxquant.diff(model, prepared))
+prepared = fxquant.prepare(model, example_inputs)
+fxquant.calibrate(prepared, loader)
+int8 = fxquant.convert(prepared)
+print(fxquant.diff(model, prepared))
 """
 
 from fxquant.checkpoint import load, save
@@ -11,6 +11,8 @@ from fxquant.errors import FxquantError
 from fxquant.flow import calibrate, convert, freeze, prepare, quantize, quantizers_off
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Op, Recipe, Setting
+from fxquant.report.coverage import coverage
+from fxquant.report.diff import diff
 from fxquant.training import freeze_batchnorm, reestimate_batchnorm
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "Setting",
     "calibrate",
     "convert",
+    "coverage",
+    "diff",
     "freeze",
     "freeze_batchnorm",
     "load",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.errors import CheckpointError, InputError
+from fxquant.errors import CheckpointError, InputError, RecipeError
 from fxquant.flow import convert, freeze, prepare
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import make_inputs
@@ -67,15 +67,29 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> LeveledModule:
         raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("fxquant") != FORMAT:
         raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
-    module = _rebuild(model, content)
-    missing, unexpected = module.load_state_dict(content["state"], strict=False)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "
-            f"{len(missing)} entries missing ({', '.join(missing[:4])}…), {len(unexpected)} unexpected "
-            f"({', '.join(unexpected[:4])}…). Build the model as it was built when it was saved."
-        )
+    unfit = f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "
+    remedy = "Build the model as it was built when it was saved."
+    try:
+        module = _rebuild(model, content)
+    except (InputError, RecipeError) as error:
+        raise CheckpointError(f"{unfit}{error}\n  {remedy}") from error
+    differences = _differences(content["state"], module.state_dict())
+    if differences:
+        raise CheckpointError(f"{unfit}{differences}. {remedy}")
+    module.load_state_dict(content["state"])
     return module
+
+
+def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
+    """Which entries of a file a model lacks, has in excess, or has in another shape; empty where it fits."""
+    shapes = {key: (tuple(saved[key].shape), tuple(own[key].shape)) for key in own if key in saved}
+    kinds = {
+        "missing": [key for key in own if key not in saved],
+        "unexpected": [key for key in saved if key not in own],
+        "of another shape": [f"{key} {ours} for {given}" for key, (given, ours) in shapes.items() if given != ours],
+    }
+    shown = {kind: ", ".join(keys[:4]) + "…" * (len(keys) > 4) for kind, keys in kinds.items()}
+    return ", ".join(f"{len(keys)} entries {kind} ({shown[kind]})" for kind, keys in kinds.items() if keys)
 
 
 def _rebuild(model: nn.Module, content: dict[str, Any]) -> LeveledModule:
@@ -93,7 +107,9 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> LeveledModule:
 
 def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
     return {
-        "settings": [[_selector_to_plain(selector), _setting_to_plain(setting)] for selector, setting in recipe.settings],
+        "settings": [
+            [_selector_to_plain(selector), _setting_to_plain(setting)] for selector, setting in recipe.settings
+        ],
         "default": _setting_to_plain(recipe.default),
         "quantize_outputs": recipe.quantize_outputs,
     }
@@ -120,7 +136,9 @@ def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
         if "op" in value:
             return Op(value["op"])
         if value["type"] not in classes:
-            raise CheckpointError(f"the saved recipe selects {value['type']}, which this {type(model).__name__} does not contain.")
+            raise CheckpointError(
+                f"the saved recipe selects {value['type']}, which this {type(model).__name__} does not contain."
+            )
         return classes[value["type"]]
 
     def setting(value: dict[str, Any] | None) -> Setting | None:

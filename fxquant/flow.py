@@ -9,7 +9,7 @@ Every pass is a pure function from graph module to graph module; after each, the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -181,7 +181,7 @@ def _run_batches(
     progress: bool,
 ) -> None:
     count = 0
-    total = batches if batches is not None else (len(loader) if hasattr(loader, "__len__") else None)
+    total = batches if batches is not None else _length(loader)
     for batch in tqdm(itertools.islice(loader, batches), total=total, desc="calibrate", disable=not progress or None):
         if forward is not None:
             forward(prepared, batch)
@@ -206,7 +206,7 @@ def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
     bad = torch.isnan(low) | torch.isnan(high) | torch.isneginf(low) | torch.isposinf(high)
     if not bool(bad.any()):
         return
-    names = [name.removesuffix(".output_quantizer") for name, wrong in zip(observed, bad.tolist(), strict=True) if wrong]
+    names = [name for name, wrong in zip(observed, bad.tolist(), strict=True) if wrong]
     raise CalibrationError(
         f"calibration batch {batch} gave NaN or infinite activations, first at {names[0]!r}"
         f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Ranges are as they were before.\n"
@@ -227,9 +227,14 @@ def _observing(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
 
 
 def _activation_quantizers(module: LeveledModule) -> dict[str, FakeQuantize]:
-    """Every activation quantizer once, by the name of the first module that holds it."""
-    found = module.named_modules()
-    return {n: q for n, q in found if isinstance(q, FakeQuantize) and not isinstance(q, WeightQuantize)}
+    """Every activation quantizer once, by the name of the first module that holds it, in the order of execution."""
+    found: dict[FakeQuantize, str] = {}
+    for node in module.graph.nodes:
+        part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        quantizer = getattr(part, "output_quantizer", None)
+        if isinstance(quantizer, FakeQuantize):
+            found.setdefault(quantizer, str(node.target))
+    return {name: quantizer for quantizer, name in found.items()}
 
 
 def _read_weights(module: LeveledModule) -> None:
@@ -249,7 +254,7 @@ def freeze(prepared: LeveledModule) -> LeveledModule:
         CalibrationError: some quantizers have no range yet; names them.
     """
     _require_level(prepared, ("prepared",), "freeze")
-    missing = [n.removesuffix(".output_quantizer") for n, q in _activation_quantizers(prepared).items() if not q.ready]
+    missing = [n for n, q in _activation_quantizers(prepared).items() if not q.ready]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise CalibrationError(
@@ -303,9 +308,13 @@ def quantize(
         args, kwargs = arguments_of(model, move_to(model, first))
         example_inputs = args if not kwargs else None
     prepared = prepare(model, example_inputs, recipe=recipe)
-    every = _Counted(itertools.chain([first], iterator), len(loader) if hasattr(loader, "__len__") else None)
+    every = _Counted(itertools.chain([first], iterator), _length(loader))
     calibrate(prepared, every, forward=forward, batches=batches, progress=progress)
     return convert(prepared)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 class _Counted:

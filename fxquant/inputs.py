@@ -42,7 +42,9 @@ def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
     if len(batch) < len(names):
-        raise InputError(f"a batch has {len(batch)} parts, and the model takes {len(names)} inputs ({', '.join(names)}).")
+        raise InputError(
+            f"a batch has {len(batch)} parts, and the model takes {len(names)} inputs ({', '.join(names)})."
+        )
     return tuple(batch[: max(len(names), 1)]), {}
 
 
@@ -96,6 +98,6 @@ def _make(value: dict[str, Any], device: torch.device) -> Any:
         return {k: _make(v, device) for k, v in value["dict"].items()}
     if "value" in value:
         return value["value"]
-    (kind, items), = value.items()
+    ((kind, items),) = value.items()
     made = [_make(v, device) for v in items]
     return tuple(made) if kind == "tuple" else made

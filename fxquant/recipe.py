@@ -37,7 +37,9 @@ class Setting:
         if not self.weight.signed:
             raise RecipeError(f"weight scheme {self.weight}: weights take both signs. Set signed=True.")
         if self.activation.per_channel:
-            raise RecipeError(f"activation scheme {self.activation}: an activation has one scale. Set per_channel=False.")
+            raise RecipeError(
+                f"activation scheme {self.activation}: an activation has one scale. Set per_channel=False."
+            )
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class Recipe:
         """
         for selector, _ in self.settings:
             if not any(_selects(selector, site) for site in sites):
-                raise RecipeError(f"the recipe's selector {selector!r} matches nothing in this model.{_nearest(selector, sites)}")
+                raise RecipeError(
+                    f"the recipe's selector {selector!r} matches nothing in this model.{_nearest(selector, sites)}"
+                )
 
     def with_activation_estimator(self, estimator: str) -> Recipe:
         """The same recipe with another range estimator for the activations of its default setting."""

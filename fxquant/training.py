@@ -40,14 +40,14 @@ def reestimate_batchnorm(
     all (Nagel et al., 2203.11086, §4.2). Ranges and weights stay as they are.
 
     Raises:
-        CalibrationError: the loader is empty; then nothing has changed.
+        CalibrationError: the loader is empty; then, and where a batch fails, nothing has changed.
     """
     norms = [part for part in prepared.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     saved = [(n.training, n.momentum, {k: b.clone() for k, b in n.named_buffers(recurse=False)}) for n in norms]
     modes = {part: part.training for part in prepared.modules()}
     prepared.eval()
-    count = 0
+    count, complete = 0, False
     for norm in norms:
         norm.reset_running_stats()
         norm.training, norm.momentum = True, None
@@ -56,10 +56,11 @@ def reestimate_batchnorm(
             args, kwargs = arguments_of(prepared, move_to(prepared, batch)) if forward is None else ((), {})
             prepared(*args, **kwargs) if forward is None else forward(prepared, batch)
             count += 1
+        complete = count > 0
     finally:
         for norm, (_, momentum, buffers) in zip(norms, saved, strict=True):
             norm.momentum = momentum
-            if not count:
+            if not complete:
                 for name, value in buffers.items():
                     getattr(norm, name).copy_(value)
         for part, mode in modes.items():

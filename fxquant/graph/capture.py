@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import ParameterProxy
 from torch.utils._pytree import tree_map_only
 
 from fxquant.errors import CaptureError, InputError
 from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.text import node_text
 
 __all__ = ["TrainingFlag", "capture", "record_shapes"]
 
@@ -100,6 +100,7 @@ class Tracer(fx.Tracer):
         self._proxy_buffers = proxy_buffers
         self._attribute_paths: dict[int, str] = {}
         self.flag: fx.Node | None = None
+        self.failed_in = ""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._attribute_paths = {id(p): name for name, p in root.named_parameters()}
@@ -128,6 +129,13 @@ class Tracer(fx.Tracer):
         if isinstance(a, _AttributeProxy):
             return a.node
         return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
@@ -213,7 +221,9 @@ def _finish(owned: nn.Module, graph: fx.Graph, name: str) -> LeveledModule:
 
 def _check_model(model: Any) -> None:
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise InputError(f"prepare was given the class {model.__name__}, not a model: call it first, {model.__name__}(...).")
+        raise InputError(
+            f"prepare was given the class {model.__name__}, not a model: call it first, {model.__name__}(...)."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             f"{type(model).__name__} is a TorchScript module: its Python is gone and cannot be rewritten. "
@@ -225,12 +235,13 @@ def _check_model(model: Any) -> None:
         raise InputError(f"this model is already {model.level}: prepare takes the float model it was made from.")
     for path, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic")):
-            raise InputError(f"{path or 'the model'} is already quantized by torch.ao ({type(module).__name__}): give the float model.")
+            raise InputError(
+                f"{path or 'the model'} is already quantized by torch.ao ({type(module).__name__}): give the float model."
+            )
 
 
 def _explain(error: Exception, tracer: Tracer, model: nn.Module) -> CaptureError:
-    path = tracer.scope.module_path if getattr(tracer, "scope", None) else ""
-    line = None
+    path, line = tracer.failed_in, None
     trace = error.__traceback__
     while trace is not None:
         if not trace.tb_frame.f_code.co_filename.startswith(_SKIPPED_FRAMES):
@@ -249,7 +260,10 @@ def _explain(error: Exception, tracer: Tracer, model: nn.Module) -> CaptureError
 class _ShapeRecorder(fx.Interpreter):
     """Runs a graph once and writes each value's shape and dtype on its node."""
 
+    at: fx.Node | None = None
+
     def run_node(self, n: fx.Node) -> Any:
+        self.at = n
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
             n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
@@ -271,14 +285,20 @@ def record_shapes(module: LeveledModule, example_inputs: tuple[Any, ...]) -> Non
     recorder = _ShapeRecorder(module, garbage_collect_values=True)
     recorder.extra_traceback = False
     module.eval()
+    taken = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
     try:
+        if len(example_inputs) > len(taken) and not any(name.startswith("*") for name in taken):
+            raise TypeError(f"forward takes {len(taken)} ({', '.join(taken)}) and {len(example_inputs)} were given")
         with torch.no_grad():
             recorder.run(*tree_map_only(torch.Tensor, torch.clone, example_inputs))
     except Exception as error:
         shapes = ", ".join(_describe(value) for value in example_inputs)
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        at = recorder.at
+        where = "the call itself" if at is None else f"{node_text(at)}, {at.meta.get('source') or 'source unknown'}"
         raise InputError(
             f"the model does not run on example_inputs ({shapes}): {cause}\n"
+            f"  where: {where}\n"
             "  what to do: give the inputs that the model's forward takes, with their usual shape and dtype, on the device "
             f"of its parameters ({next((p.device for p in module.parameters()), 'none')})."
         ) from error

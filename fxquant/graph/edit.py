@@ -8,7 +8,7 @@ one in their place (see ``clone_module``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,16 +17,14 @@ from fxquant.graph.leveled import LeveledModule
 
 __all__ = ["Edit", "clone_module"]
 
-M = TypeVar("M", bound=nn.Module)
 
-
-def clone_module(old: nn.Module, cls: type[M] | None = None, **changes: Any) -> M:
+def clone_module(old: nn.Module, cls: type[nn.Module] | None = None, /, **changes: Any) -> Any:
     """A new module with ``old``'s attributes, some of them changed, of ``old``'s class or its subclass ``cls``.
 
     Parameters, buffers, hooks and submodules not named in ``changes`` are shared with ``old``; a change may name any.
     """
-    cls = cls or type(old)  # type: ignore[assignment]
-    new: Any = cls.__new__(cls)  # type: ignore[misc,type-var]
+    made_of: Any = cls or type(old)
+    new = made_of.__new__(made_of)
     new.__dict__.update(old.__dict__)
     for registry in ("_parameters", "_buffers", "_modules"):
         new.__dict__[registry] = old.__dict__[registry].copy()
@@ -57,7 +55,7 @@ class Edit:
         self._source, self._by = source, by
         self.graph = fx.Graph()
         self._copies: dict[fx.Node, fx.Node] = {}
-        output = self.graph.graph_copy(source.graph, self._copies, return_output_node=True)
+        output: Any = self.graph.graph_copy(source.graph, self._copies, return_output_node=True)
         if output is not None:
             value, old = output
             self._copies[old] = self.graph.output(value)
@@ -87,6 +85,16 @@ class Edit:
     def note(self, node: fx.Node, text: str) -> None:
         """Write down, for the diff and the report, what was done or declined at ``node``."""
         node.meta.setdefault("notes", []).append(text)
+
+    def absorb(self, node: fx.Node, gone: fx.Node, how: str) -> None:
+        """Take ``gone`` out, which ``node`` now does too; ``how`` is ``folded`` or ``merged``. Its users read its input.
+
+        ``gone`` stands right behind ``node``, or right before it.
+        """
+        node.meta["absorbed"] = [*node.meta.get("absorbed", ()), (gone.name, how)]
+        source = gone.args[0]
+        assert isinstance(source, fx.Node)
+        self.remove(gone, source)
 
     def set_module(self, node: fx.Node, module: nn.Module) -> None:
         """Put ``module`` where ``node`` calls one."""
@@ -163,6 +171,7 @@ class Edit:
         named = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         attributes = {path: value for path, value in self.attributes.items() if path in named}
         result = LeveledModule(attributes, self.graph, self._source.__class__.__name__)
+        result.adopt_order(self._source)
         result.meta.update({**self._source.meta, **meta})
         if level is not None:
             result.meta["level"] = level
@@ -171,9 +180,8 @@ class Edit:
 
     def _drop_unused(self) -> None:
         for node in reversed(self.nodes):
-            if not node.users and node.op in ("call_module", "call_function", "call_method", "get_attr"):
-                if node.meta.get("removable", node.op == "get_attr"):
-                    self.graph.erase_node(node)
+            if not node.users and node.op == "get_attr":
+                self.graph.erase_node(node)
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

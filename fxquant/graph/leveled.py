@@ -32,6 +32,21 @@ class LeveledModule(fx.GraphModule):
     def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "LeveledModule") -> None:
         super().__init__(root, graph, class_name)
         self.meta.update(getattr(root, "meta", {}) if isinstance(root, nn.Module) else {})
+        if isinstance(root, nn.Module):
+            self.adopt_order(root)
+
+    def adopt_order(self, source: nn.Module) -> None:
+        """Order parameters and submodules as in ``source``, so that an optimizer's state still loads; new ones come last.
+
+        fx makes containers anew and fills them in the order of use.
+        """
+        containers = dict(source.named_modules(remove_duplicate=False))
+        for path, part in self.named_modules():
+            if path in containers and (part is self or type(part) is nn.Module):
+                for registry in ("_modules", "_parameters", "_buffers"):
+                    given, own = list(containers[path].__dict__[registry]), part.__dict__[registry]
+                    names = [n for n in given if n in own] + [n for n in own if n not in given]
+                    part.__dict__[registry] = {name: own[name] for name in names}
 
     @property
     def level(self) -> str:
@@ -40,6 +55,12 @@ class LeveledModule(fx.GraphModule):
     @property
     def settings(self) -> dict[str, Any]:
         return self.meta.setdefault("settings", {})
+
+    def __deepcopy__(self, memo: Any) -> LeveledModule:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, LeveledModule)
+        twin.__class__.__name__ = self.__class__.__name__  # fx names every copy GraphModule
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_tracer_cls", "_tracer_extras")}
@@ -50,7 +71,8 @@ def facts(node: fx.Node) -> dict[str, Any]:
     """What is known of ``node``; keys are written by capture and the passes.
 
     ``module_path``: where in the user's model it was called. ``source``: ``file:line`` of that call. ``shape``, ``dtype``
-    where an example was run. ``notes``: what passes did or declined to do. ``by``: the pass that made the node;
+    where an example was run. ``notes``: what passes declined to do, and why. ``absorbed``: the names of the nodes that this
+    one does too now, each with ``folded`` or ``merged``. ``by``: the pass that made the node;
     ``origin``: the user's nodes it stands for.
     """
     return node.meta
@@ -64,7 +86,8 @@ class _Reference:
 
 
 def _record(node: fx.Node) -> tuple[Any, ...]:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Reference(n.name))
+    by_name: Any = lambda n: _Reference(n.name)  # noqa: E731
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_name)
     target = node.target if isinstance(node.target, str) else _function_path(node.target)
     meta = {k: v for k, v in node.meta.items() if k not in ("nn_module_stack", "stack_trace", "val")}
     return node.name, node.op, target, args, kwargs, meta

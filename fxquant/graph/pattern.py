@@ -27,7 +27,9 @@ def next_in_chain(node: fx.Node) -> fx.Node | Skip:
     users = list(node.users)
     if len(users) != 1:
         others = ", ".join(user.name for user in users[1:4])
-        return Skip(f"{node.name}'s output is not used" if not users else f"{node.name}'s output is also used by {others}")
+        return Skip(
+            f"{node.name}'s output is not used" if not users else f"{node.name}'s output is also used by {others}"
+        )
     if users[0].op == "output":
         return Skip(f"{node.name} is an output of the model")
     return users[0]

@@ -99,7 +99,9 @@ class FakeQuantize(nn.Module):
         """The estimator's running state, by name."""
         return {name: self._buffers[f"range_{name}"] for name in self._state_names}  # type: ignore[misc]
 
-    def forward(self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
+    ) -> Tensor:
         """Fake-quantize ``x`` clamped to ``[lower, upper]``; see ``numerics.gradients.fake_quantize``.
 
         While no rounding happens the clamp does not happen either: it is the caller's, who merged it into this call.
@@ -125,7 +127,9 @@ class FakeQuantize(nn.Module):
         """Fold ``x`` into the running range; while tracking, follow it with scale and zero point at once."""
         if self.fixed_range is not None or not x.is_floating_point() or x.numel() == 0:
             return
-        ESTIMATOR[self.scheme.estimator].update(self.range_state(), x.detach(), axis=self.axis, lower=lower, upper=upper)
+        ESTIMATOR[self.scheme.estimator].update(
+            self.range_state(), x.detach(), axis=self.axis, lower=lower, upper=upper
+        )
         if not self.observing:
             self.update_scale()
 
@@ -180,7 +184,9 @@ class WeightQuantize(FakeQuantize):
         self.frozen = False
         self._seen: tuple[int, int] | None = None
 
-    def forward(self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
+    ) -> Tensor:
         if self.enabled and not self.frozen:
             self.refresh(x)
         return super().forward(x)

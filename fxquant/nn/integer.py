@@ -206,7 +206,7 @@ class IntegerWeighted(IntegerOp):
             self._set_multiplier(scale / site.output.scale.double())
         else:
             self.register_buffer("output_scale", scale.float())
-            self.clamp = site.clamp
+            self.clamp, self.real_dtype = site.clamp, site.parameters["weight"].dtype
 
     @staticmethod
     def _quantized_bias(bias: Tensor, scale: Tensor) -> Tensor:
@@ -228,8 +228,8 @@ class IntegerWeighted(IntegerOp):
         if self.bias is not None:
             acc = acc + self._per_channel(self.bias, acc.ndim)
         if self.output_dtype is None:
-            y = acc.double() * self._per_channel(self.output_scale.double(), acc.ndim)
-            return y.float() if self.clamp == (None, None) else torch.clamp(y.float(), *self.clamp)
+            y = (acc.double() * self._per_channel(self.output_scale.double(), acc.ndim)).to(self.real_dtype)
+            return y if self.clamp == (None, None) else torch.clamp(y, *self.clamp)
         axis = self.channel_axis if self.multiplier.ndim else None
         return self.emit(requantize(acc, self.multiplier, self.shift, axis=axis, rounding=self.rounding))
 
@@ -273,6 +273,8 @@ class IntegerPass(IntegerOp):
         fill: name of the attribute that holds a real number to be written into the result (the value of a padding).
     """
 
+    filling: Tensor
+
     def __init__(self, site: Site, *, carried: bool = False, fill: str | None = None) -> None:
         super().__init__(site)
         self.carried = carried
@@ -280,9 +282,10 @@ class IntegerPass(IntegerOp):
         grid = next((g for g in site.inputs if g is not None), None)
         assert grid is not None
         if fill is not None:
+            self.register_buffer("filling", torch.zeros((), dtype=torch.int32))
             real = torch.full_like(grid.scale, float(self.attributes.get(fill) or 0.0))
             q = quantize(real, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-            self.register_buffer("filling", q.to(torch.int32))
+            self.filling = q.to(torch.int32)
 
     def forward(self, *operands: Any, **dynamic: Any) -> Any:
         attributes = {**self.attributes, **dynamic}
@@ -388,6 +391,9 @@ class IntegerEvaluate(IntegerOp):
         site: the op; its parameters become buffers and are passed by name.
         function: the function to evaluate, the entry's own where None.
     """
+
+    input_scale: Tensor
+    output_scale: Tensor
 
     def __init__(self, site: Site, *, function: Callable[..., Any] | None = None) -> None:
         super().__init__(site)

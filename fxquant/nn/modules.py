@@ -33,15 +33,18 @@ __all__ = [
 class Described(Protocol):
     """What a module needs to know of its op: see ``ops.entry.OpEntry``."""
 
-    name: str
-    title: str
-    function: Callable[..., Any]
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def function(self) -> Callable[..., Any]: ...
 
 
 class _Quantized(nn.Module):
     """What all fake-quant modules share."""
 
-    entry: Described | None = None
+    entry: Any = None
     output_quantizer: FakeQuantize | None
     applies: bool
     inplace: bool
@@ -140,9 +143,7 @@ class _Conv(QuantWeighted):
 class _ConvTranspose(QuantWeighted):
     def _weighted(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims = len(self.kernel_size)
-        padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
+        padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         return function(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
@@ -250,4 +251,3 @@ _CLASSES: dict[type[nn.Module], type[_Quantized]] = {
 def quant_class_of(module: nn.Module) -> type[_Quantized] | None:
     """The fake-quant subclass of ``module``'s own class, if there is one."""
     return _CLASSES.get(type(module))
-

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.ops.behaviour import Behaviour, FloatOnly
-from fxquant.ops.entry import Call, OpEntry, Unbindable
+from fxquant.ops.entry import Call, OpEntry, UnbindableError
 from fxquant.ops.example import example
 from fxquant.ops.layout import identity
 from fxquant.ops.table import entries_for
@@ -46,7 +46,7 @@ def _arguments(entry: OpEntry, node: fx.Node, module: nn.Module | None) -> dict[
     if "attributes" in module.__dict__:
         return entry.bind(node.args, {**module.__dict__["attributes"], **node.kwargs})
     if len(node.args) != 1 or node.kwargs:
-        raise Unbindable(f"{type(module).__name__} is called with more than its input")
+        raise UnbindableError(f"{type(module).__name__} is called with more than its input")
     return {entry.operand_names[0]: node.args[0], **entry.read_module(module)}
 
 
@@ -59,8 +59,8 @@ def recognize(node: fx.Node, module: nn.Module | None) -> Call | str:
     for entry in entries_for(node, module):
         try:
             call = Call(entry, _arguments(entry, node, module), node, module)
-        except Unbindable as unbindable:
-            reason = str(unbindable)
+        except UnbindableError as error:
+            reason = str(error)
             continue
         if entry.accepts is not None and not entry.accepts(call):
             continue

@@ -19,14 +19,14 @@ from fxquant.nn.integer import Site
 from fxquant.ops.behaviour import Behaviour
 from fxquant.ops.example import Example
 
-__all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "Unbindable", "scalar"]
+__all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "UnbindableError", "scalar"]
 
 
 ENTRIES: dict[str, OpEntry] = {}
 """Every entry by name, in the order of definition; filled by importing the families (see ``ops.table``)."""
 
 
-class Unbindable(Exception):
+class UnbindableError(Exception):
     """A call uses an argument that the op's signature does not know; the message is a reason for the user."""
 
 
@@ -121,7 +121,7 @@ class OpEntry:
         """Arguments by name, defaults left out.
 
         Raises:
-            Unbindable: an argument is unknown, given twice, or missing.
+            UnbindableError: an argument is unknown, given twice, or missing.
         """
         bound: dict[str, Any] = {}
         remaining = list(args)
@@ -133,16 +133,18 @@ class OpEntry:
             elif remaining:
                 bound[parameter.name] = remaining.pop(0)
         if remaining:
-            raise Unbindable(f"{self.name} is called with more arguments than {self.signature!r}")
+            raise UnbindableError(f"{self.name} is called with more arguments than {self.signature!r}")
         for key, value in kwargs.items():
             key = self.aliases.get(key, key)
             if key in bound or all(key != p.name for p in self.parameters):
-                raise Unbindable(f"{self.name} is called with {key}={value!r}, which is not supported")
+                raise UnbindableError(f"{self.name} is called with {key}={value!r}, which is not supported")
             bound[key] = value
         missing = [p.name for p in self.parameters if p.required and p.name not in bound]
         if missing:
-            raise Unbindable(f"{self.name} is called without {', '.join(missing)}")
-        return {p.name: bound[p.name] for p in self.parameters if p.name in bound and not _same(bound[p.name], p.default)}
+            raise UnbindableError(f"{self.name} is called without {', '.join(missing)}")
+        return {
+            p.name: bound[p.name] for p in self.parameters if p.name in bound and not _same(bound[p.name], p.default)
+        }
 
     def arrange(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Bound arguments as a call: leading operands by position, everything else by name."""

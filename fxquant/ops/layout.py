@@ -17,7 +17,18 @@ from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import Example, example
 from fxquant.ops.reduction import carried_pass
 
-__all__ = ["expand", "flip", "getitem", "identity", "permute", "repeat", "reshape", "stochastic_depth", "unflatten", "view"]
+__all__ = [
+    "expand",
+    "flip",
+    "getitem",
+    "identity",
+    "permute",
+    "repeat",
+    "reshape",
+    "stochastic_depth",
+    "unflatten",
+    "view",
+]
 
 
 def view(input: Tensor, shape: Any) -> Tensor:
@@ -107,7 +118,8 @@ _passing(
     lambda x, y: torch.cat([x * 0.5, y], dim=1) * 1.5,
     (2, 3, 4, 5),
     (2, 4, 4, 5),
-    views=False, onnx="Concat",
+    views=False,
+    onnx="Concat",
     joins=True,
     functions=(torch.concat, torch.concatenate),
     aliases={"axis": "dim"},
@@ -119,7 +131,8 @@ _passing(
     lambda x, y: torch.stack((x * 0.5, y), dim=2) * 1.5,
     (2, 3, 4),
     (2, 3, 4),
-    views=False, onnx="Concat",
+    views=False,
+    onnx="Concat",
     joins=True,
 )
 _passing(
@@ -132,7 +145,9 @@ _passing(
     methods=("flatten",),
     modules=(nn.Flatten,),
 )
-_passing("view", view, "input*, ...shape", lambda x: x.view(x.size(0), -1), (2, 3, 4), onnx="Reshape", methods=("view",))
+_passing(
+    "view", view, "input*, ...shape", lambda x: x.view(x.size(0), -1), (2, 3, 4), onnx="Reshape", methods=("view",)
+)
 _passing(
     "reshape",
     reshape,
@@ -217,7 +232,9 @@ _passing("unbind", torch.unbind, "input*, dim=0", lambda x: x.unbind(1)[2], (2, 
          methods=("unbind",), returns="tuple")  # fmt: skip
 _passing("contiguous", contiguous, "input*, memory_format=None", lambda x: x.transpose(1, 2).contiguous(), (2, 3, 4),
          onnx="Identity", methods=("contiguous",))  # fmt: skip
-_passing("clone", torch.clone, "input*", lambda x: x.clone(), (2, 3, 4), views=False, onnx="Identity", methods=("clone",))
+_passing(
+    "clone", torch.clone, "input*", lambda x: x.clone(), (2, 3, 4), views=False, onnx="Identity", methods=("clone",)
+)
 _passing("identity", identity, "input*", nn.Identity(), (2, 3, 4), onnx="Identity", modules=(nn.Identity,))
 _passing(
     "pixel_shuffle",
@@ -225,7 +242,8 @@ _passing(
     "input*, upscale_factor",
     nn.PixelShuffle(2),
     (2, 8, 3, 4),
-    views=False, onnx="DepthToSpace",
+    views=False,
+    onnx="DepthToSpace",
     modules=(nn.PixelShuffle,),
 )
 _passing(
@@ -234,7 +252,8 @@ _passing(
     "input*, downscale_factor",
     nn.PixelUnshuffle(2),
     (2, 2, 6, 4),
-    views=False, onnx="SpaceToDepth",
+    views=False,
+    onnx="SpaceToDepth",
     modules=(nn.PixelUnshuffle,),
 )
 _passing(
@@ -243,7 +262,8 @@ _passing(
     "input*, groups",
     nn.ChannelShuffle(3),
     (2, 6, 3, 4),
-    views=False, onnx="Transpose",
+    views=False,
+    onnx="Transpose",
     modules=(nn.ChannelShuffle,),
     functions=(torch.channel_shuffle,),
     integer=carried_pass,

@@ -42,4 +42,4 @@ def is_measurement(op: str, target: Any, args: tuple[Any, ...]) -> bool:
 def is_arithmetic(target: Callable[..., Any]) -> bool:
     """Whether a function computes numbers from numbers."""
     module = getattr(target, "__module__", "")
-    return module in (operator.__name__, "_operator", math.__name__) or target in _NUMBERS or target is torch.Size
+    return module in (operator.__name__, "_operator", math.__name__) or target in _NUMBERS or target in (torch.Size, torch._assert)

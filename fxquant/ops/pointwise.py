@@ -16,8 +16,8 @@ from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 
 
-def _number(value: Any, name: str) -> float | None | str:
-    if isinstance(value, fx.Node) or isinstance(value, Tensor):
+def _number(value: Any, name: str) -> float | str | None:
+    if isinstance(value, (fx.Node, Tensor)):
         return f"its bound {name!r} is a tensor"
     return None if value is None else float(value)
 
@@ -138,7 +138,15 @@ _unary(
     modules=(nn.Softplus,),
     sample=nn.Softplus(beta=2.0, threshold=4.0),
 )
-_unary("abs", torch.abs, onnx="Abs", functions=(operator.abs,), methods=("abs", "__abs__"), inplace_methods=("abs_",), sample=torch.abs)
+_unary(
+    "abs",
+    torch.abs,
+    onnx="Abs",
+    functions=(operator.abs,),
+    methods=("abs", "__abs__"),
+    inplace_methods=("abs_",),
+    sample=torch.abs,
+)
 _unary("exp", torch.exp, onnx="Exp", methods=("exp",), inplace_methods=("exp_",), sample=lambda x: torch.exp(x * 0.3))
 _unary("sqrt", torch.sqrt, onnx="Sqrt", methods=("sqrt",), sample=lambda x: torch.sqrt(x.abs()))
 _unary(

@@ -258,7 +258,9 @@ OpEntry(
     integer=carried_pass,
     accepts=lambda call: call["mode"] in _NEAREST,
     onnx="Resize",
-    example=example(lambda x: F.interpolate(x, scale_factor=(2.0, 1.5), mode="nearest-exact"), (2, 3, 5, 6), behind_op=True),
+    example=example(
+        lambda x: F.interpolate(x, scale_factor=(2.0, 1.5), mode="nearest-exact"), (2, 3, 5, 6), behind_op=True
+    ),
 )
 OpEntry(
     name="interpolate",

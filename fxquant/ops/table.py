@@ -24,11 +24,12 @@ TABLE = ENTRIES
 
 
 @cache
-def _index() -> dict[tuple[str, Any], list[OpEntry]]:
+def _index(size: int) -> dict[tuple[str, Any], list[OpEntry]]:
+    """Entries by spelling, for a table of ``size`` entries: made again when one was added."""
     index: dict[tuple[str, Any], list[OpEntry]] = {}
     for entry in TABLE.values():
         functions = {entry.function, *entry.functions, *entry.inplace_functions}
-        keys = [("call_function", f) for f in functions]
+        keys: list[tuple[str, Any]] = [("call_function", f) for f in functions]
         keys += [("call_method", m) for m in (*entry.methods, *entry.inplace_methods)]
         keys += [("call_module", m) for m in entry.modules]
         keys += [("named", name) for name in entry.named_functions]
@@ -40,10 +41,10 @@ def _index() -> dict[tuple[str, Any], list[OpEntry]]:
 def entries_for(node: fx.Node, module: nn.Module | None) -> list[OpEntry]:
     """The entries that know this spelling; empty for an op that is not in the table."""
     key = type(module) if node.op == "call_module" else node.target
-    found = _index().get((node.op, key), [])
+    found = _index(len(TABLE)).get((node.op, key), [])
     if not found and node.op == "call_function":
         qualified = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', '')}"
-        found = _index().get(("named", qualified), [])
+        found = _index(len(TABLE)).get(("named", qualified), [])
     return found
 
 
@@ -56,11 +57,18 @@ def is_inplace(entry: OpEntry, node: fx.Node, module: nn.Module | None) -> bool:
 
 def quant_op_class(entry: OpEntry) -> type[QuantOp]:
     """The fake-quant module class of a function: ``QuantReLU`` for ``relu``, ``QuantAdd`` for ``add``."""
-    return globals()["Quant" + entry.title]
+    name = f"Quant{entry.title}"
+    if name not in globals():
+        base = QuantWeightedOp if isinstance(entry.behaviour, Weighted) else QuantOp
+        doc = f"A call of ``{entry.name}`` in a prepared graph."
+        globals()[name] = type(name, (base,), {"__module__": __name__, "__doc__": doc})
+    made: type[QuantOp] = globals()[name]
+    return made
 
 
-for _entry in TABLE.values():
-    _base = QuantWeightedOp if isinstance(_entry.behaviour, Weighted) else QuantOp
-    _doc = f"A call of ``{_entry.name}`` in a prepared graph."
-    _name = "Quant" + _entry.title
-    globals()[_name] = type(_name, (_base,), {"__module__": __name__, "__doc__": _doc})
+def __getattr__(name: str) -> Any:
+    """Lets pickle find the classes that ``quant_op_class`` makes when they are first asked for."""
+    for entry in TABLE.values():
+        if name == f"Quant{entry.title}":
+            return quant_op_class(entry)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 
-__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"]
+__all__ = ["conv1d", "conv2d", "conv3d"]
 
 
 def _padded(x: Tensor, weight: Tensor, padding: Any, dilation: Any, mode: str) -> Tensor:
@@ -134,9 +134,7 @@ OpEntry(
     fresh=True,
     macs=_conv_macs,
     onnx="Conv",
-    example=example(
-        nn.Conv1d(6, 9, 3, stride=2, padding=2, dilation=2, groups=3, padding_mode="reflect"), (2, 6, 17)
-    ),
+    example=example(nn.Conv1d(6, 9, 3, stride=2, padding=2, dilation=2, groups=3, padding_mode="reflect"), (2, 6, 17)),
 )
 OpEntry(
     name="conv2d",

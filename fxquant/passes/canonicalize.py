@@ -34,17 +34,17 @@ def canonicalize(module: LeveledModule) -> LeveledModule:
     Before:
         x = input
         relu_ = .relu_(x)
-        add = iadd(relu_, x)
-        size = .size(add, 0)
-        view = .view(add, size, -1)
+        iadd = iadd(relu_, x)
+        size = .size(iadd, 0)
+        view = .view(iadd, size, -1)
         return view
 
     After:
         x = input
         relu_ = relu(x)
-        add = add(relu_, relu_)
-        size = .size(add, 0)
-        view = view(add, shape=(size, -1))
+        iadd = add(relu_, relu_)
+        size = .size(iadd, 0)
+        view = view(iadd, shape=(size, -1))
         return view
 
     Law:
@@ -77,7 +77,7 @@ class _Canonicalizer:
         node.meta["is_tensor"] = not isinstance(dtype, str) or dtype == "NoneType"
         node.meta["is_container"] = dtype in _CONTAINERS
         node.meta["constant"] = node.op == "get_attr"
-        value = self.edit.attributes.get(node.target) if node.op == "get_attr" else None
+        value = self.edit.attributes.get(str(node.target)) if node.op == "get_attr" else None
         if isinstance(value, torch.Tensor):
             node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
 
@@ -85,12 +85,12 @@ class _Canonicalizer:
         operands = [n for n in nodes_in((node.args, node.kwargs)) if _is_data(n)]
         node.meta.update(is_tensor=True, constant=bool(operands) and all(n.meta["constant"] for n in operands))
         module = self.edit.module(node)
-        if isinstance(module, TrainingFlag) or is_measurement(node.op, node.target, node.args):
+        counts = not operands and callable(node.target) and is_arithmetic(node.target)
+        if counts or isinstance(module, TrainingFlag) or is_measurement(node.op, node.target, node.args):
             self._measure(node)
-        elif not operands and node.op == "call_function" and is_arithmetic(node.target):
-            self._measure(node)
-        elif any(n.meta.get("is_container") for n in operands) and node.target is _GETITEM:
-            self._keep_float(node, "it is part of an input", from_container=True)
+        elif node.target is operator.getitem and operands and _holds_several(operands[0]):
+            self._keep_float(node, f"it is one part of {operands[0].name}")
+            node.meta["part_of"] = operands[0].name
         else:
             self._recognize(node, module)
 
@@ -121,11 +121,8 @@ class _Canonicalizer:
                 return "its weight is computed in forward"
         return None
 
-    def _keep_float(self, node: fx.Node, reason: str, *, from_container: bool = False) -> None:
-        node.meta.update(entry=FLOAT, reason=reason)
-        if from_container:
-            node.meta["part_of_input"] = True
-            node.meta["is_container"] = node.meta.get("dtype") in _CONTAINERS
+    def _keep_float(self, node: fx.Node, reason: str) -> None:
+        node.meta.update(entry=FLOAT, reason=reason, is_container=node.meta.get("dtype") in _CONTAINERS)
 
     def _rewrite(self, node: fx.Node, call: Call, module: nn.Module | None) -> None:
         entry = call.entry
@@ -159,7 +156,13 @@ class _Canonicalizer:
         for name in held:
             tensor = getattr(module, name)
             arguments[name] = self.edit.insert_attribute(
-                node, f"{path}.{name}", tensor, is_tensor=True, constant=True, shape=tuple(tensor.shape), dtype=tensor.dtype
+                node,
+                f"{path}.{name}",
+                tensor,
+                is_tensor=True,
+                constant=True,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
             )
         node.meta["was_module"] = type(module)
         ordered = {p.name: arguments[p.name] for p in entry.parameters if p.name in arguments}
@@ -187,7 +190,11 @@ class _Canonicalizer:
                 )
 
 
-_GETITEM = operator.getitem
+def _holds_several(node: fx.Node) -> bool:
+    """Whether ``node`` gives a tuple, list or dict; a float op whose result was not seen is taken to, if indexed."""
+    if isinstance(node.meta.get("dtype"), torch.dtype):
+        return False
+    return bool(node.meta.get("is_container")) or node.meta.get("entry") is FLOAT
 
 
 def _is_data(node: fx.Node) -> bool:

@@ -36,8 +36,9 @@ def drop_noops(module: LeveledModule, *, keep_dropout: bool) -> LeveledModule:
     edit = Edit(module, by="drop_noops")
     for node in edit.nodes:
         entry = node.meta.get("entry")
-        if entry is None or "reason" in node.meta or not isinstance(node.args[0] if node.args else None, fx.Node):
+        source = node.args[0] if node.args else None
+        if entry is None or "reason" in node.meta or not isinstance(source, fx.Node):
             continue
-        if entry.function is identity and not entry.drops or (entry.drops and not keep_dropout):
-            edit.remove(node, node.args[0])
+        if (entry.function is identity and not entry.drops) or (entry.drops and not keep_dropout):
+            edit.remove(node, source)
     return edit.done()

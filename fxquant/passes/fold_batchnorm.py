@@ -68,11 +68,12 @@ def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     conv = edit.module(producer)
     assert conv is not None
     if isinstance(conv, nn.Linear) and len(producer.meta.get("shape", ())) != 2:
-        return Skip(f"{producer.name} may give more than (batch, features); example_inputs of two dimensions would settle it")
+        return Skip(
+            f"{producer.name} may give more than (batch, features); example_inputs of two dimensions would settle it"
+        )
     weight, bias = _scaled_outputs(call_of(producer, conv).entry.behaviour, conv, gain)
     _put(edit, producer, conv, weight, offset if bias is None else bias * gain + offset)
-    edit.note(producer, f"{bn.target} folded in")
-    edit.remove(bn, producer)
+    edit.absorb(producer, bn, "folded")
     return producer
 
 
@@ -101,11 +102,8 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     bias = (old * offset[inputs].reshape(shape)).flatten(1).sum(1)
     if conv.bias is not None:
         bias = bias + conv.bias.detach().double()  # type: ignore[operator]
-    source = bn.args[0]
-    assert isinstance(source, fx.Node)
     _put(edit, consumer, conv, old * gain[inputs].reshape(shape), bias)
-    edit.note(consumer, f"{bn.target} folded in")
-    edit.remove(bn, source)
+    edit.absorb(consumer, bn, "folded")
     return consumer
 
 

@@ -9,7 +9,7 @@ so that the integers that were trained stay what they were, up to a sign per cha
 always take. Source: AIMET's batch-norm re-estimation guide; Jacob et al., 1712.05877, §2.4 for the bias.
 
 The bias grid is s_b = s_x·s_w with zero point 0. Where a bias would not fit into 31 bits on it, the channel's weight
-scale is raised until it does: such a channel has weights near zero, and lives by its bias.
+scale is raised until it does, and its integers shrink: such a channel has weights near zero, and lives by its bias.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
-from fxquant.numerics.affine import dequantize, quantize
+from fxquant.numerics.affine import broadcast, dequantize, quantize
 from fxquant.ops.behaviour import ChannelAffine, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
@@ -85,15 +85,16 @@ class _Freezer:
     def _freeze(self, quantizer: FakeQuantize) -> FakeQuantize:
         """One frozen twin for each quantizer, so that what was shared stays shared."""
         if id(quantizer) not in self.frozen:
-            twin = clone_module(quantizer, scale=quantizer.scale.clone(), zero_point=quantizer.zero_point.clone())
+            own = {name: buffer.clone() for name, buffer in quantizer.named_buffers(recurse=False)}
+            twin: FakeQuantize = clone_module(quantizer, None, **own)
             twin.observing, twin.tracking, twin.enabled = False, False, True
             self.frozen[id(quantizer)] = twin
         return self.frozen[id(quantizer)]
 
     def _freeze_weight(self, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
-        quantizer.refresh(weight)
         twin = self._freeze(quantizer)
         assert isinstance(twin, WeightQuantize)
+        twin.refresh(weight)
         twin.frozen = True
         return twin
 
@@ -103,19 +104,30 @@ class _Freezer:
         assert isinstance(behaviour, Weighted)
         quantizer = self._freeze_weight(part.weight_quantizer, part.weight)
         real = part.weight.detach()
-        q = quantize(real.float(), quantizer.scale, quantizer.zero_point, quantizer.scheme.qmin, quantizer.scheme.qmax, axis=quantizer.axis)
+        q = quantize(
+            real.float(),
+            quantizer.scale,
+            quantizer.zero_point,
+            quantizer.scheme.qmin,
+            quantizer.scheme.qmax,
+            axis=quantizer.axis,
+        )
         scale = quantizer.scale.double()
         bias = None if part.bias is None else part.bias.detach().double()
         batch_norm = self._batch_norm_behind(node)
         if batch_norm is not None:
             gain, offset = channel_affine_of(self.edit.module(batch_norm))  # type: ignore[arg-type]
-            q = q * per_output_channel(torch.where(gain < 0, -1.0, 1.0), q, out_axis=behaviour.out_axis, groups=1).to(q.dtype)
+            q = q * per_output_channel(torch.where(gain < 0, -1.0, 1.0), q, out_axis=behaviour.out_axis, groups=1).to(
+                q.dtype
+            )
             scale = scale * gain.abs()
             bias = offset if bias is None else gain * bias + offset
             self._take_over(node, part, batch_norm)
             part = self.edit.module(node)
+        given = scale
         scale, bias = self._fit_bias(node, scale, bias, getattr(part, "groups", 1) if behaviour.out_axis == 1 else 1)
         axis = behaviour.out_axis if scale.ndim else None
+        q = torch.round(q * broadcast(given / scale, q.ndim, axis)).to(q.dtype)
         twin = self._with_scale(quantizer, scale, axis)
         weight = dequantize(q, twin.scale, twin.zero_point, axis=axis).to(real.dtype)
         changes: dict[str, Any] = {"weight": nn.Parameter(weight, requires_grad=False), "weight_quantizer": twin}
@@ -132,8 +144,7 @@ class _Freezer:
             self.edit.set_module(node, part)
             for key in ("continues", "group", "quantized", "leaves_as_float"):
                 node.meta[key] = batch_norm.meta.get(key)
-        self.edit.note(node, f"{batch_norm.target} folded into the weight scales")
-        self.edit.remove(batch_norm, node)
+        self.edit.absorb(node, batch_norm, "folded")
 
     def _with_scale(self, quantizer: WeightQuantize, scale: Tensor, axis: int | None) -> WeightQuantize:
         safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()

@@ -36,8 +36,6 @@ def merge_clamps(module: LeveledModule) -> LeveledModule:
             link.meta["continues"] = True
         chain[-1].meta["chain"] = [link.name for link in chain]
         chain[-1].meta["setting"] = node.meta["setting"]
-        for link in chain[1:]:
-            edit.note(link, f"merged with {chain[0].name}")
     return edit.done()
 
 

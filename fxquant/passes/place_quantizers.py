@@ -136,7 +136,9 @@ class _Placer:
         part = cls(call.entry, static, clamp_bounds(self.edit, node))
         if isinstance(part, QuantWeightedOp):
             source = call.arguments["weight"]
-            part.weight_quantizer = self._weight_quantizer(node, str(source.target), self.edit.attributes[source.target])
+            part.weight_quantizer = self._weight_quantizer(
+                node, str(source.target), self.edit.attributes[source.target]
+            )
         operands = {name: call.arguments[name] for name in call.entry.operand_names if name in call.arguments}
         args, kwargs = call.entry.arrange(operands)
         self.edit.call_module(node, self.edit.fresh_path(op_path(node)), part, args, {**kwargs, **dynamic})
@@ -149,7 +151,9 @@ class _Placer:
             assert isinstance(behaviour, Weighted)
             axis = behaviour.out_axis if setting.weight.per_channel else None
             channels = None if axis is None else weight.shape[axis]
-            self.weight_quantizers[path] = WeightQuantize(setting.weight, axis=axis, channels=channels).to(weight.device)
+            self.weight_quantizers[path] = WeightQuantize(setting.weight, axis=axis, channels=channels).to(
+                weight.device
+            )
         return self.weight_quantizers[path]
 
     def quantize_entering(self, node: fx.Node) -> None:
@@ -159,7 +163,9 @@ class _Placer:
         node.meta["quantized"] = False
         if quantizer is None or not readers:
             return
-        path = self.edit.fresh_path(f"{str(node.target).replace('.', '_') if node.op == 'get_attr' else node.name}_quantizer")
+        path = self.edit.fresh_path(
+            f"{str(node.target).replace('.', '_') if node.op == 'get_attr' else node.name}_quantizer"
+        )
         part = QuantInput(quantizer)
         part.training = self.edit.training
         self.edit.insert_module(

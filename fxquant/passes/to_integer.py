@@ -91,7 +91,7 @@ class _Converter:
         quantize = Quantize(grid)
         if source in self.grids:
             source = self._dequantize(source)
-            node.args = (source,)
+            self.edit.set_args(node, (source,))
         if source.op == "get_attr":
             integers = quantize(self.edit.attributes[str(source.target)].detach())
             path = self.edit.fresh_path(f"{str(source.target).replace('.', '_')}_integers")
@@ -159,12 +159,10 @@ class _Converter:
         assert call.entry.integer is not None, f"{call.entry.name} has no integer form"
         integer = call.entry.integer(site)
         dynamic = {k: v for k, v in call.attributes.items() if next(nodes_in(v), None) is not None}
-        notes = [note for link in links[1:] for note in [f"{link.name} merged in"]]
         self.edit.call_module(head, str(head.target), integer, tuple(args), dynamic)
-        head.meta["notes"] = [*head.meta.get("notes", ()), *notes]
         head.meta["merged"] = [link.meta["entry"].title for link in links]
-        for link in reversed(links[1:]):
-            self.edit.remove(link, head)
+        for link in links[1:]:
+            self.edit.absorb(head, link, "merged")
         if output is not None:
             self.grids[head] = output
         head.meta["dtype"] = last.meta.get("dtype", head.meta.get("dtype"))
@@ -182,7 +180,10 @@ class _Converter:
 
     def _site(self, call: Call, part: Any, output: Grid | None, clamp: Any) -> tuple[Site, list[Any]]:
         wanted = set(quantized_operands(call))
-        grids, args, scalars, parameters = [], [], {}, self._held_parameters(call, part)
+        grids: list[Grid | None] = []
+        args: list[Any] = []
+        scalars: dict[int, float] = {}
+        parameters = self._held_parameters(call, part)
         for name in call.entry.operand_names:
             value = call.arguments.get(name)
             if value is None:

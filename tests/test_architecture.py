@@ -1,0 +1,304 @@
+"""The house as it was drawn: imports point one way, ops are named in one place, graphs change in one file."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fxquant
+from fxquant.ops.table import TABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fxquant"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+STOREYS = (
+    ("__main__",),
+    ("cli",),
+    ("demo", "image_folder", "model_spec", "progress"),
+    ("__init__",),
+    ("checkpoint",),
+    ("flow", "training"),
+    ("report",),
+    ("passes",),
+    ("inputs", "recipe"),
+    ("ops",),
+    ("nn",),
+    ("graph", "numerics"),
+    ("errors",),
+)
+"""From the roof down; an arrow goes down, or stays within one folder. Neighbours do not see each other."""
+NEIGHBOURS = {("flow", "training"), ("demo", "model_spec"), ("demo", "image_folder")}
+"""Arrows allowed on one storey."""
+
+
+def name_of(path: Path) -> str:
+    """A file's room: its folder, or its own name where it stands alone."""
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def storey_of(room: str) -> int:
+    return next(i for i, rooms in enumerate(STOREYS) if room in rooms)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """Every module of fxquant that a file imports, wherever in the file; types alone do not count."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "fxquant")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fxquant":
+            known = {module_name(path) for path in FILES}
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in known else str(node.module) for name in whole)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+
+
+def room_of_import(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def test_every_file_has_a_storey():
+    assert {name_of(path) for path in FILES} <= {room for rooms in STOREYS for room in rooms}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_down(path):
+    room = name_of(path)
+    for name in imports_of(TREES[path]):
+        other = room_of_import(name)
+        if other == room or (room, other) in NEIGHBOURS:
+            continue
+        assert storey_of(other) > storey_of(room), f"{module_name(path)} imports {name}, which is above or beside it"
+
+
+def test_recipes_know_numbers_only():
+    recipe = {room_of_import(n) for n in imports_of(TREES[PACKAGE / "recipe.py"])}
+    assert recipe <= {"errors", "numerics"}
+    assert {room_of_import(n) for n in imports_of(TREES[PACKAGE / "inputs.py"])} <= {"errors"}
+
+
+def test_graph_and_numerics_do_not_see_each_other_nor_anything_else():
+    for path in FILES:
+        if name_of(path) in ("graph", "numerics"):
+            assert {room_of_import(n) for n in imports_of(TREES[path])} <= {name_of(path), "errors"}, module_name(path)
+    assert not list(imports_of(TREES[PACKAGE / "errors.py"]))
+
+
+def test_no_circle_of_files():
+    arrows = {module_name(p): {n for n in imports_of(TREES[p]) if n != module_name(p)} for p in FILES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join((*trail, name))
+        if name not in done:
+            for other in arrows.get(name, ()):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in arrows:
+        visit(name, ())
+
+
+CHANGES = (
+    *(
+        "erase_node",
+        "inserting_after",
+        "inserting_before",
+        "create_node",
+        "replace_all_uses_with",
+        "replace_input_with",
+    ),
+    *(
+        "call_function",
+        "output",
+        "graph_copy",
+        "prepend",
+        "append_node",
+        "placeholder",
+        "get_attr",
+        "eliminate_dead_code",
+    ),
+)
+FIELDS = ("args", "kwargs", "target", "op")
+MAKERS = {"graph/edit.py", "graph/capture.py", "graph/leveled.py"}
+"""``edit`` changes graphs; ``capture``'s tracer makes one; ``leveled`` builds one anew from what was pickled."""
+
+
+def changes_of_graphs(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            owner = ast.unparse(node.func.value)
+            if node.func.attr not in ("call_function", "output", "placeholder", "get_attr") or owner.endswith("graph"):
+                if not owner.endswith("edit"):
+                    yield f"line {node.lineno}: {ast.unparse(node.func)}"
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        )
+        for target in targets:
+            for one in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if (
+                    isinstance(one, ast.Attribute)
+                    and one.attr in FIELDS
+                    and ast.unparse(one.value) not in ("self", "args")
+                ):
+                    yield f"line {node.lineno}: {ast.unparse(one)} = …"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if str(p.relative_to(PACKAGE)) not in MAKERS], ids=module_name)
+def test_graphs_change_in_edit_only(path):
+    assert not list(changes_of_graphs(TREES[path]))
+
+
+def test_the_search_for_changes_finds_them():
+    source = "n.args = (x,)\nm.graph.erase_node(n)\nn.replace_all_uses_with(x)\nn.op, n.target = 1, 2\n"
+    source += "with g.inserting_after(n):\n    pass\n"
+    assert len(list(changes_of_graphs(ast.parse(source)))) == 6
+
+
+PLAIN_WORDS = {
+    "float",
+    "measure",
+    "identity",
+    "view",
+    "select",
+    "split",
+    "repeat",
+    "flip",
+    "pad",
+    "roll",
+    "expand",
+    "clone",
+}
+"""Entries whose names are ordinary words or attributes too."""
+FREE_OF_OPS = ("passes", "report", "graph", "flow", "checkpoint", "training", "inputs", "recipe")
+NAMED_FOR_A_REASON = {
+    ("checkpoint.py", "batch_norm"): "the argument of prepare, as it is saved",
+    ("passes/merge_clamps.py", "linear"): "a batch norm behind a linear layer of more than two dimensions",
+    ("passes/levels.py", "embedding"): "the one integer op that reads no quantized tensor",
+}
+
+
+def named_ops(path: Path) -> Iterator[str]:
+    """Entry names among a file's string literals (docstrings aside), and functions of torch.nn.functional."""
+    tree = TREES[path]
+    docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            if node.value in TABLE and node.value not in PLAIN_WORDS:
+                yield node.value
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch.nn.functional":
+            yield str(node.module)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+            "F",
+            "torch.nn.functional",
+            "nn.functional",
+        ):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) in FREE_OF_OPS], ids=module_name)
+def test_ops_are_named_in_ops_only(path):
+    inside = str(path.relative_to(PACKAGE))
+    assert not [name for name in named_ops(path) if (inside, name) not in NAMED_FOR_A_REASON]
+
+
+def test_reasons_for_names_are_still_needed():
+    assert all(name in named_ops(PACKAGE / file) for file, name in NAMED_FOR_A_REASON)
+
+
+def test_public_names():
+    names = fxquant.__all__
+    assert len(names) <= 20 and names == sorted(names) and len(set(names)) == len(names)
+    tree = TREES[PACKAGE / "__init__.py"]
+    imported = {a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert imported - {"annotations"} == set(names)
+    assert all(getattr(fxquant, name).__module__.startswith("fxquant") for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "a file has at most 400 lines"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} has more than 60 lines"
+
+
+def test_most_functions_are_very_short():
+    lengths = sorted(
+        (node.end_lineno or 0) - node.lineno + 1
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    assert lengths[int(0.95 * len(lengths))] <= 40
+
+
+def test_file_names_say_their_subject():
+    forbidden = {"utils", "util", "helpers", "helper", "common", "base", "misc", "core", "manager", "tools"}
+    assert not [
+        p for p in [*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")] if p.stem in forbidden
+    ]
+
+
+def public_definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    listed = next(
+        (
+            ast.literal_eval(n.value)
+            for n in tree.body
+            if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+        ),
+        [],
+    )
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (node.name in listed or not node.name.startswith("_")):
+            yield node
+
+
+UNTOLD = re.compile(r"^(integer_\w+|carried_pass|padding_pass)$")
+"""Builders of integer forms, each one line that says all."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_what_is_public_is_told(path):
+    assert ast.get_docstring(TREES[path]), "a file opens with what it is about"
+    for node in public_definitions(TREES[path]):
+        assert ast.get_docstring(node) or UNTOLD.match(node.name), f"{node.name} has no docstring"
+
+
+def test_checks_are_switched_off_rarely():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    assert len(re.findall(r"type: ignore", text)) <= 40
+    assert len(re.findall(r"\bnoqa\b", text)) <= 12
+    assert not re.findall(r"type: ignore(?!\[)", text), "say which check is ignored"
+
+
+def test_every_error_is_ours_or_pythons_own():
+    """What is raised on purpose is of our tree; ``assert`` is for what cannot happen."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                name = ast.unparse(node.exc.func)
+                assert name not in ("Exception", "RuntimeError", "AssertionError"), (
+                    f"{module_name(path)}:{node.lineno} raises {name}"
+                )
