@@ -259,8 +259,8 @@ def freeze(prepared: LeveledModule) -> LeveledModule:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise CalibrationError(
             f"{len(missing)} of the model's quantizers have no range yet: {shown}.\n"
-            "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch reaches needs "
-            "data that reaches it, or a recipe that keeps it in float."
+            "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch "
+            "reaches needs data that reaches it, or a recipe that keeps it in float."
         )
     return check(freeze_graph(prepared), by="freeze")
 

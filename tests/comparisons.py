@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph.leveled import LeveledModule
-from fxquant.nn.integer import Dequantize, IntegerOp, IntegerWeighted, Quantize
+from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 
 Pair = tuple[Tensor, Tensor]
 

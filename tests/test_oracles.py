@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.graph.leveled import LeveledModule
-from fxquant.nn.integer import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.passes import fold_batchnorm as folding
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxquant
 from fxquant import Scheme
-from fxquant.nn.integer import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.ops.example import example
 
 PER_TENSOR = Scheme(symmetric=True, signed=True, narrow_range=True)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.nn.integer import IntegerEvaluate, IntegerMatmul, IntegerProduct, IntegerSum, Site
+from fxquant.nn.accumulating import IntegerMatmul, IntegerProduct, IntegerSum
+from fxquant.nn.integer import IntegerEvaluate, Site
 from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example

@@ -18,10 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fxquant.ops.entry import Call
+from typing import Any
 
 __all__ = [
     "Behaviour",
@@ -69,9 +66,9 @@ class Passing(Behaviour):
 
 @dataclass(frozen=True)
 class Clamping(Behaviour):
-    """Args: ``bounds``: from a call to its ``(lower, upper)``, None where open; or a reason why the call is not one."""
+    """Args: ``bounds``: from a ``Call`` to its ``(lower, upper)``, None where open; or why it is none."""
 
-    bounds: Callable[[Call], tuple[float | None, float | None] | str]
+    bounds: Callable[[Any], tuple[float | None, float | None] | str]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.nn.integer import IntegerWeighted, Site
+from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.integer import Site
 from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example

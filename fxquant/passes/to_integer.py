@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
+from fxquant.nn.accumulating import IntegerSum
 from fxquant.nn.fake_quantize import Grid
-from fxquant.nn.integer import Dequantize, IntegerSum, Quantize, Site
+from fxquant.nn.integer import Dequantize, Quantize, Site
 from fxquant.nn.modules import QuantInput
 from fxquant.ops.behaviour import ChannelAffine, Measuring, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of

@@ -1,0 +1,159 @@
+"""The integer forms that accumulate: weighted ops, products of matrices, sums and products of tensors.
+
+A weighted op computes
+
+    acc = Σ (q_x - z_x) · q_w + q_b                exact integers
+    q_y = clamp(round(acc · M) + z_y, lo, hi)      M = s_x · s_w / s_y as a 31-bit integer and a shift
+
+(Jacob et al., 1712.05877, eq. 4–7). Products and sums are carried in float32 where no partial sum can reach 2**24, by the
+weights that there are, and in float64 otherwise: an integer below 2**24, or 2**53, is exact in any order of addition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.nn.fake_quantize import Grid
+from fxquant.nn.integer import IntegerOp, Site
+from fxquant.numerics.affine import quantize
+from fxquant.numerics.requantize import requantize
+
+__all__ = ["IntegerMatmul", "IntegerProduct", "IntegerSum", "IntegerWeighted"]
+
+_SUM_SHIFT = 30
+"""Fractional bits of the coefficients of a sum: one rounding at the end, to far less than a level."""
+
+
+class IntegerWeighted(IntegerOp):
+    """Convolutions and linear layers: int8 weights, an int32 bias, one requantization."""
+
+    weight: Tensor
+    bias: Tensor
+    multiplier: Tensor
+    shift: Tensor
+    output_scale: Tensor
+    in_float32: Tensor
+
+    def __init__(self, site: Site, *, channel_axis: int, weight_axis: int) -> None:
+        super().__init__(site)
+        grid, x_grid = site.weight, site.first()
+        assert grid is not None
+        self.channel_axis, self.weight_scheme = channel_axis, grid.scheme
+        weight = site.parameters["weight"].detach().float()
+        axis = weight_axis if grid.scale.ndim else None
+        q_weight = quantize(weight, grid.scale, grid.zero_point, grid.qmin, grid.qmax, axis=axis)
+        self.register_buffer("weight", q_weight.to(grid.dtype))
+        groups = int(self.attributes.get("groups", 1)) if weight_axis == 1 else 1
+        scale = x_grid.scale.double() * (grid.scale.repeat(groups) if grid.scale.ndim else grid.scale).double()
+        bias = site.parameters.get("bias")
+        self.register_buffer("bias", None if bias is None else self._quantized_bias(bias, scale))
+        self.register_buffer("in_float32", torch.tensor(self._largest(x_grid, weight_axis) < 2**24))
+        if site.output is not None:
+            self._set_multiplier(scale / site.output.scale.double())
+        else:
+            self.register_buffer("output_scale", scale.float())
+            self.clamp, self.real_dtype = site.clamp, site.parameters["weight"].dtype
+
+    @staticmethod
+    def _quantized_bias(bias: Tensor, scale: Tensor) -> Tensor:
+        q = torch.round(bias.detach().double() / scale)
+        return q.to(torch.int32 if bool((q.abs() < 2**31).all()) else torch.int64)
+
+    def _largest(self, x_grid: Grid, weight_axis: int) -> float:
+        """No partial sum can exceed this: the largest input times the sum of weight magnitudes that can meet it."""
+        reach = max(x_grid.qmax - int(x_grid.zero_point), int(x_grid.zero_point) - x_grid.qmin)
+        magnitudes = self.weight.double().abs().transpose(0, weight_axis).flatten(1).sum(1)
+        groups = self.attributes.get("groups", 1) if weight_axis == 1 else 1
+        return float(reach * magnitudes.max() * groups)
+
+    def forward(self, x: Tensor, *operands: Any, **dynamic: Any) -> Tensor:
+        exact = x.device.type == "cpu" and bool(self.in_float32)
+        dtype = torch.float32 if exact else torch.float64
+        d = self.centred(x, dtype=dtype)
+        acc = self.entry.function(d, self.weight.to(dtype), None, **self.attributes, **dynamic).to(torch.int64)
+        if self.bias is not None:
+            acc = acc + self._per_channel(self.bias, acc.ndim)
+        if self.output_dtype is None:
+            y = (acc.double() * self._per_channel(self.output_scale.double(), acc.ndim)).to(self.real_dtype)
+            return y if self.clamp == (None, None) else torch.clamp(y, *self.clamp)
+        axis = self.channel_axis if self.multiplier.ndim else None
+        return self.emit(requantize(acc, self.multiplier, self.shift, axis=axis, rounding=self.rounding))
+
+    def _per_channel(self, values: Tensor, ndim: int) -> Tensor:
+        if values.ndim == 0:
+            return values
+        shape = [1] * ndim
+        shape[self.channel_axis] = -1
+        return values.reshape(shape)
+
+
+class IntegerSum(IntegerOp):
+    """A weighted sum of tensors and numbers, with one rounding: add, sub, and a per-tensor affine map."""
+
+    coefficients: Tensor
+    constant: Tensor
+
+    def __init__(self, site: Site, *, signs: tuple[float, ...] = (1.0, 1.0)) -> None:
+        super().__init__(site)
+        assert site.output is not None
+        out = site.output.scale.double()
+        grids = [None if g is None else g.scale.double() for g in site.inputs]
+        terms = [sign * (0.0 * out if s is None else s / out) for sign, s in zip(signs, grids, strict=True)]
+        constant = sum((signs[i] * value for i, value in site.scalars.items()), 0.0)
+        # All coefficients share one shift, so that the sum is rounded once; 2**-24 of a level is below any grid.
+        self.register_buffer("coefficients", torch.round(torch.stack(terms) * 2**_SUM_SHIFT).to(torch.int64))
+        self.register_buffer("constant", torch.round(constant / out * 2**_SUM_SHIFT).to(torch.int64))
+
+    def forward(self, *operands: Any, **_: Any) -> Tensor:
+        total = self.constant + (1 << (_SUM_SHIFT - 1))
+        for i, operand in enumerate(operands):
+            if isinstance(operand, Tensor):
+                total = total + self.centred(operand, i) * self.coefficients[i]
+        return self.emit(total >> _SUM_SHIFT)
+
+
+class IntegerProduct(IntegerOp):
+    """A product of two tensors, or of a tensor and a number."""
+
+    multiplier: Tensor
+    shift: Tensor
+    sign: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        assert site.output is not None
+        scale = 1.0 / site.output.scale.double()
+        for grid in site.inputs:
+            scale = scale if grid is None else scale * grid.scale.double()
+        for value in site.scalars.values():
+            scale = scale * value
+        self.register_buffer("sign", torch.sign(scale).to(torch.int64))
+        self._set_multiplier(scale.abs())
+
+    def forward(self, *operands: Any) -> Tensor:
+        factors = [self.centred(q, i) for i, q in enumerate(operands) if isinstance(q, Tensor)]
+        acc = factors[0] * self.sign
+        for factor in factors[1:]:
+            acc = acc * factor
+        return self.emit(requantize(acc, self.multiplier, self.shift, rounding=self.rounding))
+
+
+class IntegerMatmul(IntegerOp):
+    """A product of two quantized matrices, accumulated exactly."""
+
+    multiplier: Tensor
+    shift: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        a, b = site.inputs[:2]
+        assert a is not None and b is not None and site.output is not None
+        self._set_multiplier(a.scale.double() * b.scale.double() / site.output.scale.double())
+
+    def forward(self, a: Tensor, b: Tensor, **dynamic: Any) -> Tensor:
+        left, right = self.centred(a, 0, torch.float64), self.centred(b, 1, torch.float64)
+        acc = self.entry.function(left, right, **self.attributes, **dynamic).to(torch.int64)
+        return self.emit(requantize(acc, self.multiplier, self.shift, rounding=self.rounding))
