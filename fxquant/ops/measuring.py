@@ -18,8 +18,13 @@ __all__ = ["MEASURING", "is_arithmetic", "is_measurement"]
 
 _METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "is_floating_point", "get_device", "ndimension"})
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"})
-_NUMBERS: frozenset[Any] = frozenset({builtins.int, builtins.float, builtins.bool, builtins.len, builtins.max, builtins.min,
-                                      builtins.round, builtins.abs, builtins.isinstance, torch.Size, torch._assert})  # fmt: skip
+_NUMBERS: frozenset[Any] = frozenset(
+    {
+        *(builtins.int, builtins.float, builtins.bool, builtins.round, builtins.abs),
+        *(builtins.len, builtins.max, builtins.min, builtins.isinstance),
+        *(torch.Size, torch._assert),
+    }
+)
 
 MEASURING = OpEntry(
     name="measure",
@@ -42,8 +47,4 @@ def is_measurement(op: str, target: Any, args: tuple[Any, ...]) -> bool:
 def is_arithmetic(target: Callable[..., Any]) -> bool:
     """Whether a function computes numbers from numbers."""
     module = getattr(target, "__module__", "")
-    return (
-        module in (operator.__name__, "_operator", math.__name__)
-        or target in _NUMBERS
-        or target in (torch.Size, torch._assert)
-    )
+    return module in (operator.__name__, "_operator", math.__name__) or target in _NUMBERS
