@@ -1,14 +1,11 @@
-"""What every test starts from: one thread a worker, and the same random numbers in any order of tests."""
+"""What every test starts from: one thread, and the same random numbers in any order of tests."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # a second thread waits longer than it computes where workers share the cores
 
 
 @pytest.fixture(autouse=True)
