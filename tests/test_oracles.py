@@ -124,7 +124,7 @@ def wrong_weight(m: LeveledModule) -> None:
 
 def wrong_sum(m: LeveledModule) -> None:
     part = next(p for p in m.modules() if type(p).__name__ == "IntegerSum")
-    part.coefficients[1] = part.coefficients[0]
+    part.multipliers[1] = part.multipliers[0]
 
 
 def float32_overflow(m: LeveledModule) -> None:

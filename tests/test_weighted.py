@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from comparisons import assert_ops_agree
 from integer_oracle import accumulate, requantized
 from op_cases import calibrated, recipe_with
 from torch import nn
@@ -97,3 +98,22 @@ def test_wide_accumulators_stay_exact():
     q_x = np.random.default_rng(6).integers(0, 2**16, (3, 5000))
     got = kernel(torch.from_numpy(q_x).to(torch.int32)).numpy()
     assert np.array_equal(got, oracle(layer, frozen, q_x, "single"))
+
+
+class HeldByTheModel(nn.Module):
+    """A linear layer called as a function, one of whose channels has next to no weights and lives by its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.full((4,), 5.0))
+        with torch.no_grad():
+            self.weight[2] *= 1e-12
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) * 0.5
+
+
+def test_a_function_calls_bias_that_outgrows_its_grid():
+    model, x = HeldByTheModel(), torch.randn(8, 4)
+    frozen = fxquant.freeze(fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False))
+    assert_ops_agree(frozen, fxquant.convert(frozen), (x,))

@@ -74,6 +74,12 @@ class Edit:
         return self._source.training
 
     @property
+    def parameter_dtype(self) -> torch.dtype:
+        """The floating dtype of the source's parameters; float32 where it has none."""
+        floats = (p.dtype for p in self._source.parameters() if p.is_floating_point())
+        return next(floats, torch.float32)
+
+    @property
     def nodes(self) -> list[fx.Node]:
         """A snapshot of the nodes in order, safe to change while walking."""
         return list(self.graph.nodes)

@@ -19,12 +19,9 @@ from torch import Tensor
 from fxquant.nn.fake_quantize import Grid
 from fxquant.nn.integer import IntegerOp, Site
 from fxquant.numerics.affine import quantize
-from fxquant.numerics.requantize import requantize
+from fxquant.numerics.requantize import combine, common_multipliers, requantize
 
 __all__ = ["IntegerMatmul", "IntegerProduct", "IntegerSum", "IntegerWeighted"]
-
-_SUM_SHIFT = 30
-"""Fractional bits of the coefficients of a sum: one rounding at the end, to far less than a level."""
 
 
 class IntegerWeighted(IntegerOp):
@@ -60,7 +57,8 @@ class IntegerWeighted(IntegerOp):
     @staticmethod
     def _quantized_bias(bias: Tensor, scale: Tensor) -> Tensor:
         q = torch.round(bias.detach().double() / scale)
-        return q.to(torch.int32 if bool((q.abs() < 2**31).all()) else torch.int64)
+        assert bool((q.abs() < 2**31).all()), "freeze raises the scales of weights whose bias would not fit"
+        return q.to(torch.int32)
 
     def _largest(self, x_grid: Grid, weight_axis: int) -> float:
         """No partial sum can exceed this: the largest input times the sum of weight magnitudes that can meet it."""
@@ -93,26 +91,23 @@ class IntegerWeighted(IntegerOp):
 class IntegerSum(IntegerOp):
     """A weighted sum of tensors and numbers, with one rounding: add, sub, and a per-tensor affine map."""
 
-    coefficients: Tensor
-    constant: Tensor
+    multipliers: Tensor
+    shift: Tensor
 
     def __init__(self, site: Site, *, signs: tuple[float, ...] = (1.0, 1.0)) -> None:
         super().__init__(site)
         assert site.output is not None
         out = site.output.scale.double()
-        grids = [None if g is None else g.scale.double() for g in site.inputs]
-        terms = [sign * (0.0 * out if s is None else s / out) for sign, s in zip(signs, grids, strict=True)]
+        terms = [sign * g.scale.double() / out for sign, g in zip(signs, site.inputs, strict=True) if g is not None]
         constant = sum((signs[i] * value for i, value in site.scalars.items()), 0.0)
-        # All coefficients share one shift, so that the sum is rounded once; 2**-24 of a level is below any grid.
-        self.register_buffer("coefficients", torch.round(torch.stack(terms) * 2**_SUM_SHIFT).to(torch.int64))
-        self.register_buffer("constant", torch.round(constant / out * 2**_SUM_SHIFT).to(torch.int64))
+        multipliers, shift = common_multipliers(torch.stack([*terms, constant / out]))
+        self.register_buffer("multipliers", multipliers)
+        self.register_buffer("shift", shift)
 
     def forward(self, *operands: Any, **_: Any) -> Tensor:
-        total = self.constant + (1 << (_SUM_SHIFT - 1))
-        for i, operand in enumerate(operands):
-            if isinstance(operand, Tensor):
-                total = total + self.centred(operand, i) * self.coefficients[i]
-        return self.emit(total >> _SUM_SHIFT)
+        integers = [self.centred(q, i) for i, q in enumerate(operands) if isinstance(q, Tensor)]
+        one = torch.ones((), dtype=torch.int64, device=integers[0].device)
+        return self.emit(combine([*integers, one], self.multipliers, self.shift, rounding=self.rounding))
 
 
 class IntegerProduct(IntegerOp):

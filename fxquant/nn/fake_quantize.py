@@ -177,12 +177,11 @@ class FakeQuantize(nn.Module):
 
 
 class WeightQuantize(FakeQuantize):
-    """The quantizer of a parameter: its range is read off the parameter itself whenever that has changed."""
+    """The quantizer of a parameter: its range is read off the parameter in every pass, whoever has changed it."""
 
     def __init__(self, scheme: Scheme, *, axis: int | None = None, channels: int | None = None) -> None:
         super().__init__(scheme, axis=axis, channels=channels)
         self.frozen = False
-        self._seen: tuple[int, int] | None = None
 
     def forward(
         self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
@@ -191,17 +190,13 @@ class WeightQuantize(FakeQuantize):
             self.refresh(x)
         return super().forward(x)
 
+    @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
-        """Recompute scale and zero point if ``weight`` is not the tensor, at the version, that was last seen."""
-        seen = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-        if self.ready and seen == self._seen and not weight.is_inference():
-            return
-        self._seen = seen
+        """Recompute scale and zero point from ``weight``."""
         self.reset()
-        with torch.no_grad():
-            estimator, state = ESTIMATOR[self.scheme.estimator], self.range_state()
-            estimator.update(state, weight.detach(), axis=self.axis)
-            self.set_range(*estimator.range(state, self.scheme))
+        estimator, state = ESTIMATOR[self.scheme.estimator], self.range_state()
+        estimator.update(state, weight.detach(), axis=self.axis)
+        self.set_range(*estimator.range(state, self.scheme))
 
     def observe(self, x: Tensor, *, lower: float | None = None, upper: float | None = None) -> None:
         """Nothing: ``refresh`` has read the whole parameter already."""

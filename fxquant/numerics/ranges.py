@@ -1,14 +1,16 @@
 """Range estimators: folds over batches that end in the range ``[low, high]`` a grid has to cover.
 
     minmax           low = min x,  high = max x
-    moving_average   high ← (1 - c) · high + c · max(sample),  sample by sample; low likewise
+    moving_average   high ← max(m, (1 - c) · high + c · m),  m = max(sample), sample by sample; low likewise
     percentile       the smallest range that leaves out at most a fraction 1 - p of the values at either end
     mse              argmin over ranges of  Σ_bins count · E|x - x̂|^p,  x uniform within its bin
 
-The range does not depend on how the samples are cut into batches. ``minmax`` and the histograms are exact folds; the
-moving average runs over samples (dimension 0), not over batches, and folds n of them at once by
+The range does not depend on how the samples are cut into batches. ``minmax`` and the histograms are exact folds. The
+moving average runs over samples (dimension 0), not over batches. It grows at once, so that what passes is not clipped,
+and shrinks slowly, so that an outlier is forgotten. Each of its steps is the larger of two non-decreasing affine maps,
+hence n of them at once are the largest of n + 1 plain averages, each started at one of the samples, or before them:
 
-    high ← high + Σ_i c (1 - c)^(n-1-i) · (max(sample_i) - high).
+    high ← max( a_0, …, a_n ),   a_k = (1 - c)^(n-k) · m_k + Σ_{i>k} c (1 - c)^(n-i) · m_i,   m_0 = high.
 
 The histogram's bins are ``[i, i + 1) · 2^k``. As the width is a power of two and the grid is aligned at zero, a range
 that grows merges neighbouring bins exactly, so that the counts depend on the data alone and not on their order.
@@ -110,14 +112,16 @@ class MinMax:
 
 
 class MovingAverage(MinMax):
-    """An exponential moving average of the extrema of single samples.
+    """The extrema of single samples, followed at once when the range grows and by a moving average when it shrinks.
+
+    A plain average of samples' extrema (Krishnamoorthi, 1806.08342, §3.1, over batches) clips about every other sample,
+    which costs accuracy at 8 bits and more below.
 
     Args:
-        rate: weight ``c`` of one sample. The default makes a batch of 32 close half of the distance to a new range, and
-            averages over about 100 samples, so that one outlier moves a range by 2 %.
+        rate: weight ``c`` of one sample in shrinking. The default halves the distance to a smaller range in 140 samples.
     """
 
-    def __init__(self, *, rate: float = 0.02) -> None:
+    def __init__(self, *, rate: float = 0.005) -> None:
         if not 0.0 < rate <= 1.0:
             raise SchemeError(f"rate={rate!r}: the weight of a sample in the moving average lies in (0, 1].")
         self.rate = rate
@@ -140,17 +144,19 @@ class MovingAverage(MinMax):
             low, high = _clamped(_channel_extrema(x, axis), lower, upper)
             lows, highs = low[None], high[None]
         unseen = state["low"] > state["high"]
-        for name, values in (("low", lows), ("high", highs)):
+        for name, values, sign in (("low", lows, -1.0), ("high", highs, 1.0)):
             start = torch.where(unseen, values[0], state[name])
-            state[name].copy_(self._fold(start, values))
+            state[name].copy_(sign * self._fold(sign * start, sign * values))
 
     def _fold(self, start: Tensor, values: Tensor) -> Tensor:
-        """The average after the samples ``values`` ``(n,)`` or ``(n, C)``."""
+        """The upper bound after the samples' maxima ``values`` ``(n,)`` or ``(n, C)``."""
+        m = torch.cat([start[None], values]).double()
         n = values.shape[0]
-        age = torch.arange(n - 1, -1, -1, device=values.device, dtype=torch.float32)
-        weights = self.rate * torch.pow(1.0 - self.rate, age)
-        moved: Tensor = torch.tensordot(weights, values - start, dims=1)
-        return start + moved
+        age = torch.arange(n, -1, -1, device=m.device, dtype=torch.float64).reshape(-1, *[1] * (m.ndim - 1))
+        kept = torch.pow(1.0 - self.rate, age)
+        shares = self.rate * kept * m
+        later = shares.flip(0).cumsum(0).flip(0) - shares
+        return (kept * m + later).amax(0).float()
 
 
 class _Histogram(MinMax):

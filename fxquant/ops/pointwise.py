@@ -147,6 +147,15 @@ _unary(
     inplace_methods=("abs_",),
     sample=torch.abs,
 )
+_unary(
+    "neg",
+    torch.neg,
+    onnx="Neg",
+    functions=(operator.neg, torch.negative),
+    methods=("neg", "__neg__"),
+    inplace_methods=("neg_",),
+    sample=lambda x: -(x * 0.7),
+)
 _unary("exp", torch.exp, onnx="Exp", methods=("exp",), inplace_methods=("exp_",), sample=lambda x: torch.exp(x * 0.3))
 _unary("sqrt", torch.sqrt, onnx="Sqrt", methods=("sqrt",), sample=lambda x: torch.sqrt(x.abs()))
 _unary(

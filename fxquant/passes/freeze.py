@@ -75,12 +75,14 @@ class _Freezer:
                 self.edit.set_module(node, part)
             elif part is not None and node.meta.get("entry") is not None and "reason" not in node.meta:
                 self.edit.set_module(node, clone_module(part))
+        calls = [node for node in self.edit.nodes if isinstance(self.edit.module(node), QuantWeightedOp)]
+        for node in calls:
+            self._raise_scale_for_call(node)
+        for node in calls:
+            self._settle_call(node)
         for node in self.edit.nodes:
-            part = self.edit.module(node)
-            if isinstance(part, QuantWeighted):
+            if isinstance(part := self.edit.module(node), QuantWeighted):
                 self._settle(node, part)
-            elif isinstance(part, QuantWeightedOp):
-                self._settle_call(node, part)
 
     def _freeze(self, quantizer: FakeQuantize) -> FakeQuantize:
         """One frozen twin for each quantizer, so that what was shared stays shared."""
@@ -94,8 +96,9 @@ class _Freezer:
     def _freeze_weight(self, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
         twin = self._freeze(quantizer)
         assert isinstance(twin, WeightQuantize)
-        twin.refresh(weight)
-        twin.frozen = True
+        if not twin.frozen:
+            twin.refresh(weight)
+            twin.frozen = True
         return twin
 
     def _settle(self, node: fx.Node, part: Any) -> None:
@@ -172,20 +175,31 @@ class _Freezer:
         step = x_scale * (scale.repeat(groups) if scale.ndim else scale)
         return scale, torch.round(bias / step) * step
 
-    def _settle_call(self, node: fx.Node, part: QuantWeightedOp) -> None:
-        """A call whose parameters are read from the graph: the bias becomes a rounded constant of this call."""
+    def _raise_scale_for_call(self, node: fx.Node) -> None:
+        """Freeze the weight's quantizer, which several calls may share, and let each call's bias fit on its grid."""
+        part: Any = self.edit.module(node)
         call = call_of(node, part)
         weight = self.edit.attributes[str(call.operand("weight").target)]  # type: ignore[union-attr]
         quantizer = self._freeze_weight(part.weight_quantizer, weight)
         self.edit.set_module(node, clone_module(part, weight_quantizer=quantizer))
         bias_node = call.operand("bias")
+        if bias_node is not None:
+            bias = self.edit.attributes[str(bias_node.target)].detach().double()
+            groups = int(call.attributes.get("groups", 1)) if quantizer.axis == 1 else 1
+            scale, _ = self._fit_bias(node, quantizer.scale.double(), bias, groups)
+            quantizer.scale.copy_(scale)
+
+    def _settle_call(self, node: fx.Node) -> None:
+        """A call whose parameters are read from the graph: the bias becomes a rounded constant of this call."""
+        part: Any = self.edit.module(node)
+        call = call_of(node, part)
+        bias_node = call.operand("bias")
         if bias_node is None:
             return
         bias = self.edit.attributes[str(bias_node.target)].detach()
-        step = input_quantizer(self.edit, node).scale.double() * quantizer.scale.double()
-        if quantizer.axis == 1:
-            step = step.repeat(int(call.attributes.get("groups", 1)))
-        rounded = (torch.round(bias.double() / step) * step).to(bias.dtype)
+        groups = int(call.attributes.get("groups", 1)) if part.weight_quantizer.axis == 1 else 1
+        _, fitted = self._fit_bias(node, part.weight_quantizer.scale.double(), bias.double(), groups)
+        rounded = fitted.to(bias.dtype)  # type: ignore[union-attr]
         path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_bias")
         constant = self.edit.insert_attribute(node, path, rounded, is_tensor=True, constant=True, quantized=False)
         self.edit.redirect([node], bias_node, constant)

@@ -60,6 +60,7 @@ class _Converter:
         self.edit, self.rounding = edit, rounding
         self.grids: dict[fx.Node, Grid] = {}
         self.dequantized: dict[fx.Node, fx.Node] = {}
+        self.dtype = edit.parameter_dtype
 
     def run(self) -> None:
         for node in self.edit.nodes:
@@ -112,7 +113,7 @@ class _Converter:
     def _dequantize(self, node: fx.Node) -> fx.Node:
         if node not in self.dequantized:
             dtype = node.meta.get("dtype")
-            part = Dequantize(self.grids[node], dtype if isinstance(dtype, torch.dtype) else torch.float32)
+            part = Dequantize(self.grids[node], dtype if isinstance(dtype, torch.dtype) else self.dtype)
             path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_dequantize")
             self.dequantized[node] = self.edit.insert_module(
                 node, path, part, users=(), is_tensor=True, shape=node.meta.get("shape"), dtype=dtype
