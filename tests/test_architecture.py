@@ -194,8 +194,6 @@ PLAIN_WORDS = {
 FREE_OF_OPS = ("passes", "report", "graph", "flow", "checkpoint", "training", "inputs", "recipe")
 NAMED_FOR_A_REASON = {
     ("checkpoint.py", "batch_norm"): "the argument of prepare, as it is saved",
-    ("passes/merge_clamps.py", "linear"): "a batch norm behind a linear layer of more than two dimensions",
-    ("passes/levels.py", "embedding"): "the one integer op that reads no quantized tensor",
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant.errors import SchemeError
 from fxquant.numerics.affine import dequantize, quantize, scale_and_zero_point
-from fxquant.numerics.ranges import ESTIMATOR, MeanSquareError, MovingAverage, Percentile, RangeEstimator, is_finite
+from fxquant.numerics.ranges import ESTIMATOR, MeanSquareError, MovingAverage, Percentile, RangeEstimator
 from fxquant.numerics.scheme import ESTIMATORS, Scheme
 
 AFFINE = Scheme()
@@ -251,12 +251,6 @@ def test_bad_numbers_are_not_hidden(name, bad, position):
     batches[position] = x
     state = observe(ESTIMATOR[name], *batches)
     assert not (torch.isfinite(state["low"]) & torch.isfinite(state["high"]))
-    assert not is_finite(x)
-
-
-def test_is_finite():
-    assert is_finite(torch.randn(3, 4)) and is_finite(torch.empty(0)) and is_finite(torch.randn(4, 4)[:, ::2])
-    assert is_finite(torch.full((4,), 3e38))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -2,6 +2,11 @@
 
 fx pickles a graph module as source code and traces that again, which drops ``node.meta`` and may reorder nodes. Here the
 nodes themselves are written, so that a model read from disk prints the same diff as the one that was saved.
+
+What is known of a node stands in ``node.meta``, written by capture and the passes: ``module_path``, where in the user's
+model it was called; ``source``, that call's ``file:line``; ``shape`` and ``dtype`` where an example was run; ``notes``,
+what passes declined to do and why; ``absorbed``, the names of nodes that this one does too now, each with ``folded`` or ``merged``;
+``by``, the pass that made it; ``origin``, the user's nodes it stands for.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["LEVELS", "LeveledModule", "facts"]
+__all__ = ["LEVELS", "LeveledModule"]
 
 LEVELS = ("captured", "canonical", "prepared", "frozen", "integer")
 
@@ -65,17 +70,6 @@ class LeveledModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_tracer_cls", "_tracer_extras")}
         return _rebuild, (self.__class__.__name__, state, [_record(node) for node in self.graph.nodes])
-
-
-def facts(node: fx.Node) -> dict[str, Any]:
-    """What is known of ``node``; keys are written by capture and the passes.
-
-    ``module_path``: where in the user's model it was called. ``source``: ``file:line`` of that call. ``shape``, ``dtype``
-    where an example was run. ``notes``: what passes declined to do, and why. ``absorbed``: the names of the nodes that this
-    one does too now, each with ``folded`` or ``merged``. ``by``: the pass that made the node;
-    ``origin``: the user's nodes it stands for.
-    """
-    return node.meta
 
 
 class _Reference:

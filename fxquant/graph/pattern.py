@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["Skip", "is_tensor_argument", "next_in_chain", "nodes_in"]
+__all__ = ["Skip", "next_in_chain", "nodes_in"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,3 @@ def nodes_in(value: Any) -> Iterator[fx.Node]:
             yield from nodes_in(item)
     elif isinstance(value, slice):
         yield from nodes_in((value.start, value.stop, value.step))
-
-
-def is_tensor_argument(value: Any) -> bool:
-    """Whether ``value`` is a node, or a non-empty list or tuple of nothing but nodes."""
-    if isinstance(value, fx.Node):
-        return True
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, fx.Node) for v in value)

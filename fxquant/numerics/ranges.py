@@ -33,7 +33,7 @@ from fxquant.numerics.affine import scale_and_zero_point
 from fxquant.numerics.memory import flat_view, pieces
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["ESTIMATOR", "MeanSquareError", "MinMax", "MovingAverage", "Percentile", "RangeEstimator", "is_finite"]
+__all__ = ["ESTIMATOR", "MeanSquareError", "MinMax", "MovingAverage", "Percentile", "RangeEstimator"]
 
 _BINS = 4096
 """Bins of a tensor, half of them for each sign: a one-sided range spans 1024 to 2048 of them."""
@@ -74,14 +74,6 @@ class RangeEstimator(Protocol):
     def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
         """The range ``(low, high)``, float32, for :func:`fxquant.numerics.affine.scale_and_zero_point`."""
         ...
-
-
-def is_finite(x: Tensor) -> Tensor:
-    """Whether no element is NaN or infinite: a bool tensor of shape ``()``, after one read of ``x``."""
-    if x.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=x.device)
-    low, high = _extrema(x)
-    return torch.isfinite(low) & torch.isfinite(high)
 
 
 class MinMax:

@@ -40,9 +40,13 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Weighted(Behaviour):
-    """Args: ``out_axis``: the axis of the weight that runs over output channels (within a group)."""
+    """Args:
+    out_axis: the axis of the weight that runs over output channels (within a group).
+    channels_last: channels are the last axis of input and output, and not axis 1 whatever their number of dimensions.
+    """
 
     out_axis: int = 0
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)

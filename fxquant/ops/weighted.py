@@ -213,7 +213,7 @@ OpEntry(
     name="linear",
     function=F.linear,
     signature="input*, weight*, bias*=None",
-    behaviour=Weighted(),
+    behaviour=Weighted(channels_last=True),
     modules=(nn.Linear,),
     parametric=True,
     integer=integer_linear,

@@ -67,11 +67,13 @@ def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
     conv = edit.module(producer)
     assert conv is not None
-    if isinstance(conv, nn.Linear) and len(producer.meta.get("shape", ())) != 2:
+    behaviour = behaviour_of(producer)
+    assert isinstance(behaviour, Weighted)
+    if behaviour.channels_last and len(producer.meta.get("shape", ())) != 2:
         return Skip(
             f"{producer.name} may give more than (batch, features); example_inputs of two dimensions would settle it"
         )
-    weight, bias = _scaled_outputs(call_of(producer, conv).entry.behaviour, conv, gain)
+    weight, bias = _scaled_outputs(behaviour, conv, gain)
     _put(edit, producer, conv, weight, offset if bias is None else bias * gain + offset)
     edit.absorb(producer, bn, "folded")
     return producer
@@ -86,11 +88,13 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
         return refusal
     call, conv = call_of(consumer, edit.module(consumer)), edit.module(consumer)
     assert conv is not None
-    if call.entry.behaviour != Weighted(out_axis=0):
+    behaviour = call.entry.behaviour
+    assert isinstance(behaviour, Weighted)
+    if behaviour.out_axis != 0:
         return Skip(f"{consumer.name} is transposed and folds only what follows it")
-    if isinstance(conv, nn.Linear) and len(bn.meta.get("shape", ())) != 2:
+    if behaviour.channels_last and len(bn.meta.get("shape", ())) != 2:
         return Skip(f"{consumer.name} may take more than (batch, features)")
-    if not isinstance(conv, nn.Linear) and _pads(call["padding"]):
+    if not behaviour.channels_last and _pads(call["padding"]):
         return Skip(f"{consumer.name} pads, and padding is not shifted by a batch norm")
     gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
     old = conv.weight.detach().double()  # type: ignore[operator]
@@ -129,8 +133,8 @@ def per_output_channel(values: Tensor, weight: Tensor, *, out_axis: int, groups:
     return by_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
 
 
-def _scaled_outputs(behaviour: object, conv: nn.Module, gain: Tensor) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(behaviour, Weighted) and isinstance(conv.weight, Tensor)
+def _scaled_outputs(behaviour: Weighted, conv: nn.Module, gain: Tensor) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(conv.weight, Tensor)
     weight = conv.weight.detach().double()
     factor = per_output_channel(gain, weight, out_axis=behaviour.out_axis, groups=int(getattr(conv, "groups", 1)))
     bias = conv.bias

@@ -18,7 +18,7 @@ from fxquant.graph.text import node_text
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.nn.modules import QuantInput, QuantOp, QuantParametric, QuantWeighted
-from fxquant.ops.behaviour import Passing
+from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.calls import behaviour_of
 
 __all__ = ["LAWS", "check"]
@@ -90,6 +90,12 @@ def grids_are_sound(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str
             yield None, f"{name} has zero point {zero_point.flatten()[:3].tolist()} off its grid"
 
 
+def _reads_integers(node: fx.Node) -> bool:
+    """Whether an integer op reads quantized tensors; a table lookup reads indices instead."""
+    behaviour = behaviour_of(node)
+    return not (isinstance(behaviour, Rescaling) and behaviour.inputs == ())
+
+
 def integers_between(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
     """Between quantize and dequantize no tensor is float: integer ops read integers, float ops read floats."""
     integer: set[fx.Node] = set()
@@ -97,7 +103,7 @@ def integers_between(module: LeveledModule) -> Iterator[tuple[fx.Node | None, st
         part = _module(module, node)
         if isinstance(part, IntegerOp):
             first = next((a for a in nodes_in(node.args) if a.meta.get("is_tensor")), None)
-            if first is not None and first not in integer and node.meta["entry"].name != "embedding":
+            if first is not None and first not in integer and _reads_integers(node):
                 yield node, f"an integer op reads {first.name}, which is float"
             if part.output_dtype is not None or isinstance(behaviour_of(node), Passing):
                 integer.add(node)

@@ -67,7 +67,7 @@ def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
     if behaviour.out_axis == 1 and int(getattr(part, "groups", 1)) > 1:
         edit.note(node, f"not folded: {head.name} is transposed and grouped")
         return False
-    if head.meta["entry"].name == "linear" and len(head.meta.get("shape", ())) != 2:
+    if behaviour.channels_last and len(head.meta.get("shape", ())) != 2:
         edit.note(node, f"not folded: {head.name} may give more than (batch, features)")
         return False
     return True
