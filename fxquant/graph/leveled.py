@@ -3,11 +3,10 @@
 fx pickles a graph module as source code and traces that again, which drops ``node.meta`` and may reorder nodes. Here the
 nodes themselves are written, so that a model read from disk prints the same diff as the one that was saved.
 
-What is known of a node stands in ``node.meta``, written by capture and the passes:
-``module_path``, where in the user's
-model it was called; ``source``, that call's ``file:line``; ``shape`` and ``dtype`` where an example was run; ``notes``,
-what passes declined to do and why; ``absorbed``, the names of nodes that this one does too now, each with ``folded`` or ``merged``;
-``by``, the pass that made it; ``origin``, the user's nodes it stands for.
+What is known of a node stands in ``node.meta``, written by capture and the passes: ``module_path``, where in the
+user's model it was called; ``source``, that call's ``file:line``; ``shape`` and ``dtype`` where an example was run;
+``notes``, what passes declined to do and why; ``absorbed``, the names of nodes that this one does too now, each with
+``folded`` or ``merged``; ``by``, the pass that made it; ``origin``, the user's nodes it stands for.
 """
 
 from __future__ import annotations
