@@ -15,7 +15,7 @@ from torch import nn
 
 from fxquant.errors import CheckpointError, InputError, RecipeError
 from fxquant.flow import convert, freeze, prepare
-from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.islands import graphs_of
 from fxquant.inputs import make_inputs
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.numerics.scheme import Scheme
@@ -26,30 +26,32 @@ __all__ = ["load", "save"]
 FORMAT = 1
 
 
-def save(module: LeveledModule, path: str | os.PathLike[str]) -> None:
+def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a prepared, frozen or integer model to ``path``.
 
     Raises:
         InputError: ``module`` did not come from fxquant.
     """
-    if not isinstance(module, LeveledModule) or "recipe" not in module.settings:
+    graph = next(iter(graphs_of(module).values()), None) if isinstance(module, nn.Module) else None
+    if graph is None or "recipe" not in graph.settings:
         raise InputError(f"save takes what prepare, freeze or convert returned, not a {type(module).__name__}.")
-    settings = module.settings
+    settings = graph.settings
     content = {
         "fxquant": FORMAT,
         "model": module.__class__.__name__,
-        "level": module.level,
+        "level": graph.level,
         "qat": settings["qat"],
         "batch_norm": settings["batch_norm"],
         "rounding": settings.get("rounding", "single"),
         "recipe": _recipe_to_plain(settings["recipe"]),
         "inputs": settings["inputs"],
+        "leaves": list(settings["leaves"]),
         "state": module.state_dict(),
     }
     torch.save(content, path)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> LeveledModule:
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
 
     Args:
@@ -92,11 +94,12 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
     return ", ".join(f"{len(keys)} entries {kind} ({shown[kind]})" for kind, keys in kinds.items() if keys)
 
 
-def _rebuild(model: nn.Module, content: dict[str, Any]) -> LeveledModule:
+def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     recipe = _recipe_from_plain(content["recipe"], model)
     inputs = make_inputs(content["inputs"], device)
-    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=content["batch_norm"], recipe=recipe)
+    leaves, mode = content.get("leaves", ()), content["batch_norm"]
+    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=mode, recipe=recipe, leaves=leaves)
     if content["level"] == "prepared":
         return prepared
     for part in prepared.modules():

@@ -2,6 +2,7 @@
 
     FxquantError
     ├── CaptureError          the model could not be traced            (module, line, cause)
+    ├── SpecializationError   an input contradicts what a captured graph holds for given
     ├── SchemeError           a quantization scheme that cannot be     (also a ValueError)
     ├── RecipeError           a setting that matched nothing, or clashes
     ├── CalibrationError      nothing, NaN or infinity was observed; or ranges are missing
@@ -23,6 +24,7 @@ __all__ = [
     "LevelError",
     "RecipeError",
     "SchemeError",
+    "SpecializationError",
 ]
 
 
@@ -32,6 +34,10 @@ class FxquantError(Exception):
 
 class CaptureError(FxquantError):
     """The model could not be traced into a graph."""
+
+
+class SpecializationError(FxquantError):
+    """An input asks for another way through the model than the one that was captured."""
 
 
 class SchemeError(FxquantError, ValueError):

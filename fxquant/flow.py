@@ -19,12 +19,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from fxquant.errors import CalibrationError, InputError, LevelError
-from fxquant.graph.capture import capture, record_shapes
+from fxquant.graph.calls import Call
+from fxquant.graph.capture import as_call, capture
+from fxquant.graph.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.graph.leveled import LeveledModule
-from fxquant.inputs import arguments_of, as_example, describe_inputs, move_to
+from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.requantize import ROUNDINGS
-from fxquant.passes.apply_recipe import apply_recipe
+from fxquant.passes.apply_recipe import apply_recipe, require_fit
 from fxquant.passes.canonicalize import canonicalize
 from fxquant.passes.choose_regions import choose_regions
 from fxquant.passes.drop_noops import drop_noops
@@ -67,25 +69,35 @@ def prepare(
     recipe: Recipe | None = None,
     batch_norm: str = "late",
     verify: bool = False,
-) -> LeveledModule:
+    leaves: Iterable[str | type] = (),
+) -> Any:
     """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
 
     For post-training quantization, batch norms are folded and the result is in eval mode; calibrate it next. For
     quantization-aware training the result trains like the model did, with its parameters at the same names.
 
+    A submodule that cannot be traced (its Python depends on data, on the batch size, or on its own state) runs as its
+    author wrote it, and its parts are captured inside it; ``coverage`` lists these islands with their causes.
+
     Args:
         model: any ``nn.Module``, unmodified.
-        example_inputs: a tensor, or the tuple of arguments of one call. Optional; adds shapes to the reports, settles what
-            depends on shapes, and lets integer tensors be told from real ones.
+        example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
+            Optional; answers Python's questions about shapes, adds shapes to the reports, and lets integer tensors be
+            told from real ones.
         qat: make it trainable with quantizers that follow the ranges.
         recipe: what is quantized how; 8-bit weights per channel and 8-bit activations by default.
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
             scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
         verify: run the model and the graph after every pass on ``example_inputs`` and compare, quantizers off.
+        leaves: paths or classes of modules that stay in float and run their own code.
+
+    Returns:
+        A ``LeveledModule`` (an ``fx.GraphModule``); or, where the top module itself cannot be traced, a module of its
+        class with graphs inside. Both are called as the model is, trained, saved and converted alike.
 
     Raises:
         InputError: the model or ``example_inputs`` cannot be used.
-        CaptureError: the model cannot be traced; says where and why.
+        CaptureError: no part of the model can be traced; says where and why.
         RecipeError: the recipe does not fit the model.
     """
     if batch_norm not in BATCH_NORM_MODES:
@@ -93,18 +105,25 @@ def prepare(
     if verify and example_inputs is None:
         raise InputError("verify=True compares outputs: give example_inputs to run on.")
     recipe = _with_default_estimator(recipe or Recipe(), qat=qat)
-    module = check(capture(model, for_training=qat), by="capture")
-    example = None if example_inputs is None else as_example(example_inputs)
-    if example is not None:
-        record_shapes(module, example)
-    module.settings.update(
-        qat=qat, batch_norm=batch_norm, recipe=recipe, inputs=None if example is None else describe_inputs(example)
-    )
-    for step in passes_of(recipe=recipe, qat=qat):
-        before, module = module, check(step(module), by=_name(step))
-        if verify and example is not None:
-            verify_against(before, module, example, by=_name(step))
-    return _ready_to_train(module, batch_norm) if qat else module.eval()
+    captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
+    named = [island.path for island in islands_of(captured) if island.is_named]
+    call = None if example_inputs is None else as_call(captured, example_inputs)
+    settings = {"qat": qat, "batch_norm": batch_norm, "recipe": recipe, "inputs": describe_inputs(call), "leaves": named}
+    for graph in graphs_of(captured).values():
+        check(graph, by="capture").settings.update(settings)
+    prepared = _through(captured, passes_of(recipe=recipe, qat=qat), call if verify else None)
+    require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__)
+    return _ready_to_train(prepared, batch_norm) if qat else prepared.eval()
+
+
+def _through(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
+    """``model`` after ``steps``, with the laws of every graph checked, and on request its outputs."""
+    for step in steps:
+        changed = map_graphs(model, lambda graph, step=step: check(step(graph), by=_name(step)))
+        if verify_on is not None:
+            verify_against(model, changed, verify_on.args, verify_on.kwargs, by=_name(step))
+        model = changed
+    return model
 
 
 def _with_default_estimator(recipe: Recipe, *, qat: bool) -> Recipe:
@@ -115,7 +134,7 @@ def _with_default_estimator(recipe: Recipe, *, qat: bool) -> Recipe:
     return recipe
 
 
-def _ready_to_train(module: LeveledModule, batch_norm: str) -> LeveledModule:
+def _ready_to_train(module: nn.Module, batch_norm: str) -> nn.Module:
     for part in module.modules():
         if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize):
             part.tracking = True
@@ -129,13 +148,13 @@ def _name(step: Pass) -> str:
 
 
 def calibrate(
-    prepared: LeveledModule,
+    prepared: Any,
     loader: Iterable[Any],
     *,
-    forward: Callable[[LeveledModule, Any], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> LeveledModule:
+) -> Any:
     """Run data through a prepared model and set every quantizer's range from what it saw.
 
     Args:
@@ -173,10 +192,10 @@ def calibrate(
 
 
 def _run_batches(
-    prepared: LeveledModule,
+    prepared: Any,
     quantizers: dict[str, FakeQuantize],
     loader: Iterable[Any],
-    forward: Callable[[LeveledModule, Any], Any] | None,
+    forward: Callable[[Any, Any], Any] | None,
     batches: int | None,
     progress: bool,
 ) -> None:
@@ -226,18 +245,19 @@ def _observing(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
             quantizer.observing = False
 
 
-def _activation_quantizers(module: LeveledModule) -> dict[str, FakeQuantize]:
+def _activation_quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
     """Every activation quantizer once, by the name of the first module that holds it, in the order of execution."""
     found: dict[FakeQuantize, str] = {}
-    for node in module.graph.nodes:
-        part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        quantizer = getattr(part, "output_quantizer", None)
-        if isinstance(quantizer, FakeQuantize):
-            found.setdefault(quantizer, str(node.target))
+    for path, graph in graphs_of(module).items():
+        for node in graph.graph.nodes:
+            part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            quantizer = getattr(part, "output_quantizer", None)
+            if isinstance(quantizer, FakeQuantize):
+                found.setdefault(quantizer, f"{path}.{node.target}" if path else str(node.target))
     return {name: quantizer for quantizer, name in found.items()}
 
 
-def _read_weights(module: LeveledModule) -> None:
+def _read_weights(module: nn.Module) -> None:
     """Let every weight quantizer of a module know its weight, so that reports show scales."""
     for part in module.modules():
         quantizer = getattr(part, "weight_quantizer", None)
@@ -245,7 +265,7 @@ def _read_weights(module: LeveledModule) -> None:
             quantizer.refresh(part.weight)  # type: ignore[arg-type]
 
 
-def freeze(prepared: LeveledModule) -> LeveledModule:
+def freeze(prepared: Any) -> Any:
     """A copy of a calibrated or trained model with every number final, still computing in floats.
 
     It rounds exactly as the integer model does, and is the reference that ``convert`` is held against.
@@ -262,10 +282,10 @@ def freeze(prepared: LeveledModule) -> LeveledModule:
             "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch "
             "reaches needs data that reaches it, or a recipe that keeps it in float."
         )
-    return check(freeze_graph(prepared), by="freeze")
+    return _through(prepared, (freeze_graph,), None)
 
 
-def convert(prepared: LeveledModule, *, rounding: str = "single") -> LeveledModule:
+def convert(prepared: Any, *, rounding: str = "single") -> Any:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
 
     Args:
@@ -280,9 +300,10 @@ def convert(prepared: LeveledModule, *, rounding: str = "single") -> LeveledModu
     if rounding not in ROUNDINGS:
         raise InputError(f"rounding={rounding!r} is not known. Choose one of {', '.join(ROUNDINGS)}.")
     _require_level(prepared, ("prepared", "frozen"), "convert")
-    frozen = prepared if prepared.level == "frozen" else freeze(prepared)
-    integer = check(to_integer(frozen, rounding=rounding), by="to_integer").eval()
-    integer.meta["settings"] = {**frozen.settings, "rounding": rounding}
+    frozen = prepared if level_of(prepared) == "frozen" else freeze(prepared)
+    integer = _through(frozen, (partial(to_integer, rounding=rounding),), None).eval()
+    for graph in graphs_of(integer).values():
+        graph.meta["settings"] = {**graph.settings, "rounding": rounding}
     return integer
 
 
@@ -292,10 +313,10 @@ def quantize(
     *,
     example_inputs: Any = None,
     recipe: Recipe | None = None,
-    forward: Callable[[LeveledModule, Any], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> LeveledModule:
+) -> Any:
     """``prepare``, ``calibrate`` and ``convert`` in one: the integer model, calibrated on ``loader``.
 
     The first batch serves as example inputs unless others are given. Arguments and errors as of the three verbs.
@@ -306,7 +327,7 @@ def quantize(
         raise CalibrationError("quantize was given an empty loader: no range can be set.")
     if example_inputs is None and forward is None:
         args, kwargs = arguments_of(model, move_to(model, first))
-        example_inputs = args if not kwargs else None
+        example_inputs = kwargs or args
     prepared = prepare(model, example_inputs, recipe=recipe)
     every = _Counted(itertools.chain([first], iterator), _length(loader))
     calibrate(prepared, every, forward=forward, batches=batches, progress=progress)
@@ -344,9 +365,10 @@ def quantizers_off(prepared: nn.Module) -> Iterator[None]:
 
 
 def _require_level(module: Any, levels: tuple[str, ...], verb: str) -> None:
-    if isinstance(module, LeveledModule) and module.level in levels:
+    level = level_of(module) if isinstance(module, nn.Module) else None
+    if level in levels:
         return
-    what = f"a model at level {module.level!r}" if isinstance(module, LeveledModule) else f"a {type(module).__name__}"
+    what = f"a {type(module).__name__}" if level is None else f"a model at level {level!r}"
     raise LevelError(
         f"{verb} takes a model at level {' or '.join(levels)}, and was given {what}.\n"
         f"  what to do: {verb} what fxquant.prepare(model, example_inputs) returns."

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxquant.errors import InputError
+from fxquant.graph.leveled import LeveledModule
 
-__all__ = ["arguments_of", "as_example", "describe_inputs", "make_inputs", "move_to"]
-
-
-def as_example(example_inputs: Any) -> tuple[Any, ...]:
-    """The arguments of one call: a tuple stays, a list becomes one, anything else is the only argument."""
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+__all__ = ["arguments_of", "describe_inputs", "make_inputs", "move_to"]
 
 
-def _input_names(model: nn.Module) -> list[str]:
-    if isinstance(model, fx.GraphModule):
-        return [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
-    import inspect
-
-    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
-            and p.default is p.empty]  # fmt: skip
+def _input_names(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of forward's parameters, and of those that every call gives."""
+    spec = model.meta.get("call") if isinstance(model, LeveledModule) else None
+    if spec is not None:
+        return [name for name, _, _ in spec.parameters], list(spec.given)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
 
 
 def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a batch gives to the model: its leading parts, as many as the model has inputs.
 
-    A dict whose keys name all of the model's inputs is taken by name; any other dict is one input.
+    A dict that has all of the model's inputs among its keys is taken by name; any other dict is one input.
 
     Raises:
         InputError: the batch has fewer parts than the model has inputs.
     """
-    names = _input_names(model)
-    if isinstance(batch, dict):
-        if names and set(names) <= set(batch):
-            return (), {name: batch[name] for name in names}
+    names, needed = _input_names(model)
+    if isinstance(batch, Mapping):
+        if names and set(needed) <= set(batch) and (needed or set(batch) & set(names)):
+            taken = needed if isinstance(model, LeveledModule) else [name for name in names if name in batch]
+            return (), {name: batch[name] for name in taken}
         return (batch,), {}
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
-    if len(batch) < len(names):
+    if len(batch) < len(needed):
         raise InputError(
-            f"a batch has {len(batch)} parts, and the model takes {len(names)} inputs ({', '.join(names)})."
+            f"a batch has {len(batch)} parts, and the model takes {len(needed)} inputs ({', '.join(needed)})."
         )
-    return tuple(batch[: max(len(names), 1)]), {}
+    return tuple(batch[: max(len(needed), 1)]), {}
 
 
 def move_to(model: nn.Module, batch: Any) -> Any:
@@ -66,10 +66,12 @@ def _map(value: Any, function: Any) -> Any:
     return value
 
 
-def describe_inputs(example: tuple[Any, ...]) -> Any:
-    """``example`` as plain data: tensors as ``{"shape": …, "dtype": …}``; None where it holds something else."""
+def describe_inputs(call: Any) -> Any:
+    """The arguments of a call as plain data: tensors as ``{"shape": …, "dtype": …}``; None where it holds something else."""
+    if call is None:
+        return None
     try:
-        return [_describe(value) for value in example]
+        return _describe(call.kwargs) if call.kwargs else [_describe(value) for value in call.args]
     except TypeError:
         return None
 
@@ -86,9 +88,11 @@ def _describe(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def make_inputs(description: Any, device: torch.device) -> tuple[Any, ...] | None:
-    """Zeros of the described shapes and dtypes: enough to record shapes again."""
-    return None if description is None else tuple(_make(value, device) for value in description)
+def make_inputs(description: Any, device: torch.device) -> Any:
+    """Zeros of the described shapes and dtypes: enough to capture a model again."""
+    if description is None:
+        return None
+    return _make(description, device) if isinstance(description, dict) else tuple(_make(v, device) for v in description)
 
 
 def _make(value: dict[str, Any], device: torch.device) -> Any:

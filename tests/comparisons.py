@@ -123,6 +123,8 @@ class _Values(fx.Interpreter):
 def values_of(module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """What every node of ``module`` gives on ``inputs``, by name."""
     recorder = _Values(module)
+    spec = module.meta.get("call")
+    inputs = inputs if spec is None else tuple(spec.bind(inputs, {}))
     with torch.no_grad():
         recorder.run(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
     return recorder.values
@@ -166,8 +168,9 @@ def op_by_op(frozen: LeveledModule, integer: LeveledModule, inputs: tuple[Any, .
         ``pairs``: integers got and expected by node name; ``real``: the same of accumulators that leave as floats.
     """
     forced = _TeacherForced(integer, frozen, values_of(frozen, inputs))
+    spec = integer.meta.get("call")
     with torch.no_grad():
-        forced.run(*inputs)
+        forced.run(*(inputs if spec is None else spec.bind(inputs, {})))
     assert forced.pairs or forced.real, "no integer op was compared"
     return forced
 

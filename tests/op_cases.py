@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import Recipe, Scheme, Setting
-from fxquant.graph.capture import capture, record_shapes
+from fxquant.graph.capture import capture
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.ops.behaviour import FloatOnly, Measuring
@@ -50,9 +50,7 @@ def inputs_like(example: Example, rows: int, seed: int, gain: float = 1.0) -> tu
 
 
 def canonical(model: nn.Module, inputs: tuple[Tensor, ...]) -> LeveledModule:
-    module = capture(model, for_training=False)
-    record_shapes(module, inputs)
-    return canonicalize(module)
+    return canonicalize(capture(model, inputs, for_training=False))
 
 
 def calls_in(module: LeveledModule, entry: OpEntry) -> list[Call]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import FxquantError, InputError
+from fxquant.graph.islands import graphs_of
 from fxquant.report.census import Share, short
 from fxquant.report.coverage import coverage
 
@@ -85,22 +86,168 @@ def test_integer_models_name_their_kernels():
     assert "kernel" not in str(coverage(prepared))
 
 
-def test_unknown_modules_are_counted_by_running_them_without_data():
-    class Attends(nn.Module):
+class Attends(nn.Module):
+    """Attention has four projections, then q·k and a·v of two heads."""
+
+    macs = 4 * 5 * 8 * 8 + 2 * 2 * 5 * 5 * 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        return self.attention(x, x, x)[0]
+
+
+def test_attention_counts_every_product():
+    for module in (fxquant.prepare(Attends(), torch.randn(1, 5, 8)), fxquant.prepare(Attends(), torch.randn(2, 5, 8))):
+        found = coverage(module)
+        assert found.macs.total % (5 * 8 * 8 + Attends.macs) == 0
+        assert found.macs.unknown == 0 and found.macs_share == 1.0
+
+
+def test_a_named_leaf_is_float_work():
+    found = coverage(fxquant.prepare(Attends(), torch.randn(1, 5, 8), leaves=["attention"]))
+    assert found.macs == Share(5 * 8 * 8, 5 * 8 * 8 + Attends.macs)
+    (island,) = found.islands
+    assert (island.path, island.is_named, island.macs) == ("attention", True, Attends.macs)
+    assert [(op.path, op.macs) for op in found.float_ops] == [("attention", Attends.macs)]
+
+
+def test_numbers_computed_in_the_model_do_not_hide_macs():
+    class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.into = nn.Linear(8, 8)
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.fc = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.into(x)
-            return self.attention(x, x, x)[0]
+            y = self.fc(x) * x.shape[1] ** -0.5
+            return y + x.new_zeros(x.shape[0], x.shape[1])
 
-    prepared = fxquant.prepare(Attends(), torch.randn(1, 5, 8))
-    found = coverage(prepared)
-    attention = next(op for op in found.float_ops if op.path == "attention")
-    assert attention.macs == 4 * 5 * 8 * 8 + 2 * 2 * 5 * 5 * 4  # four projections, then q·k and a·v of two heads
-    assert found.macs == Share(5 * 8 * 8, 5 * 8 * 8 + attention.macs)
+    found = coverage(fxquant.prepare(Scaled(), torch.randn(2, 8)))
+    assert found.macs == Share(2 * 8 * 8, 2 * 8 * 8)
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Head(nn.Module):
+    """Chooses by values, and mixes channels with a weight of its own between two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = Part(), Part()
+        self.mix = nn.Parameter(torch.eye(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.near(x)
+        if y.sum().item() > 1e9:
+            y = -y
+        return self.far(torch.einsum("oc,nchw->nohw", self.mix, y))
+
+
+class WithHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        if x.shape[1] % 4 == 0:
+            x = x * 1.5
+        return self.head(x)
+
+
+MIX, STEM, PART = 8 * 8 * 64, 8 * 64 * 27, 8 * 64 * 72
+
+
+def _with_head_at_every_level():
+    prepared = fxquant.prepare(WithHead().eval(), INPUT)
+    fxquant.calibrate(prepared, [INPUT], progress=False)
+    frozen = fxquant.freeze(prepared)
+    return prepared, frozen, fxquant.convert(frozen)
+
+
+def test_an_islands_own_code_is_float_and_its_graphs_count():
+    for module in _with_head_at_every_level():
+        found = coverage(module)
+        assert found.macs == Share(STEM + 2 * PART, STEM + 2 * PART + MIX), module.level
+        assert found.weights == Share(8 * 27 + 2 * 8 * 72, 8 * 27 + 2 * 8 * 72 + 64), module.level
+        (island,) = found.islands
+        assert (island.path, island.macs, island.is_named) == ("head", MIX, False)
+        assert [(op.path, op.macs) for op in found.float_ops] == [("head", MIX)]
+        assert {op.op: op.integer for op in found.ops}["Conv2d"] == 3
+    assert {"head.near.conv", "head.far.conv"} <= set(found.kernels)
+
+
+def test_islands_and_what_is_held_are_printed():
+    found = coverage(_with_head_at_every_level()[0])
+    text = str(found)
+    (island,) = found.islands
+    assert "capture: 1 island" in text and island.cause in text and island.advice in text
+    assert "test_coverage.py:" in text.split("capture:")[1]
+    (fact,) = found.specializations
+    assert "% 4 == 0 is True" in fact.text and fact.text in text
+    assert "capture: whole" in str(coverage(_prepared()))
+
+
+def test_counting_leaves_no_trace():
+    prepared = _with_head_at_every_level()[0].train()
+    state = {name: value.clone() for name, value in prepared.state_dict().items()}
+    numbers = torch.random.get_rng_state()
+    coverage(prepared)
+    assert torch.equal(numbers, torch.random.get_rng_state())
+    assert all(torch.equal(value, state[name]) for name, value in prepared.state_dict().items())
+    assert all(part.training for part in prepared.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in prepared.modules())
+
+
+def test_an_island_that_cannot_be_run_is_unknown():
+    class Refuses(Head):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.any().item():
+                raise ValueError("no zeros, please")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), Refuses())
+    found = coverage(fxquant.prepare(model.eval(), INPUT))
+    assert found.macs.unknown_islands == 1 and found.islands[0].macs is None
+    assert "unknown inside 1 island" in str(found)
+
+
+def test_a_model_whose_top_is_an_island():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.googlenet(weights=None, init_weights=False)
+    found = coverage(fxquant.prepare(model, torch.randn(2, 3, 64, 64), qat=True))
+    assert found.name == "GoogLeNet" and found.level == "prepared"
+    assert any(island.path == "" for island in found.islands)
+    assert found.macs_share == 1.0 and found.macs.unknown_islands == 0
+    assert "inception3a.branch1.conv" not in {op.path for op in found.float_ops}
+    assert "the top module" in str(found)
+
+
+def test_a_weight_in_several_graphs_counts_once():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+            self.first, self.second = nn.Sequential(self.part), nn.Sequential(self.part, nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y) if y.sum().item() < 1e9 else y
+
+    prepared = fxquant.prepare(Shared(), torch.randn(2, 8, 8, 8), qat=True)
+    assert set(graphs_of(prepared)) == {"first", "second"}
+    assert coverage(prepared).weights == Share(8 * 72, 8 * 72)
 
 
 def test_without_shapes_weights_are_counted_alone():

@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def _golden_module():
     loaded = importlib.util.spec_from_file_location("golden_model", GOLDEN / "model.py")
     assert loaded is not None and loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
+    module = sys.modules["golden_model"] = importlib.util.module_from_spec(loaded)  # pickle finds the class by name
     loaded.loader.exec_module(module)
     return module
 
@@ -279,3 +279,99 @@ def test_a_shared_conv_is_told_apart():
     assert len(convs) == len(set(convs)) == 2
     assert found.weights.total == 4 * 4 * 9
     assert found.macs.total == 2 * 4 * 4 * 9 * 36
+
+
+class _Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class _Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = _Part(), _Part()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.near(x)
+        return self.far(-y if y.sum().item() > 1e9 else y)
+
+
+class _WithHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), _Head()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x * 1.5 if x.shape[1] % 4 == 0 else x)
+
+
+IMAGES = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_a_tree_is_shown_graph_by_graph(qat):
+    model = _WithHead().eval()
+    prepared = fxquant.prepare(model, IMAGES, qat=qat)
+    found = diff(model, prepared)
+    graphs = [part.path for part in found.parts if part not in found.islands]
+    assert graphs == ["", "head.near", "head.far"] and [island.path for island in found.islands] == ["head"]
+    assert _row(found, "head.near.conv").after == "QuantConv2d"
+    assert _row(found, "head.far.bn").how == (None if qat else "folded")
+    lines = found.text().split("\n")
+    near = lines.index("graph head.near")
+    assert (
+        lines.index("graph the top module")
+        < next(i for i, s in enumerate(lines) if s.startswith("island head: "))
+        < near
+    )
+    assert sum("% 4 == 0 is True" in line for line in lines) == 1
+    assert "require" not in found.text()
+
+
+def test_a_tree_is_compared_at_every_level():
+    model = _WithHead().eval()
+    prepared = fxquant.calibrate(fxquant.prepare(model, IMAGES), [IMAGES], progress=False)
+    integer = fxquant.convert(prepared)
+    assert diff(prepared, integer).levels == ("prepared", "integer")
+    for found in (diff(model, integer), diff(prepared, integer)):
+        assert _row(found, "head.near.conv").after == "IntConv2d+ReLU"
+        assert max(map(len, found.text(width=110).split("\n"))) <= 110
+    assert "\033[" in diff(model, integer).text(color=True)
+
+
+def test_leaves_are_left_when_the_first_model_is_captured_again():
+    model = _WithHead().eval()
+    found = diff(model, fxquant.prepare(model, IMAGES, leaves=[_Head]))
+    (island,) = found.islands
+    assert island.is_named and "it was named as a leaf" in found.text()
+    assert len(found.parts) == 2
+
+
+def test_googlenet_in_training_has_graphs_and_an_island_at_the_top():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.googlenet(weights=None, init_weights=False)
+    found = diff(model, fxquant.prepare(model, torch.randn(2, 3, 64, 64), qat=True))
+    assert found.islands[0].path == "" and found.name == "GoogLeNet"
+    text = found.text(width=120)
+    assert "island the top module: " in text and "graph inception3a" in text
+    assert _row(found, "inception3a.branch1.conv").after == "QuantConv2d"
+    assert max(map(len, text.split("\n"))) <= 120
+
+
+def test_a_detector_is_shown_graph_by_graph():
+    detection = pytest.importorskip("torchvision").models.detection
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    found = diff(model, fxquant.prepare(model, ([torch.rand(3, 64, 64)],)))
+    assert [island.path for island in found.islands] == [""]
+    assert {part.path for part in found.parts[1:]} == {"backbone", "head"}
+    assert found.macs.fraction > 0.9
+
+
+def test_a_tree_of_another_model_is_refused():
+    with pytest.raises(InputError, match="was not made from the first"):
+        diff(golden.Sample().eval(), fxquant.prepare(_WithHead().eval(), IMAGES))

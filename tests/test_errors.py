@@ -24,6 +24,7 @@ from fxquant.errors import (
     LevelError,
     RecipeError,
     SchemeError,
+    SpecializationError,
 )
 from fxquant.graph.text import graph_text
 from fxquant.nn.fake_quantize import WeightQuantize
@@ -152,7 +153,7 @@ class Branches(nn.Module):
         self.inner = Positive()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x * 2.0)
+        return self.inner(x * 2.0)[:, bool(x.sum() > 0) :]
 
 
 class Positive(nn.Module):
@@ -194,17 +195,17 @@ MODELS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         Branches,
         CaptureError,
         (
-            "Branches could not be traced",
+            "Branches could not be traced, nor any part of it",
             "module 'inner'",
             r"test_errors\.py:\d+",
-            "cause: .*control flow",
+            "cause: Python needs the truth of",
             "what to do",
         ),
     ),
     "loops over a tensor": (
         Loops,
         CaptureError,
-        (r"the top module \(Loops\)", r"test_errors\.py:\d+", "cause: .*iter", "what to do"),
+        (r"the top module \(Loops\)", r"test_errors\.py:\d+", "cause: it loops over", "what to do"),
     ),
     "nothing to quantize": (
         Sorts,
@@ -249,15 +250,15 @@ EXAMPLES = {
         torch.randn(2, 4, 8, 8),
         (
             r"float32\[2, 4, 8, 8\] on cpu",
-            r"where: layer1_0 = Conv2d\[layer1\.0\]",
-            r"test_errors\.py:\d+",
+            "expected input.* to have 3 channels",
+            r"where: .*test_errors\.py:\d+",
             "what to do",
         ),
     ),
     "dimensions": (torch.randn(3), (r"float32\[3\] on cpu", "usual shape")),
     "dtype": (torch.ones(2, 3, 8, 8, dtype=torch.int64), (r"int64\[2, 3, 8, 8\]", "dtype")),
     "device": (torch.randn(2, 3, 8, 8, device="meta"), ("on meta", r"device\s+of its parameters \(cpu\)")),
-    "count": ((X, X), (r"float32\[4, 3, 8, 8\] on cpu, float32", "what to do")),
+    "count": ((X, X), ("too many positional arguments", "signature of the model's forward", "what to do")),
     "no tensor": ("image.png", ("str", "what to do")),
 }
 
@@ -267,7 +268,7 @@ EXAMPLES = {
 def test_an_example_that_does_not_fit(case, qat):
     example, says = case
     model = Net()
-    with refused(InputError, "does not run on example_inputs", *says, unchanged=model):
+    with refused(InputError, "not (run on example_inputs|fit)", "example_inputs", *says, unchanged=model):
         fxquant.prepare(model, example, qat=qat)
 
 
@@ -509,9 +510,29 @@ def test_an_alias_of_what_is_written_in_place_is_refused():
 
     model = Aliased()
     with refused(
-        CaptureError, "writes in place", "reads later", r"test_errors\.py:\d+", "out of place", unchanged=model
+        CaptureError, "read after its memory was written", r"test_errors\.py:\d+", "out of place", unchanged=model
     ):
         fxquant.prepare(model, torch.ones(2, 4))
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
+        if x.shape[1] > 4:  # a question about a size
+            y = y.flip(1)
+        return y if shift is None else y + shift
+
+
+def test_an_input_that_contradicts_what_was_captured():
+    prepared = fxquant.prepare(Sized(), torch.ones(2, 3, 4))
+    with refused(SpecializationError, r"x.shape\[1\] > 4 is False", r"test_errors\.py:\d+", "leaves", unchanged=prepared):
+        prepared(torch.ones(2, 5, 4))
+    with refused(SpecializationError, "shift = None", "a tensor of shape", "what to do", unchanged=prepared):
+        prepared(torch.ones(2, 3, 4), torch.ones(3))
 
 
 def test_every_error_of_the_tree_is_raised_here_with_a_message_of_its_own():

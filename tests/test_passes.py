@@ -21,7 +21,7 @@ import fxquant
 import fxquant.passes
 from fxquant.errors import LevelError
 from fxquant.flow import passes_of
-from fxquant.graph.capture import capture, record_shapes
+from fxquant.graph.capture import capture
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import graph_text
 from fxquant.passes import levels
@@ -106,8 +106,7 @@ def steps(*, qat: bool) -> list[tuple[str, Callable[..., LeveledModule]]]:
 def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, tuple[LeveledModule, LeveledModule]]:
     """What each pass was given and what it gave, by the pass's name."""
     x = torch.randn(shape)
-    module = capture(model, for_training=qat)
-    record_shapes(module, (x,))
+    module = capture(model, (x,), for_training=qat)
     way = {}
     for name, step in steps(qat=qat):
         if name == "freeze":
@@ -175,8 +174,7 @@ def assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
 def test_passes_are_pure(build, qat):
     model = build().train(qat)
     x = torch.randn(IMAGE if build is not InPlace else (2, 3, 4))
-    module = capture(model, for_training=qat)
-    record_shapes(module, (x,))
+    module = capture(model, (x,), for_training=qat)
     for name, step in steps(qat=qat):
         if name == "freeze":
             fxquant.calibrate(module, [x], progress=False)

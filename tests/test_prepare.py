@@ -193,7 +193,6 @@ def test_tied_weights_stay_tied():
     assert loaded.get_submodule("a").weight is loaded.get_submodule("b").weight
 
 
-@pytest.mark.xfail(strict=True, reason="capture does not specialize an optional input that the example leaves out")
 def test_an_optional_input_may_be_left_out():
     model, x = OptionalInput().eval(), torch.randn(4, 4)
     prepared = fxquant.prepare(model, x, qat=True)

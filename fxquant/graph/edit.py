@@ -69,6 +69,11 @@ class Edit:
         self._paths: set[str] | None = None
 
     @property
+    def meta(self) -> dict[str, Any]:
+        """What is known of the source."""
+        return self._source.meta
+
+    @property
     def training(self) -> bool:
         """Whether the source is in training mode."""
         return self._source.training
@@ -177,10 +182,14 @@ class Edit:
         named = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         attributes = {path: value for path, value in self.attributes.items() if path in named}
         result = LeveledModule(attributes, self.graph, self._source.__class__.__name__)
+        if level not in ("frozen", "integer"):
+            result.put_unused(self._source)
         result.adopt_order(self._source)
         result.meta.update({**self._source.meta, **meta})
         if level is not None:
             result.meta["level"] = level
+        if level in ("frozen", "integer"):
+            result.meta["unused"] = {}
         _copy_training_flags(self._source, result)
         return result
 

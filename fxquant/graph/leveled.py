@@ -11,13 +11,17 @@ user's model it was called; ``source``, that call's ``file:line``; ``shape`` and
 
 from __future__ import annotations
 
+import copy
 import importlib
+import inspect
 import math
 import operator
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from fxquant.errors import SpecializationError
 
 __all__ = ["LEVELS", "LeveledModule"]
 
@@ -52,6 +56,80 @@ class LeveledModule(fx.GraphModule):
                     given, own = list(containers[path].__dict__[registry]), part.__dict__[registry]
                     names = [n for n in given if n in own] + [n for n in own if n not in given]
                     part.__dict__[registry] = {name: own[name] for name in names}
+                part._non_persistent_buffers_set.update(containers[path]._non_persistent_buffers_set & set(part._buffers))
+                if isinstance(source, LeveledModule):
+                    _take_attributes(part, containers[path])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on a call as the user's forward takes it."""
+        spec = self.meta.get("call")
+        if spec is None:
+            return super().__call__(*args, **kwargs)
+        if self.training and spec.asks_mode:
+            raise SpecializationError(
+                f"this model was captured in eval mode, and its code does something else in training mode "
+                f"({spec.asks_mode}).\n"
+                "  what to do: call .eval() on it, or prepare with qat=True to train it."
+            )
+        return spec.restore(super().__call__(*spec.bind(args, kwargs)))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            stands_for = self.__dict__.get("stands_for_class")
+            found = inspect.getattr_static(stands_for, name, None) if stands_for is not None else None
+            if found is None:
+                raise
+            return found.__get__(self, stands_for) if hasattr(found, "__get__") else found
+
+    def keep_unused(self, owner: nn.Module) -> None:
+        """Keep what the graph does not use, and second names of what it uses, so that a float checkpoint still loads.
+
+        Only for training: a model for inference carries nothing along that it does not need.
+        """
+        used = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        names = {id(part): path for path, part in owner.named_modules(remove_duplicate=False) if path in used}
+        own = {path for path, _ in self.named_modules(remove_duplicate=False)}
+        kept = self.meta.setdefault("unused", {})
+        for path, part in owner.named_modules(remove_duplicate=False):
+            if path in own or any(path.startswith(f"{p}.") for p in (*used, *kept)):
+                continue
+            holds = any(True for _ in (*part.parameters(), *part.buffers()))
+            if holds and (id(part) in names or not _leads_to(path, used)):
+                self._put(path, part)
+                kept[path] = names.get(id(part))
+
+    def _put(self, path: str, part: nn.Module) -> None:
+        *above, name = path.split(".")
+        place: nn.Module = self
+        for step in above:
+            if place._modules.get(step) is None:
+                place._modules[step] = nn.Module()
+            place = place._modules[step]  # type: ignore[assignment]
+        place._modules[name] = part
+
+    def put_unused(self, source: LeveledModule) -> None:
+        """Take over from ``source`` what neither graph uses; a second name follows what now has the first."""
+        kept = source.meta.get("unused") or {}
+        own = dict(self.named_modules(remove_duplicate=False))
+        for path, first in kept.items():
+            part = own.get(first) if first is not None else source.get_submodule(path)
+            if part is not None and path not in own:
+                self._put(path, part)
+
+    def stand_for(self, owner: nn.Module) -> None:
+        """Take over the plain attributes of the module that this is the graph of, for code that reads them."""
+        self.__dict__["stands_for_class"] = type(owner)
+        for path, part in self.named_modules():
+            if part is self or type(part) is nn.Module:
+                _take_attributes(part, owner.get_submodule(path))
+        plain = {id(v) for part in owner.modules() for v in part.__dict__.values() if isinstance(v, torch.Tensor)}
+        kept = {id(b) for part in owner.modules() for n, b in part._buffers.items() if n not in _fleeting(part)}
+        for part in self.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and (id(buffer) in plain or id(buffer) not in kept):
+                    part._non_persistent_buffers_set.add(name)
 
     @property
     def level(self) -> str:
@@ -65,11 +143,33 @@ class LeveledModule(fx.GraphModule):
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, LeveledModule)
         twin.__class__.__name__ = self.__class__.__name__  # fx names every copy GraphModule
+        for name, value in self.__dict__.items():
+            if name not in twin.__dict__ and not name.startswith("_"):
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin.adopt_order(self)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_tracer_cls", "_tracer_extras")}
         return _rebuild, (self.__class__.__name__, state, [_record(node) for node in self.graph.nodes])
+
+
+def _fleeting(part: nn.Module) -> set[str]:
+    return part._non_persistent_buffers_set
+
+
+def _take_attributes(part: nn.Module, given: nn.Module) -> None:
+    """Copy the plain attributes of ``given`` that ``part`` has none of."""
+    for name, value in given.__dict__.items():
+        registries = (part.__dict__, part._modules, part._parameters, part._buffers)
+        taken = name.startswith("_") or hasattr(type(part), name) or any(name in registry for registry in registries)
+        if not taken and not isinstance(value, (nn.Module, torch.Tensor)):
+            part.__dict__[name] = value
+
+
+def _leads_to(path: str, used: set[str]) -> bool:
+    """Whether ``path`` is a container of something used, or of parameters that are."""
+    return any(target.startswith(f"{path}.") for target in used)
 
 
 class _Reference:
@@ -88,6 +188,8 @@ def _record(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _function_path(function: Any) -> tuple[str, str]:
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return "torch.ops." + function._qualified_op_name.split("::")[0], function.__name__
     for space in _NAMESPACES:
         name = getattr(function, "__name__", "")
         if getattr(space, name, None) is function:
@@ -99,6 +201,8 @@ def _function(path: tuple[str, str]) -> Any:
     module, name = path
     if module.endswith(".Tensor"):
         return getattr(torch.Tensor, name)
+    if module.startswith("torch.ops."):
+        return getattr(getattr(torch.ops, module.removeprefix("torch.ops.")), name)
     found: Any = __import__("builtins") if module == "_operator_builtin" else importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)

@@ -143,7 +143,9 @@ class OpEntry:
         if missing:
             raise UnbindableError(f"{self.name} is called without {', '.join(missing)}")
         return {
-            p.name: bound[p.name] for p in self.parameters if p.name in bound and not _same(bound[p.name], p.default)
+            p.name: bound[p.name]
+            for p in self.parameters
+            if p.name in bound and (p.required or not _same(bound[p.name], p.default))
         }
 
     def arrange(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

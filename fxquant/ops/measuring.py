@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fxquant.graph.findings import require
+from fxquant.graph.modes import by_mode
 from fxquant.ops.behaviour import Measuring
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.example import example
@@ -22,7 +24,7 @@ _NUMBERS: frozenset[Any] = frozenset(
     {
         *(builtins.int, builtins.float, builtins.bool, builtins.round, builtins.abs),
         *(builtins.len, builtins.max, builtins.min, builtins.isinstance),
-        *(torch.Size, torch._assert),
+        *(torch.Size, torch._assert, require, by_mode),
     }
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from fxquant.errors import InputError
@@ -11,7 +13,7 @@ from fxquant.ops.behaviour import FloatOnly, Measuring
 from fxquant.ops.calls import behaviour_of
 from fxquant.recipe import Recipe, Site
 
-__all__ = ["apply_recipe", "op_path"]
+__all__ = ["apply_recipe", "op_path", "require_fit"]
 
 
 def op_path(node: fx.Node) -> str:
@@ -30,20 +32,18 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
 
     Law:
         The graph is unchanged; an op that the recipe leaves in float carries the reason.
-
-    Raises:
-        RecipeError: a selector matches nothing.
-        InputError: the model has no op that can be quantized.
     """
     edit = Edit(module, by="apply_recipe")
     sites: list[Site] = []
+    prefix = f"{module.meta['path']}." if module.meta.get("path") else ""
     for node in edit.nodes:
         behaviour = behaviour_of(node)
         if behaviour is None or isinstance(behaviour, Measuring):
             continue
         part = edit.module(node)
-        kind = type(part) if part is not None else node.meta.get("was_module")
-        site = Site(op_path(node), node.meta["entry"].name, kind)
+        layer = module.meta.get("layer")
+        kind = layer or (type(part) if part is not None else node.meta.get("was_module"))
+        site = Site(module.meta["path"] if layer else f"{prefix}{op_path(node)}", node.meta["entry"].name, kind)
         sites.append(site)
         if isinstance(behaviour, FloatOnly):
             continue
@@ -51,16 +51,22 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
         node.meta["setting"] = setting
         if setting is None:
             node.meta["reason"] = "the recipe keeps it in float"
-    _require_something(edit, module)
-    recipe.require_all_used(sites)
-    return edit.done()
+    return edit.done(sites=sites)
 
 
-def _require_something(edit: Edit, module: LeveledModule) -> None:
-    if any("setting" in node.meta for node in edit.nodes):
-        return
-    reasons = [f"    {n.name}: {n.meta['reason']}" for n in edit.nodes if "reason" in n.meta]
-    raise InputError(
-        f"{module.__class__.__name__} has no op that fxquant can quantize.\n"
-        + ("\n".join(reasons[:10]) if reasons else "    its forward calls no op")
-    )
+def require_fit(graphs: Iterable[LeveledModule], recipe: Recipe, *, name: str) -> None:
+    """Hold the recipe against all graphs of a model.
+
+    Raises:
+        RecipeError: a selector matches nothing.
+        InputError: the model has no op that can be quantized.
+    """
+    graphs = list(graphs)
+    recipe.require_all_used([site for graph in graphs for site in graph.meta.pop("sites", ())])
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    if not any("setting" in node.meta for node in nodes):
+        reasons = [f"    {n.name}: {n.meta['reason']}" for n in nodes if "reason" in n.meta]
+        raise InputError(
+            f"{name} has no op that fxquant can quantize.\n"
+            + ("\n".join(reasons[:10]) if reasons else "    its forward calls no op")
+        )

@@ -19,7 +19,7 @@ from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement
 from fxquant.ops.table import is_inplace
 
-__all__ = ["canonicalize"]
+__all__ = ["canonicalize", "written"]
 
 _CONTAINERS = ("dict", "list", "tuple")
 
@@ -58,6 +58,7 @@ def canonicalize(module: LeveledModule) -> LeveledModule:
 class _Canonicalizer:
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
+        self.follows_memory = edit.meta.get("follows_memory", False)
         self.order = {node: i for i, node in enumerate(edit.nodes)}
         self.calls: dict[Any, int] = {}
         for node in edit.nodes:
@@ -86,7 +87,9 @@ class _Canonicalizer:
         node.meta.update(is_tensor=True, constant=bool(operands) and all(n.meta["constant"] for n in operands))
         module = self.edit.module(node)
         counts = not operands and callable(node.target) and is_arithmetic(node.target)
-        if counts or isinstance(module, TrainingFlag) or is_measurement(node.op, node.target, node.args):
+        if "island" in node.meta:
+            self._keep_float(node, f"it runs as it is: {node.meta['island'].cause}")
+        elif counts or isinstance(module, TrainingFlag) or is_measurement(node.op, node.target, node.args):
             self._measure(node)
         elif node.target is operator.getitem and operands and _holds_several(operands[0]):
             self._keep_float(node, f"it is one part of {operands[0].name}")
@@ -98,6 +101,9 @@ class _Canonicalizer:
         node.meta.update(is_tensor=False, entry=MEASURING)
 
     def _recognize(self, node: fx.Node, module: nn.Module | None) -> None:
+        if node.meta.get("writes") == "attribute":
+            self._keep_float(node, "it writes into a buffer")
+            return
         found = recognize(node, module)
         if isinstance(found, Call):
             reason = self._reason(node, found)
@@ -106,6 +112,17 @@ class _Canonicalizer:
                 return
             found = reason
         self._keep_float(node, found)
+        if node.meta.get("writes"):
+            self._write_a_copy(node)
+
+    def _write_a_copy(self, node: fx.Node) -> None:
+        """An operation in place that the table does not know writes into a copy, which later readers read."""
+        target, name = node.args[0], getattr(node.target, "__name__", str(node.target))
+        if getattr(node.target, "__module__", "") == "_operator":
+            name = f"__{name}__"
+        if hasattr(torch.Tensor, name):
+            self.edit.call_function(node, written, (name, *node.args), dict(node.kwargs))
+            self._out_of_place(node, target)
 
     def _reason(self, node: fx.Node, call: Call) -> str | None:
         dtype = node.meta.get("dtype")
@@ -172,7 +189,8 @@ class _Canonicalizer:
         """Let whatever reads ``target`` after ``node`` read ``node`` instead."""
         if not isinstance(target, fx.Node):
             return
-        self._refuse_aliases(node, target)
+        if not self.follows_memory:
+            self._refuse_aliases(node, target)
         later = [user for user in target.users if self.order.get(user, -1) > self.order[node]]
         self.edit.redirect(later, target, node)
 
@@ -188,6 +206,13 @@ class _Canonicalizer:
                     f"through {alias.name} ({node.meta.get('source')}).\n"
                     "  what to do: write it out of place, as y = f(x) instead of an in-place call."
                 )
+
+
+def written(method: str, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A copy of ``value`` into which ``method`` has written."""
+    copied = value.clone()
+    getattr(copied, method)(*args, **kwargs)
+    return copied
 
 
 def _holds_several(node: fx.Node) -> bool:

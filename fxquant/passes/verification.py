@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxquant.errors import LevelError
+from fxquant.graph.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import node_text
+from fxquant.graph.values import unchanged
 from fxquant.nn.fake_quantize import FakeQuantize
 
 __all__ = ["verify_against"]
@@ -31,31 +35,62 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _run(module: LeveledModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    quantizers = [part for part in module.modules() if isinstance(part, FakeQuantize)]
-    modes = {part: part.training for part in module.modules()}
-    enabled = [quantizer.enabled for quantizer in quantizers]
-    recorder = _Recorder(module)
+@contextmanager
+def _in_float(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` runs in eval mode, without gradients, quantizers off; buffers are put back."""
+    quantizers = {part: part.enabled for part in model.modules() if isinstance(part, FakeQuantize)}
+    modes = {part: part.training for part in model.modules()}
     try:
         for quantizer in quantizers:
             quantizer.enabled = False
-        module.eval()
-        with torch.no_grad():
-            recorder.run(*[value.clone() if isinstance(value, Tensor) else value for value in inputs])
+        with unchanged(model), torch.no_grad():
+            model.eval()
+            yield
     finally:
         for part, mode in modes.items():
             part.training = mode
-        for quantizer, was in zip(quantizers, enabled, strict=True):
-            quantizer.enabled = was
+        for quantizer, enabled in quantizers.items():
+            quantizer.enabled = enabled
+
+
+def _run(module: LeveledModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    recorder = _Recorder(module)
+    with _in_float(module):
+        recorder.run(*[value.clone() if isinstance(value, Tensor) else value for value in inputs])
     return recorder.values
 
 
-def verify_against(before: LeveledModule, after: LeveledModule, inputs: tuple[Any, ...], *, by: str) -> None:
-    """Compare the outputs of two graphs, quantizers off.
+def _inputs_of_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """What each graph of ``model`` is first called with, by path."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def note(path: str) -> Any:
+        return lambda graph, given: seen.setdefault(path, given) and None
+
+    hooks = [graph.register_forward_pre_hook(note(path)) for path, graph in graphs_of(model).items()]
+    try:
+        with _in_float(model):
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def verify_against(
+    before: nn.Module, after: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, by: str
+) -> None:
+    """Compare the outputs of each graph of two models on the inputs it gets, quantizers off.
 
     Raises:
         LevelError: names the pass and the first node, present in both, whose values differ.
     """
+    graphs = graphs_of(after)
+    for path, inputs in _inputs_of_graphs(before, args, kwargs).items():
+        _compare(graphs_of(before)[path], graphs[path], inputs, by)
+
+
+def _compare(before: LeveledModule, after: LeveledModule, inputs: tuple[Any, ...], by: str) -> None:
     old, new = _run(before, inputs), _run(after, inputs)
     if _distance(old["output"], new["output"]) <= TOLERANCE:
         return

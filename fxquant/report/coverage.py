@@ -10,14 +10,30 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxquant.errors import FxquantError, InputError
+from fxquant.graph.islands import Specialization, islands_of, level_of, specializations_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.integer import IntegerEvaluate, IntegerOp
-from fxquant.report.census import Share, is_float_op, macs_of, macs_share, module_at, short, state_of, weights_share
+from fxquant.report.census import (
+    Share,
+    absolute,
+    is_float_op,
+    macs_of,
+    macs_share,
+    module_at,
+    nodes_of,
+    short,
+    state_of,
+    uncounted,
+    weights_share,
+)
+from fxquant.report.findings_text import capture_text
+from fxquant.report.own_work import own_macs
 from fxquant.report.rows import op_text, path_of, source_line, told
 
-__all__ = ["Coverage", "FloatOp", "OpCount", "SkippedFold", "coverage"]
+__all__ = ["Coverage", "FloatOp", "IslandReport", "OpCount", "SkippedFold", "coverage"]
 
 _SHOWN = 12
+_RUNS = "it runs its own code, see capture"
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,27 @@ class SkippedFold:
 
 
 @dataclass(frozen=True)
+class IslandReport:
+    """A module that runs its author's own code.
+
+    Attributes:
+        path: the module; empty for the top module.
+        cause: why it was not traced.
+        source: ``file:line`` of what stopped the tracer.
+        advice: what to change to have it in a graph.
+        macs: multiply-accumulates of its own code, those of the graphs inside left out; None where not known.
+        is_named: it was named in ``leaves``.
+    """
+
+    path: str
+    cause: str
+    source: str | None
+    advice: str
+    macs: int | None
+    is_named: bool
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What ``coverage`` found.
 
@@ -70,6 +107,8 @@ class Coverage:
         float_ops: every op that computes in float.
         skipped_folds: every batch norm that was not folded.
         kernels: on integer models, the kernel of each op, by path.
+        islands: every module that runs its author's own code.
+        specializations: every answer about the example that the graphs hold for given, and check.
     """
 
     name: str
@@ -80,6 +119,8 @@ class Coverage:
     float_ops: tuple[FloatOp, ...]
     skipped_folds: tuple[SkippedFold, ...]
     kernels: dict[str, str]
+    islands: tuple[IslandReport, ...] = ()
+    specializations: tuple[Specialization, ...] = ()
 
     @property
     def macs_share(self) -> float | None:
@@ -113,10 +154,10 @@ class Coverage:
 
     def __str__(self) -> str:
         shares = [f"{self.macs} of MACs"] if self.macs else ["MACs unknown without example_inputs"]
-        if self.macs and self.macs.unknown:
-            shares.append(f"{self.macs.unknown} float ops could not be counted")
+        shares += uncounted(self.macs)
         title = f"{self.name}, {self.level}: in integers {', '.join([*shares, f'{self.weights} of weights'])}"
-        return "\n\n".join([title, self._ops_text(), *self._float_text(), *self._folds_text()])
+        capture = capture_text(self.islands, self.specializations)
+        return "\n\n".join([title, self._ops_text(), *self._float_text(), *self._folds_text(), *capture])
 
     def _ops_text(self) -> str:
         header = ["op", "integer", "float", "MACs", "kernel"]
@@ -138,8 +179,10 @@ class Coverage:
     def _float_text(self) -> Iterator[str]:
         if not self.float_ops:
             return
+        islands = {island.path for island in self.islands}
         lines = [
-            [f.path, f.op, f.reason.removeprefix(f"{f.op} is "), source_line(f.source)] for f in self.float_ops[:_SHOWN]
+            [f.path, f.op, _RUNS if f.path in islands else f.reason.removeprefix(f"{f.op} is "), source_line(f.source)]
+            for f in self.float_ops[:_SHOWN]
         ]
         more = len(self.float_ops) - len(lines)
         yield _plain(lines, ["in float", "op", "why", "source"], ["left"] * 4) + (f"\nand {more} more" if more else "")
@@ -157,42 +200,54 @@ def coverage(module: nn.Module) -> Coverage:
     Raises:
         InputError: the model was not made by ``prepare`` or ``convert``.
     """
-    if not isinstance(module, LeveledModule) or module.level in ("captured", "canonical"):
+    level = level_of(module)
+    if level in (None, "captured", "canonical"):
         raise InputError(
             f"coverage was given a {type(module).__name__} that fxquant has not prepared.\n"
             "  what to do: coverage(fxquant.prepare(model, example_inputs)), or the result of convert."
         )
+    own = own_macs(module)
     return Coverage(
         name=module.__class__.__name__,
-        level=module.level,
-        macs=macs_share(module),
+        level=str(level),
+        macs=macs_share(module, own),
         weights=weights_share(module),
-        ops=_count(module),
-        float_ops=tuple(_float_op(module, n) for n in module.graph.nodes if is_float_op(n, module_at(module, n))),
+        ops=_count(module, own),
+        float_ops=tuple(_float_op(g, n, own) for g, n in nodes_of(module) if is_float_op(n, module_at(g, n))),
         skipped_folds=tuple(_skipped_folds(module)),
-        kernels={path_of(n): kernel for n in module.graph.nodes if (kernel := _kernel(module_at(module, n)))},
+        kernels={absolute(g, path_of(n)): kernel for g, n in nodes_of(module) if (kernel := _kernel(module_at(g, n)))},
+        islands=tuple(
+            IslandReport(i.path, i.cause, i.source, i.advice, own[i.path], i.is_named) for i in islands_of(module)
+        ),
+        specializations=specializations_of(module),
     )
 
 
-def _skipped_folds(module: LeveledModule) -> Iterator[SkippedFold]:
-    paths = {node.name: path_of(node) for node in module.graph.nodes}
+def _skipped_folds(module: nn.Module) -> Iterator[SkippedFold]:
     prefix = "not folded: "
-    for node in module.graph.nodes:
+    paths = {(graph, node.name): absolute(graph, path_of(node)) for graph, node in nodes_of(module)}
+    for graph, node in nodes_of(module):
         for note in node.meta.get("notes", ()):
             if note.startswith(prefix):
-                yield SkippedFold(paths[node.name], told(note.removeprefix(prefix), paths, seen_from=paths[node.name]))
+                path = paths[graph, node.name]
+                own = {name: other for (owner, name), other in paths.items() if owner is graph}
+                yield SkippedFold(path, told(note.removeprefix(prefix), own, seen_from=path))
 
 
-def _count(module: LeveledModule) -> tuple[OpCount, ...]:
+def _macs(node: fx.Node, part: nn.Module | None, own: dict[str, int | None]) -> int | None:
+    return own[node.meta["island"].path] if "island" in node.meta else macs_of(node, part)
+
+
+def _count(module: nn.Module, own: dict[str, int | None]) -> tuple[OpCount, ...]:
     found: dict[str, list[Any]] = {}
-    for node in module.graph.nodes:
-        part = module_at(module, node)
+    for graph, node in nodes_of(module):
+        part = module_at(graph, node)
         state = state_of(node, part)
         if state not in ("integer", "float"):
             continue
-        counts = found.setdefault(_title(module, node), [0, 0, 0, dict[str, None]()])
+        counts = found.setdefault(_title(graph, node), [0, 0, 0, dict[str, None]()])
         counts[0 if state == "integer" else 1] += 1
-        macs = macs_of(node, part)
+        macs = _macs(node, part, own)
         counts[2] = None if macs is None or counts[2] is None else counts[2] + macs
         if kernel := _kernel(part):
             counts[3][kernel] = None
@@ -212,11 +267,10 @@ def _kernel(part: nn.Module | None) -> str:
     return "reference, float64 inside" if isinstance(part, IntegerEvaluate) else "reference"
 
 
-def _float_op(module: LeveledModule, node: fx.Node) -> FloatOp:
-    part = module_at(module, node)
-    return FloatOp(
-        path_of(node), op_text(module, node), node.meta["reason"], node.meta.get("source"), macs_of(node, part)
-    )
+def _float_op(graph: LeveledModule, node: fx.Node, own: dict[str, int | None]) -> FloatOp:
+    macs = _macs(node, module_at(graph, node), own)
+    path = absolute(graph, path_of(node))
+    return FloatOp(path, op_text(graph, node), node.meta["reason"], node.meta.get("source"), macs)
 
 
 def _plain(lines: list[list[Any]], header: list[str], align: list[str]) -> str:

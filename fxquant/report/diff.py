@@ -7,12 +7,13 @@
     pool     MaxPool2d     QuantMaxPool2d                       = relu
 
 ``→ relu``: relu's quantizer rounds this result too, once for the whole chain; ``= relu``: the same quantizer as relu's.
+A model with islands has a heading for each of its graphs, and a line for each island.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -20,18 +21,29 @@ from torch import nn
 
 from fxquant.errors import InputError
 from fxquant.graph.capture import capture
+from fxquant.graph.islands import (
+    Island,
+    Specialization,
+    graphs_of,
+    islands_of,
+    level_of,
+    map_graphs,
+)
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.passes.canonicalize import canonicalize
-from fxquant.report.census import Share, is_float_op, macs_share, module_at, weights_share
+from fxquant.report.census import Share, is_float_op, macs_share, module_at, nodes_of, uncounted, weights_share
+from fxquant.report.findings_text import holds_text, island_line, island_name
+from fxquant.report.own_work import example_call, own_macs
 from fxquant.report.paths import elide, near
 from fxquant.report.rows import Row, rows, source_line
 from fxquant.report.terminal import paint, terminal_width, visible_length, wants_color
 
-__all__ = ["Diff", "diff"]
+__all__ = ["Diff", "GraphRows", "diff"]
 
 _UNKNOWN = "–"
+_HELD = 3
 _LEGEND = {
     "→": "→ x  rounded once, by x's quantizer",
     "=": "= x  shares x's quantizer",
@@ -42,11 +54,20 @@ _LIMITS = ((60, 60), (48, 32), (40, 28), (32, 24), (26, 20), (20, 16))
 
 
 @dataclass(frozen=True)
+class GraphRows:
+    """One graph of a model: where it stands, a ``Row`` a node, and what it holds for given."""
+
+    path: str
+    rows: tuple[Row, ...]
+    specializations: tuple[Specialization, ...]
+
+
+@dataclass(frozen=True)
 class Diff:
     """What became of each node, as data and as text.
 
     Attributes:
-        rows: one ``Row`` a node, in order; the text leaves out those that only read shapes.
+        parts: the model's graphs and islands, outer ones first.
         name: the model's class.
         levels: the levels before and after.
         calibrated: whether every range is known.
@@ -55,7 +76,7 @@ class Diff:
         float_ops: the number of ops that compute in float.
     """
 
-    rows: tuple[Row, ...]
+    parts: tuple[GraphRows | Island, ...]
     name: str
     levels: tuple[str, str]
     calibrated: bool
@@ -64,6 +85,16 @@ class Diff:
     float_ops: int
     color: bool | None = None
     width: int | None = None
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of all graphs, in order; the text leaves out those that only read shapes."""
+        return tuple(row for part in self.parts if isinstance(part, GraphRows) for row in part.rows)
+
+    @property
+    def islands(self) -> tuple[Island, ...]:
+        """The modules that run their author's own code."""
+        return tuple(part for part in self.parts if isinstance(part, Island))
 
     def text(self, *, color: bool = False, width: int | None = None) -> str:
         """The whole diff.
@@ -74,20 +105,35 @@ class Diff:
         """
         shown = [row for row in self.rows if row.state != "shape"]
         header, lines = _columns(shown, self.levels)
-        table = _table(header, lines, shown, color=color, width=width)
+        head, body = _table(header, lines, shown, color=color, width=width)
         hidden = len(self.rows) - len(shown)
-        parts = [paint(self._title(), "bold" if color else None), "", table, ""]
+        title = [*_wrapped(self._title(), width)]
+        parts = [paint("\n".join(title), "bold" if color else None), "", *head, *self._by_part(body, color, width), ""]
         legend = _legend(lines, hidden)
         if legend:
             parts += [paint("\n".join(_wrapped(legend, width)), "dim" if color else None)]
         return "\n".join([*parts, *_wrapped(self.summary(), width)])
 
+    def _by_part(self, body: list[str], color: bool, width: int | None) -> Iterator[str]:
+        """The lines of the table, with a heading for each graph and island where there are several."""
+        remaining = iter(body)
+        for part in self.parts:
+            if isinstance(part, Island):
+                told = "\n".join(_wrapped(island_line(part), width))
+                yield "\n" + paint(told, "yellow" if color else None)
+                continue
+            if len(self.parts) > 1:
+                yield "\n" + paint(f"graph {island_name(part.path)}", "bold" if color else None)
+            for _ in range(sum(row.state != "shape" for row in part.rows)):
+                yield next(remaining)
+            for line in holds_text(part.specializations, limit=_HELD):
+                yield paint("\n".join(_wrapped(f"    holds: {line}", width)), "dim" if color else None)
+
     def summary(self) -> str:
         """One line: the shares of MACs and weights in integers, and the number of float ops."""
         shares = [_share(self.macs, "MACs"), _share(self.weights, "weights")]
         unknown = "" if self.macs else "; give prepare example_inputs for MACs"
-        if self.macs and self.macs.unknown:
-            unknown = f", {self.macs.unknown} of them with MACs that cannot be counted"
+        unknown += "".join(f"; {words}" for words in uncounted(self.macs))
         return f"in integers: {', '.join(s for s in shares if s)}; float ops: {self.float_ops}{unknown}"
 
     def _title(self) -> str:
@@ -112,26 +158,65 @@ def diff(before: nn.Module, after: nn.Module, *, color: bool | None = None, widt
         InputError: ``after`` is not fxquant's, or was made from another model.
         CaptureError: ``before`` cannot be traced.
     """
-    if not isinstance(after, LeveledModule):
+    level = level_of(after)
+    if level is None:
         raise InputError(
             f"diff was given a {type(after).__name__} as its second model, which fxquant did not make.\n"
             "  what to do: diff(model, prepared) or diff(model, int8), with what prepare or convert returned."
         )
-    old = before if isinstance(before, LeveledModule) else capture(before)
-    if old.level == "captured":
-        old = canonicalize(old)
-    level = old.level if isinstance(before, LeveledModule) else "float"
+    old, old_level = before, level_of(before)
+    if old_level is None:
+        old = _captured_like(after, before)
+    if level_of(old) == "captured":
+        old = map_graphs(old, canonicalize)
     return Diff(
-        rows=tuple(rows(old, after)),
+        parts=tuple(_parts(old, after)),
         name=after.__class__.__name__,
-        levels=(level, after.level),
+        levels=(old_level or "float", level),
         calibrated=is_calibrated(after),
-        macs=macs_share(after),
+        macs=macs_share(after, own_macs(after)),
         weights=weights_share(after),
-        float_ops=sum(is_float_op(node, module_at(after, node)) for node in after.graph.nodes),
+        float_ops=sum(is_float_op(node, module_at(graph, node)) for graph, node in nodes_of(after)),
         color=color,
         width=width,
     )
+
+
+def _captured_like(after: nn.Module, model: nn.Module) -> nn.Module:
+    """``model`` captured as it was when ``after`` was made of it."""
+    settings = next(iter(graphs_of(after).values())).settings
+    call = example_call(after)
+    example = None if call is None else call[1] or call[0]
+    leaves = settings.get("leaves", ())
+    try:
+        captured: nn.Module = capture(model, example, for_training=settings.get("qat", False), leaves=leaves)
+    except InputError as error:
+        if example is None:
+            raise
+        raise InputError(f"the second model was not made from the first, as that tells: {error}") from error
+    return captured
+
+
+def _parts(before: nn.Module, after: nn.Module) -> Iterator[GraphRows | Island]:
+    """The graphs and islands of ``after``, outer ones first, each graph against that of ``before``."""
+    old, new = graphs_of(before), graphs_of(after)
+    islands = {island.path: island for island in islands_of(after)}
+    for path, _ in after.named_modules():
+        if path in new:
+            if path not in old:
+                raise InputError(
+                    f"the second model was not made from the first, of which {island_name(path)} is not captured.\n"
+                    "  what to do: give diff the model that you gave to prepare; where example_inputs hold objects other "
+                    "than tensors, numbers and containers of them, compare diff(prepared, int8)."
+                )
+            yield GraphRows(path, tuple(rows(old[path], new[path])), _held(new[path]))
+        elif path in islands:
+            yield islands[path]
+
+
+def _held(graph: LeveledModule) -> tuple[Specialization, ...]:
+    """What this graph itself holds for given; not the graphs in its islands."""
+    return tuple(n.meta["specialization"] for n in graph.graph.nodes if "specialization" in n.meta)
 
 
 def is_calibrated(module: nn.Module) -> bool:
@@ -192,7 +277,10 @@ def _note(row: Row) -> str:
     return f"{note} ({place})" if note and place else note
 
 
-def _table(header: list[str], lines: list[list[str]], shown: Sequence[Row], *, color: bool, width: int | None) -> str:
+def _table(
+    header: list[str], lines: list[list[str]], shown: Sequence[Row], *, color: bool, width: int | None
+) -> tuple[list[str], list[str]]:
+    """The two lines at the top, and a line for each row."""
     if width is not None and lines:
         lines = _fit(header, lines, width)
     if color:
@@ -205,7 +293,7 @@ def _table(header: list[str], lines: list[list[str]], shown: Sequence[Row], *, c
     head, ruler, *body = (line.rstrip() for line in table.split("\n"))
     margin = sum(len(column) + 2 for column in ruler.split()[:3])
     noted = [_with_note(line, row, margin, color, width) for row, line in zip(shown, body, strict=True)]
-    return "\n".join([head, ruler, *noted])
+    return [head, ruler], noted
 
 
 def _with_note(line: str, row: Row, margin: int, color: bool, width: int | None) -> str:

@@ -19,7 +19,7 @@ from fxquant.numerics.scheme import Scheme
 from fxquant.ops.behaviour import ChannelAffine
 from fxquant.ops.calls import FLOAT, behaviour_of
 from fxquant.passes.apply_recipe import op_path
-from fxquant.report.census import module_at, state_of
+from fxquant.report.census import absolute, module_at, state_of
 from fxquant.report.paths import near
 
 __all__ = ["Row", "op_text", "path_of", "rows", "source_line", "told"]
@@ -70,6 +70,8 @@ class Row:
 def rows(before: LeveledModule, after: LeveledModule) -> list[Row]:
     """One row for each node of either graph, in order; ``before`` is canonical or of a later level.
 
+    Checks of what was held for given have no row: see ``specializations_of``.
+
     Raises:
         InputError: ``after`` was not made from the model that ``before`` is.
     """
@@ -107,6 +109,7 @@ class _Reader:
                 paths[name] = paths[_source(new).name]
                 continue
             wanted = str(new.target) if new is not None and new.op == "call_module" else path_of(node)
+            wanted = absolute(self.after, wanted)
             path, number = wanted, 0
             while path in taken:
                 number += 1
@@ -146,7 +149,7 @@ class _Reader:
             yield from self._row(node)
 
     def _gone(self, node: fx.Node) -> Iterator[Row]:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or "specialization" in node.meta:
             return
         how, into = self.absorbed.get(node.name, ("removed", None))
         yield Row(
@@ -160,6 +163,7 @@ class _Reader:
         shown: fx.Node = self.entering.get(node.name, node)
         if (
             state == "output"
+            or "specialization" in node.meta
             or node in self.entering.values()
             or (state == "parameter" and not self._is_quantized(node))
         ):
@@ -203,7 +207,9 @@ class _Reader:
 
     def _note(self, node: fx.Node, state: str) -> str:
         parts: list[str] = []
-        if state == "float":
+        if "island" in node.meta:
+            parts.append("it runs its own code, see its line")
+        elif state == "float":
             parts.append(node.meta.get("reason") or "passes float values on")
         if node.meta.get("leaves_as_float"):
             parts.append("not rounded")

@@ -1,0 +1,493 @@
+"""Any model is captured: with quantizers off it computes, trains, and keeps its state as the original does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import traps
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from traps import TRAPS, Trap, images, normal, rows
+
+import fxquant
+from fxquant.errors import FxquantError, InputError
+from fxquant.graph.islands import graphs_of, islands_of, specializations_of
+from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.fake_quantize import FakeQuantize
+
+BATCH, OTHER_BATCH = 4, 3
+NAMES = list(TRAPS)
+MODES = ("eval", "train")
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # a reentrant checkpoint's
+IN_BOTH_MODES = [(name, mode) for name in NAMES for mode in MODES if mode == "eval" or TRAPS[name].modes]
+
+
+@pytest.fixture(autouse=True)
+def slow_attention() -> Iterator[None]:
+    """The fused kernel of nn.MultiheadAttention rounds otherwise than its parts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def build(trap: Trap, mode: str) -> tuple[nn.Module, nn.Module]:
+    """The model, and a copy to compare with."""
+    torch.manual_seed(3)
+    model = trap.model().train(mode == "train")
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.running_mean.normal_(0, 0.1)
+                part.running_var.uniform_(0.5, 1.5)
+    return model, copy.deepcopy(trap.inner(model))
+
+
+def prepared_in(name: str, mode: str) -> tuple[nn.Module, nn.Module]:
+    """The prepared model, and the original to compare with."""
+    model, original = build(TRAPS[name], mode)
+    return fxquant.prepare(model, TRAPS[name].inputs(BATCH), qat=True), original
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    torch.manual_seed(7)
+    return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+
+
+# Nested values.
+
+
+def fields(value: Any) -> list[tuple[str, Any]] | None:
+    """The parts of a container by name; None for a leaf."""
+    if isinstance(value, dict):
+        return [(f"[{k!r}]", v) for k, v in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(f"[{i}]", v) for i, v in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return None
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    parts = fields(value)
+    if parts is None:
+        yield name, value
+    for key, part in parts or ():
+        yield from leaves(part, name + key)
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``function`` of its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: mapped(v, function) for k, v in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*(mapped(v, function) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(v, function) for v in value)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{k[1:]: mapped(v, function) for k, v in fields(value) or ()})
+    return value
+
+
+def assert_same(got: Any, expected: Any, what: str) -> None:
+    """The same containers, and leaves that are equal bit for bit."""
+    assert type(got) is type(expected), f"{what}: a {type(got).__name__} instead of a {type(expected).__name__}"
+    inner = fields(expected)
+    if inner is not None:
+        given = fields(got) or []
+        assert [k for k, _ in given] == [k for k, _ in inner], f"{what}: other parts"
+        for (key, a), (_, b) in zip(given, inner, strict=True):
+            assert_same(a, b, what + key)
+    elif isinstance(expected, Tensor):
+        assert got.dtype == expected.dtype, f"{what}: {got.dtype} instead of {expected.dtype}"
+        assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+        assert torch.isfinite(expected.double()).all(), f"{what}: the expected value is not finite"
+        gap = float((got.double() - expected.double()).abs().max()) if expected.numel() else 0.0
+        assert torch.equal(got, expected), f"{what}: differs by up to {gap:.3g}"
+    else:
+        assert got == expected, f"{what}: {got!r} instead of {expected!r}"
+
+
+def assert_same_buffers(got: nn.Module, expected: nn.Module) -> None:
+    given = dict(got.named_buffers(remove_duplicate=False))
+    for name, buffer in expected.named_buffers(remove_duplicate=False):
+        assert name in given, f"buffer {name} is missing"
+        assert_same(given[name], buffer, f"buffer {name}")
+
+
+# Every trap: outputs.
+
+
+@pytest.mark.parametrize(("name", "mode"), IN_BOTH_MODES)
+def test_outputs_are_the_originals(name, mode):
+    """Call by call on one model: twice the example, another batch size, the example again; then the buffers."""
+    prepared, original = prepared_in(name, mode)
+    trap, sizes = TRAPS[name], (BATCH, BATCH, OTHER_BATCH, BATCH)
+    for number, size in enumerate(sizes if trap.batch_free else (BATCH, BATCH)):
+        given, also = trap.inputs(size), trap.inputs(size)
+        with torch.no_grad():
+            expected = call(original, also)
+            with fxquant.quantizers_off(prepared):
+                got = call(prepared, given)
+        assert_same(got, expected, f"output of call {number + 1}, batch size {size}")
+        if not trap.overwrites:  # what forward overwrites of its input, a graph leaves as the caller gave it
+            assert_same(given, also, f"the caller's input after call {number + 1}")
+    assert_same_buffers(prepared, original)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRAPS[n].modes])
+def test_the_mode_may_change_after_prepare(name):
+    """Prepared in train mode, then evaluated, then trained on."""
+    prepared, original = prepared_in(name, "train")
+    for mode in ("train", "eval", "train"):
+        prepared.train(mode == "train"), original.train(mode == "train")
+        with torch.no_grad():
+            expected = call(original, TRAPS[name].inputs(BATCH))
+            with fxquant.quantizers_off(prepared):
+                got = call(prepared, TRAPS[name].inputs(BATCH))
+        assert_same(got, expected, f"output in {mode} mode")
+    assert_same_buffers(prepared, original)
+
+
+# Every trap: gradients.
+
+
+def gradients(module: nn.Module, inputs: Any) -> dict[str, Tensor | None]:
+    """Of the sum of all outputs squared: by parameter name, and by input."""
+    starts: list[Tensor] = []
+
+    def started(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        starts.append(x.detach().requires_grad_())
+        return starts[-1].clone()
+
+    output = call(module, mapped(inputs, started))
+    real = [t for _, t in leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    sum(t.double().square().sum() for t in real).backward()
+    found = {f"input {i}": t.grad for i, t in enumerate(starts)}
+    return {**found, **{n: p.grad for n, p in module.named_parameters(remove_duplicate=False)}}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRAPS[n].trains])
+def test_gradients_are_the_originals(name):
+    prepared, original = prepared_in(name, "train" if TRAPS[name].modes else "eval")
+    expected = gradients(original, TRAPS[name].inputs(BATCH))
+    with fxquant.quantizers_off(prepared):
+        got = gradients(prepared, TRAPS[name].inputs(BATCH))
+    assert any(g is not None for g in expected.values()), "the original has no gradient"
+    for key, gradient in expected.items():
+        if gradient is None:
+            assert got.get(key) is None, f"a gradient of {key} that the original has not"
+        else:
+            assert got.get(key) is not None, f"no gradient of {key}"
+            assert_same(got[key], gradient, f"gradient of {key}")
+
+
+# Every trap: what prepare gives, and what it leaves.
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What must not change: classes, modes, attributes, hooks, and which tensors and modules are where."""
+    facts: dict[str, Any] = {}
+    for path, part in model.named_modules(remove_duplicate=False):
+        own = vars(part)
+        facts[f"{path}: class"] = type(part)
+        facts[f"{path}: attributes"] = sorted(own)
+        facts[f"{path}: values"] = {k: v for k, v in own.items() if v is None or isinstance(v, (bool, int, float, str))}
+        facts[f"{path}: types"] = {k: type(v) for k, v in own.items()}
+        facts[f"{path}: lengths"] = {k: len(v) for k, v in own.items() if isinstance(v, (list, dict, tuple, set))}
+        facts[f"{path}: hooks"] = [list(own.get(hooks, ())) for hooks in HOOKS]
+        for kind in ("_parameters", "_buffers", "_modules"):
+            facts[f"{path}: {kind}"] = {k: id(v) for k, v in own[kind].items()}
+    return facts
+
+
+@dataclasses.dataclass
+class Case:
+    """One prepared model, not called since."""
+
+    prepared: nn.Module
+    facts: tuple[dict[str, Any], dict[str, Any]]
+    state: tuple[dict[str, Tensor], dict[str, Tensor]]
+    inner_state: dict[str, Tensor]
+    inputs: tuple[Any, Any]
+
+
+@cache
+def case(name: str) -> Case:
+    model, original = build(TRAPS[name], "eval")
+    facts, state = described(model), {k: v.clone() for k, v in model.state_dict().items()}
+    given, also = TRAPS[name].inputs(BATCH), TRAPS[name].inputs(BATCH)
+    prepared = fxquant.prepare(model, given, qat=True)
+    return Case(prepared, (facts, described(model)), (state, model.state_dict()), original.state_dict(), (given, also))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_one_graph_where_it_can_be(name):
+    prepared, expect = case(name).prepared, TRAPS[name].expect
+    islands = islands_of(prepared)
+    causes = "; ".join(f"{island.path or 'the model'}: {island.cause} ({island.source})" for island in islands)
+    if expect == "whole":
+        assert not islands, causes
+        assert isinstance(prepared, LeveledModule)
+    elif expect == "islands":
+        assert islands, "values decide here: one graph cannot hold it"
+    for island in islands:
+        assert island.cause and island.advice, f"{island.path or 'the model'}: neither cause nor advice"
+        assert island.path == "" or prepared.get_submodule(island.path) is not None
+    assert all(isinstance(graph, LeveledModule) for graph in graphs_of(prepared).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_something_is_quantized(name):
+    parts = [part for graph in graphs_of(case(name).prepared).values() for part in graph.modules()]
+    assert any(isinstance(part, FakeQuantize) for part in parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_dict_keeps_its_keys(name):
+    state = case(name).prepared.state_dict()
+    for key, tensor in case(name).inner_state.items():
+        assert key in state, f"{key} is missing"
+        assert_same(state[key], tensor, key)
+    methods = tuple(f"{path}." for path in graphs_of(case(name).prepared) if path.rpartition(".")[2] in vars(type(case(name).prepared)))
+    added = [k for k in state if k not in case(name).inner_state and "quantizer" not in k and not k.startswith(methods)]
+    assert not added, f"keys that are neither the model's nor a quantizer's: {added}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_given_is_left_as_it_was(name):
+    before, after = case(name).facts
+    assert sorted(before) == sorted(after), "other modules"
+    for key, fact in before.items():
+        assert after[key] == fact, key
+    before, after = case(name).state
+    assert_same(dict(after), dict(before), "state")
+    assert_same(*case(name).inputs, "example_inputs")
+
+
+# Specializations.
+
+
+def test_a_later_input_may_not_contradict_a_specialization():
+    model = traps.IfHeight().eval()
+    prepared = fxquant.prepare(model, images(2), qat=True)
+    found = specializations_of(prepared)
+    assert found and all(s.text for s in found)
+    sources = [s.source for s in found if s.source and "traps.py" in s.source]
+    assert sources, "the line that specialized is named"
+    prepared(normal(5, 3, 8, 7))
+    with pytest.raises(FxquantError, match=r"traps\.py") as caught:
+        prepared(normal(2, 3, 5, 5))
+    assert any(re.search(r"traps\.py\D+\d+", s).group() in str(caught.value) for s in sources)
+
+
+def test_what_holds_for_every_input_is_no_specialization():
+    prepared = fxquant.prepare(traps.ConvNet().eval(), images(2), qat=True)
+    assert specializations_of(prepared) == () and islands_of(prepared) == ()
+
+
+# What is refused.
+
+
+def test_a_scripted_model_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(traps.Perceptron())
+    with pytest.raises(InputError, match="TorchScript"):
+        fxquant.prepare(scripted, rows(2), qat=True)
+
+
+def test_an_already_quantized_model_is_refused():
+    import torch.ao.nn.quantized as already
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = nn.Sequential(nn.ReLU(), already.Linear(4, 4))
+    with pytest.raises(InputError, match="already quantized"):
+        fxquant.prepare(quantized, rows(2), qat=True)
+
+
+@pytest.mark.parametrize("name", ["containers", "value gate inside"])
+def test_an_example_that_does_not_fit_is_refused(name):
+    model = TRAPS[name].model().eval()
+    for example in ((torch.randn(2, 7, 3, 3),), (), (*TRAPS[name].inputs(2), torch.randn(2))):
+        with pytest.raises(InputError):
+            fxquant.prepare(model, example, qat=True)
+
+
+# Leaves and islands.
+
+
+@pytest.mark.parametrize("leaf", ["gate", traps.ValueGate, "stem", traps.ConvNet], ids=str)
+def test_leaves_stay_untouched(leaf):
+    torch.manual_seed(3)
+    model = traps.ValueGateInside().eval()
+    prepared = fxquant.prepare(model, images(4), qat=True, leaves=(leaf,))
+    path = leaf if isinstance(leaf, str) else {traps.ValueGate: "gate", traps.ConvNet: "stem"}[leaf]
+    part, given = prepared.get_submodule(path), model.get_submodule(path)
+    assert type(part) is type(given)
+    assert [(n, type(m)) for n, m in part.named_modules()] == [(n, type(m)) for n, m in given.named_modules()]
+    with torch.no_grad(), fxquant.quantizers_off(prepared):
+        assert_same(prepared(*images(4)), model(*images(4)), "output")
+
+
+def test_leaves_that_match_nothing_are_refused():
+    with pytest.raises(FxquantError, match="nowhere"):
+        fxquant.prepare(traps.ConvNet().eval(), images(2), qat=True, leaves=("nowhere",))
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("value gate inside", ("gate.lin", "stem.conv", "head.a")),
+        ("if sum positive", ("conv", "a")),
+        ("detector", ("backbone.0", "head")),
+        ("nonzero rows", ("body.a", "fc")),
+        ("masked tokens", ("embed", "fc")),
+    ],
+)
+def test_layers_in_and_around_islands_are_quantized(name, inside):
+    prepared = case(name).prepared
+    for island in islands_of(prepared):
+        assert "traps.py" in (island.source or ""), f"the user's line is not named: {island.source}"
+    owners = [n for n, m in prepared.named_modules() if hasattr(m, "weight_quantizer")]
+    for path in inside:
+        assert any(n == path or n.startswith(f"{path}.") for n in owners), f"{path} is not quantized"
+
+
+def test_only_the_smallest_part_is_an_island():
+    prepared = case("value gate inside").prepared
+    assert [island.path for island in islands_of(prepared)] == ["gate"]
+    assert isinstance(prepared, LeveledModule), "the model around it is a graph"
+
+
+def test_an_island_keeps_the_users_class_and_attributes():
+    prepared = case("python counter").prepared
+    fresh = copy.deepcopy(prepared)
+    assert fresh.calls == 0
+    fresh(*rows(4)), fresh(*rows(4))
+    assert fresh.calls == 2 and isinstance(fresh, traps.PythonCounter)
+
+
+def test_a_recording_hook_records_each_call():
+    seen: list[Tensor] = []
+    model = traps.ConvNet().eval()
+    handle: RemovableHandle = model.conv.register_forward_hook(lambda module, args, output: seen.append(output))
+    prepared = fxquant.prepare(model, images(2), qat=True)
+    assert all(type(t) is Tensor for t in seen), "the hook was given something other than a tensor"
+    seen.clear()
+    with torch.no_grad(), fxquant.quantizers_off(prepared):
+        for count in (1, 2, 3):
+            prepared(*images(2))
+            assert len(seen) == count
+    recorded = seen[-1]
+    handle.remove()
+    with torch.no_grad():
+        assert_same(recorded, model.conv(*images(2)), "what was recorded")
+
+
+def test_one_tensor_twice_stays_one_tensor():
+    prepared, _ = prepared_in("constants beside", "eval")
+    (x,) = rows(2)
+    output = prepared(x)
+    assert output["y"] is output["again"] and output["input"] is x
+
+
+@pytest.mark.parametrize(
+    "name", ["scratch", "hook that records", "carried state", "cached grid", "spectral norm by hook"]
+)
+def test_a_model_that_has_run_can_be_prepared(name):
+    """Attributes that hold results of an earlier call, with their gradients."""
+    trap = TRAPS[name]
+    model, again = build(trap, "train")
+    for module in (model, again):
+        call(module, trap.inputs(BATCH))
+    prepared = fxquant.prepare(model, trap.inputs(BATCH), qat=True)
+    with fxquant.quantizers_off(prepared), torch.no_grad():
+        got, expected = call(prepared, trap.inputs(BATCH)), call(again, trap.inputs(BATCH))
+    assert_same(got, expected, "output")
+
+
+# Copies, and the whole way to integers.
+
+WITH_ISLANDS = ["value gate inside", "if sum positive", "detector", "nonzero rows", "helper methods"]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", [*WITH_ISLANDS, "python counter", "auxiliary head", "self attention"])
+def test_a_copy_runs_alone(name, how):
+    trap = TRAPS[name]
+    prepared, _ = prepared_in(name, "eval")
+    other = how(prepared)
+    assert [i.path for i in islands_of(other)] == [i.path for i in islands_of(prepared)]
+    assert list(graphs_of(other)) == list(graphs_of(prepared))
+    with torch.no_grad():
+        assert_same(call(other, trap.inputs(3)), call(prepared, trap.inputs(3)), "output of the copy")
+    mine = {id(t) for t in prepared.state_dict(keep_vars=True).values()}
+    assert not mine & {id(t) for t in other.state_dict(keep_vars=True).values()}, "tensors are shared"
+
+
+def test_a_copy_trains_alone():
+    prepared, _ = prepared_in("value gate inside", "train")
+    other = copy.deepcopy(prepared)
+    before = {k: v.clone() for k, v in prepared.state_dict().items()}
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    call(other, images(BATCH)).square().sum().backward()
+    optimizer.step()
+    for key, tensor in prepared.state_dict().items():
+        assert torch.equal(tensor, before[key]), f"the first one's {key} changed"
+    assert not torch.equal(other.state_dict()["gate.lin.weight"], before["gate.lin.weight"])
+
+
+def signal_to_noise(got: Tensor, expected: Tensor) -> float:
+    """In decibels."""
+    noise = (got.double() - expected.double()).square().sum().clamp_min(1e-30)
+    return float(10 * torch.log10(expected.double().square().sum() / noise))
+
+
+@pytest.mark.parametrize("name", ["value gate inside", "if sum positive", "helper methods"])
+def test_islands_go_the_whole_way_to_integers(name):
+    trap = TRAPS[name]
+    model, original = build(trap, "eval")
+    data = [(normal(16, 3, 8, 8, seed=s),) for s in range(4)]
+    prepared = fxquant.prepare(model, data[0])
+    assert islands_of(prepared)
+    fxquant.calibrate(prepared, data, progress=False)
+    integer = fxquant.convert(prepared)
+    assert any(t.dtype == torch.int8 for t in integer.state_dict().values()), "no weight became an integer"
+    with torch.no_grad():
+        for batch in data:
+            quality = signal_to_noise(integer(*batch), original(*batch))
+            assert quality > 15, f"{quality:.1f} dB"
+
+
+@pytest.mark.parametrize("name", ["value gate inside", "if sum positive"])
+def test_training_with_islands_lowers_the_loss(name):
+    model, _ = build(TRAPS[name], "train")
+    x = normal(16, 3, 8, 8)
+    prepared = fxquant.prepare(model, x, qat=True)
+    fxquant.calibrate(prepared, [(x,)], progress=False)
+    optimizer = torch.optim.Adam(prepared.parameters(), lr=0.02)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (prepared(x) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
