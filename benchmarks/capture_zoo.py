@@ -378,7 +378,7 @@ class Study:
 
     def _prepare(self, case: Case) -> nn.Module | None:
         import fxquant
-        from fxquant.graph.capture import capture
+        from fxquant.capture.capture import capture
 
         row, example = self.row, self.inputs["example"]
         torch.manual_seed(1)
@@ -405,7 +405,7 @@ class Study:
         return prepared
 
     def _structure(self, prepared: nn.Module) -> None:
-        from fxquant.graph.islands import graphs_of, islands_of, specializations_of
+        from fxquant.capture.islands import graphs_of, islands_of, specializations_of
 
         row, islands = self.row, islands_of(prepared)
         if islands:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from yolo import Yolo
 
 import fxquant
-from fxquant.graph.islands import graphs_of, islands_of
+from fxquant.capture.islands import graphs_of, islands_of
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.capture.islands import graphs_of
 from fxquant.errors import CheckpointError, InputError, RecipeError
 from fxquant.flow import convert, freeze, prepare
-from fxquant.graph.islands import graphs_of
 from fxquant.inputs import make_inputs
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.numerics.scheme import Scheme

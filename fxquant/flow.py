@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from fxquant.capture.calls import Call
+from fxquant.capture.capture import as_call, capture
+from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.errors import CalibrationError, InputError, LevelError
-from fxquant.graph.calls import Call
-from fxquant.graph.capture import as_call, capture
-from fxquant.graph.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
@@ -108,9 +108,11 @@ def prepare(
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
     named = [island.path for island in islands_of(captured) if island.is_named]
     call = None if example_inputs is None else as_call(captured, example_inputs)
-    settings = {"qat": qat, "batch_norm": batch_norm, "recipe": recipe, "inputs": describe_inputs(call), "leaves": named}
+    inputs = describe_inputs(call)
     for graph in graphs_of(captured).values():
-        check(graph, by="capture").settings.update(settings)
+        check(graph, by="capture").settings.update(
+            qat=qat, batch_norm=batch_norm, recipe=recipe, inputs=inputs, leaves=named
+        )
     prepared = _through(captured, passes_of(recipe=recipe, qat=qat), call if verify else None)
     require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__)
     return _ready_to_train(prepared, batch_norm) if qat else prepared.eval()
@@ -119,11 +121,15 @@ def prepare(
 def _through(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
     """``model`` after ``steps``, with the laws of every graph checked, and on request its outputs."""
     for step in steps:
-        changed = map_graphs(model, lambda graph, step=step: check(step(graph), by=_name(step)))
+        changed = map_graphs(model, partial(_checked, step))
         if verify_on is not None:
             verify_against(model, changed, verify_on.args, verify_on.kwargs, by=_name(step))
         model = changed
     return model
+
+
+def _checked(step: Pass, graph: LeveledModule) -> LeveledModule:
+    return check(step(graph), by=_name(step))
 
 
 def _with_default_estimator(recipe: Recipe, *, qat: bool) -> Recipe:

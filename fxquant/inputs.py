@@ -10,19 +10,23 @@ import torch
 from torch import nn
 
 from fxquant.errors import InputError
-from fxquant.graph.leveled import LeveledModule
 
 __all__ = ["arguments_of", "describe_inputs", "make_inputs", "move_to"]
 
 
 def _input_names(model: nn.Module) -> tuple[list[str], list[str]]:
     """The names of forward's parameters, and of those that every call gives."""
-    spec = model.meta.get("call") if isinstance(model, LeveledModule) else None
+    spec = _spec(model)
     if spec is not None:
         return [name for name, _, _ in spec.parameters], list(spec.given)
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return [p.name for p in named], [p.name for p in named if p.default is p.empty]
+
+
+def _spec(model: nn.Module) -> Any:
+    """How a captured graph is called; None for any other module."""
+    return getattr(model, "meta", {}).get("call")
 
 
 def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -36,7 +40,7 @@ def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
     names, needed = _input_names(model)
     if isinstance(batch, Mapping):
         if names and set(needed) <= set(batch) and (needed or set(batch) & set(names)):
-            taken = needed if isinstance(model, LeveledModule) else [name for name in names if name in batch]
+            taken = needed if _spec(model) is not None else [name for name in names if name in batch]
             return (), {name: batch[name] for name in taken}
         return (batch,), {}
     if not isinstance(batch, (tuple, list)):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import Recipe, Scheme, Setting
-from fxquant.graph.capture import capture
+from fxquant.capture.capture import capture
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.ops.behaviour import FloatOnly, Measuring

@@ -29,6 +29,7 @@ STOREYS = (
     ("inputs", "recipe"),
     ("ops",),
     ("nn",),
+    ("capture",),
     ("graph", "numerics"),
     ("errors",),
 )
@@ -141,8 +142,12 @@ CHANGES = (
     ),
 )
 FIELDS = ("args", "kwargs", "target", "op")
-MAKERS = {"graph/edit.py", "graph/capture.py", "graph/leveled.py"}
-"""``edit`` changes graphs; ``capture``'s tracer makes one; ``leveled`` builds one anew from what was pickled."""
+MAKERS = {
+    "graph/edit.py",
+    "graph/leveled.py",
+    *(f"capture/{name}.py" for name in ("tracing", "attributes", "questions", "modes", "one_graph")),
+}
+"""``edit`` changes graphs; ``capture`` makes them; ``leveled`` builds one anew from what was pickled."""
 
 
 def changes_of_graphs(tree: ast.AST) -> Iterator[str]:
@@ -191,9 +196,13 @@ PLAIN_WORDS = {
     "clone",
 }
 """Entries whose names are ordinary words or attributes too."""
-FREE_OF_OPS = ("passes", "report", "graph", "flow", "checkpoint", "training", "inputs", "recipe")
+FREE_OF_OPS = ("passes", "report", "graph", "capture", "flow", "checkpoint", "training", "inputs", "recipe")
 NAMED_FOR_A_REASON = {
     ("checkpoint.py", "batch_norm"): "the argument of prepare, as it is saved",
+    (
+        "capture/patches.py",
+        "torch.nn.functional.multi_head_attention_forward",
+    ): "Python inside torch that is looked into",
 }
 
 

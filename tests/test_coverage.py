@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.graph.islands import graphs_of
 from fxquant.report.census import Share, short
 from fxquant.report.coverage import coverage
 

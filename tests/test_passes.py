@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import fxquant
 import fxquant.passes
+from fxquant.capture.capture import capture
 from fxquant.errors import LevelError
 from fxquant.flow import passes_of
-from fxquant.graph.capture import capture
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import graph_text
 from fxquant.passes import levels

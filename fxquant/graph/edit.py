@@ -156,6 +156,17 @@ class Edit:
         for user in list(users):
             user.replace_input_with(old, new)
 
+    @torch.no_grad()
+    def constant(self, node: fx.Node) -> Any:
+        """The value of a node that is computed from parameters and buffers alone."""
+        if node.op == "get_attr":
+            return self.attributes[str(node.target)]
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.constant)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        function: Any = self.module(node) if node.op == "call_module" else node.target
+        return function(*args, **kwargs)
+
     def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
         """Give ``node`` other arguments."""
         node.args = tuple(args)
@@ -182,7 +193,7 @@ class Edit:
         named = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         attributes = {path: value for path, value in self.attributes.items() if path in named}
         result = LeveledModule(attributes, self.graph, self._source.__class__.__name__)
-        if level not in ("frozen", "integer"):
+        if level not in ("frozen", "integer") and isinstance(self._source, LeveledModule):
             result.put_unused(self._source)
         result.adopt_order(self._source)
         result.meta.update({**self._source.meta, **meta})
@@ -195,7 +206,8 @@ class Edit:
 
     def _drop_unused(self) -> None:
         for node in reversed(self.nodes):
-            if not node.users and node.op == "get_attr":
+            computed = node.meta.get("constant") and not node.meta.get("writes") == "attribute" and node.op != "output"
+            if not node.users and (node.op == "get_attr" or computed):
                 self.graph.erase_node(node)
 
 

@@ -56,7 +56,9 @@ class LeveledModule(fx.GraphModule):
                     given, own = list(containers[path].__dict__[registry]), part.__dict__[registry]
                     names = [n for n in given if n in own] + [n for n in own if n not in given]
                     part.__dict__[registry] = {name: own[name] for name in names}
-                part._non_persistent_buffers_set.update(containers[path]._non_persistent_buffers_set & set(part._buffers))
+                part._non_persistent_buffers_set.update(
+                    containers[path]._non_persistent_buffers_set & set(part._buffers)
+                )
                 if isinstance(source, LeveledModule):
                     _take_attributes(part, containers[path])
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fxquant.graph.findings import require
-from fxquant.graph.modes import by_mode
+from fxquant.capture.findings import require
+from fxquant.capture.modes import by_mode
 from fxquant.ops.behaviour import Measuring
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.example import example

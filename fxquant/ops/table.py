@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxquant.capture.patches import KEPT_WHOLE
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
 from fxquant.ops import arithmetic, embedding, layout, measuring, normalization, pointwise, reduction, weighted
 from fxquant.ops.behaviour import Weighted
@@ -21,6 +22,8 @@ FAMILIES = (weighted, normalization, pointwise, arithmetic, reduction, layout, e
 
 TABLE = ENTRIES
 """Every entry by name."""
+
+KEPT_WHOLE.update(name for entry in TABLE.values() for name in entry.named_functions)
 
 
 @cache

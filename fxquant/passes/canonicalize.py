@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.capture.tracing import TrainingFlag
 from fxquant.errors import CaptureError
-from fxquant.graph.capture import TrainingFlag
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
@@ -133,9 +133,10 @@ class _Canonicalizer:
         if node.meta["constant"] and not isinstance(call.entry.behaviour, Passing):
             return "it is computed from parameters alone"
         if isinstance(call.entry.behaviour, Weighted) and call.module is None:
-            held = nodes_in((call.arguments.get("weight"), call.arguments.get("bias")))
-            if any(n.op != "get_attr" for n in held):
+            if any(n.op != "get_attr" for n in nodes_in(call.arguments.get("weight"))):
                 return "its weight is computed in forward"
+            if not all(n.meta["constant"] for n in nodes_in(call.arguments.get("bias"))):
+                return "its bias is computed from its input"
         return None
 
     def _keep_float(self, node: fx.Node, reason: str) -> None:

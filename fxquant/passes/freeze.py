@@ -184,7 +184,7 @@ class _Freezer:
         self.edit.set_module(node, clone_module(part, weight_quantizer=quantizer))
         bias_node = call.operand("bias")
         if bias_node is not None:
-            bias = self.edit.attributes[str(bias_node.target)].detach().double()
+            bias = self.edit.constant(bias_node).detach().double()
             groups = int(call.attributes.get("groups", 1)) if quantizer.axis == 1 else 1
             scale, _ = self._fit_bias(node, quantizer.scale.double(), bias, groups)
             quantizer.scale.copy_(scale)
@@ -196,7 +196,7 @@ class _Freezer:
         bias_node = call.operand("bias")
         if bias_node is None:
             return
-        bias = self.edit.attributes[str(bias_node.target)].detach()
+        bias = self.edit.constant(bias_node).detach()
         groups = int(call.attributes.get("groups", 1)) if part.weight_quantizer.axis == 1 else 1
         _, fitted = self._fit_bias(node, part.weight_quantizer.scale.double(), bias.double(), groups)
         rounded = fitted.to(bias.dtype)  # type: ignore[union-attr]

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
+from fxquant.capture.islands import graphs_of
+from fxquant.capture.values import unchanged
 from fxquant.errors import LevelError
-from fxquant.graph.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import node_text
-from fxquant.graph.values import unchanged
 from fxquant.nn.fake_quantize import FakeQuantize
 
 __all__ = ["verify_against"]
@@ -60,17 +61,21 @@ def _run(module: LeveledModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
     return recorder.values
 
 
+def _copied(value: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, value)
+
+
 def _inputs_of_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """What each graph of ``model`` is first called with, by path."""
     seen: dict[str, tuple[Any, ...]] = {}
 
     def note(path: str) -> Any:
-        return lambda graph, given: seen.setdefault(path, given) and None
+        return lambda graph, given: seen.setdefault(path, _copied(given)) and None
 
     hooks = [graph.register_forward_pre_hook(note(path)) for path, graph in graphs_of(model).items()]
     try:
         with _in_float(model):
-            model(*args, **kwargs)
+            model(*_copied(args), **_copied(kwargs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxquant.graph.islands import graphs_of
+from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import Dequantize, IntegerEmbedding, IntegerOp, Quantize

@@ -9,8 +9,8 @@ from typing import Any
 from tabulate import tabulate
 from torch import fx, nn
 
+from fxquant.capture.islands import Specialization, islands_of, level_of, specializations_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.graph.islands import Specialization, islands_of, level_of, specializations_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.integer import IntegerEvaluate, IntegerOp
 from fxquant.report.census import (

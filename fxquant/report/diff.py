@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
-from fxquant.errors import InputError
-from fxquant.graph.capture import capture
-from fxquant.graph.islands import (
+from fxquant.capture.capture import capture
+from fxquant.capture.islands import (
     Island,
     Specialization,
     graphs_of,
@@ -29,6 +28,7 @@ from fxquant.graph.islands import (
     level_of,
     map_graphs,
 )
+from fxquant.errors import InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.scheme import Scheme

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from fxquant.graph.islands import Specialization
+from fxquant.capture.islands import Specialization
 from fxquant.report.census import short
 from fxquant.report.paths import elide
 from fxquant.report.rows import source_line

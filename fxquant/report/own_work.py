@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxquant.graph.islands import graphs_of, islands_of
+from fxquant.capture.islands import graphs_of, islands_of
+from fxquant.capture.values import unchanged
 from fxquant.graph.leveled import LeveledModule
-from fxquant.graph.values import unchanged
 from fxquant.inputs import make_inputs
 from fxquant.nn.fake_quantize import FakeQuantize
 

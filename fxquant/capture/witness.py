@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from fxquant.capture.calls import Call
+from fxquant.capture.findings import is_users
+from fxquant.capture.hooks import HOOKS
+from fxquant.capture.values import FakeRun, unchanged
 from fxquant.errors import InputError
-from fxquant.graph.calls import Call
-from fxquant.graph.findings import is_users
-from fxquant.graph.values import FakeRun, unchanged
 
 __all__ = ["Witness", "describe_value"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Witness:
@@ -100,7 +99,7 @@ class Witness:
 @contextmanager
 def _in_eval_mode(model: nn.Module, *, hooks: bool) -> Iterator[None]:
     """Inside, ``model`` is in eval mode, and its hooks, which may keep what they see, are off unless asked for."""
-    found = [(part, kind, getattr(part, kind)) for part in model.modules() for kind in _HOOKS if getattr(part, kind)]
+    found = [(part, kind, getattr(part, kind)) for part in model.modules() for kind in HOOKS if getattr(part, kind)]
     modes = {part: part.training for part in model.modules()}
     for part, kind, given in [] if hooks else found:
         part.__dict__[kind] = type(given)()

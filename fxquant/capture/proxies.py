@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxquant.graph.values import UNKNOWN
+from fxquant.capture.values import UNKNOWN
 
 if TYPE_CHECKING:
-    from fxquant.graph.tracing import Tracer
+    from fxquant.capture.tracing import Tracer
 
-__all__ = ["ModeFlag", "ParameterProxy", "Spoilt", "Untraceable", "ValueProxy", "find_proxy", "is_instance"]
+__all__ = ["ModeFlag", "ParameterProxy", "Spoilt", "UntraceableError", "ValueProxy", "find_proxy", "is_instance"]
 
 _RANK_METHODS = ("dim", "ndimension")
 _GRADIENT_FACTS = ("requires_grad", "grad_fn", "is_leaf", "grad")
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """Why a module cannot be traced, in a sentence, and what the user could change."""
 
     def __init__(self, cause: str, advice: str) -> None:
@@ -49,6 +49,7 @@ class ValueProxy(fx.Proxy):
     """A proxy whose value, as far as it is known without data, the tracer keeps."""
 
     tracer: Tracer
+    __getitem__: Any  # fx sets the operators
 
     @property
     def value(self) -> Any:
@@ -58,7 +59,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         value = self.value
         if name in _GRADIENT_FACTS:
-            raise Untraceable(f"it asks for {name} of a tensor", "let the caller decide whether gradients flow")
+            raise UntraceableError(f"it asks for {name} of a tensor", "let the caller decide whether gradients flow")
         if value is not UNKNOWN:
             with self.tracer.pausing():
                 known = hasattr(value, name)
@@ -70,7 +71,7 @@ class ValueProxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "_node", "root", "attr"):
-            raise Untraceable(f"it sets the attribute {name!r} of a tensor", "keep such facts beside the tensor")
+            raise UntraceableError(f"it sets the attribute {name!r} of a tensor", "keep such facts beside the tensor")
         object.__setattr__(self, name, value)
 
     def __bool__(self) -> bool:
@@ -104,27 +105,32 @@ class ValueProxy(fx.Proxy):
 
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.value, torch.Tensor) or self.value is UNKNOWN:
-            raise Untraceable("it asks whether a tensor contains a value", "compute it with torch.isin")
+            raise UntraceableError("it asks whether a tensor contains a value", "compute it with torch.isin")
         return any(bool(element == item) for element in self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        last = next(iter(reversed(self.tracer.graph.nodes)))
+        if last.target is operator.setitem and last.args == (self.node, key, getattr(value, "node", None)):
+            return  # y[k] += v, which has assigned already
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __delitem__(self, key: Any) -> None:
-        raise Untraceable("it deletes an element of a traced container", "build a new container")
+        raise UntraceableError("it deletes an element of a traced container", "build a new container")
 
     def __iter__(self) -> Iterator[Any]:
         count = _unpacked_into(_calling_frame())
         value = self.value
         if value is UNKNOWN:
             if count is None:
-                raise Untraceable("it loops over something whose length depends on data", "loop over a fixed number")
+                raise UntraceableError(
+                    "it loops over something whose length depends on data", "loop over a fixed number"
+                )
             return iter([self[i] for i in range(count)])
         if isinstance(value, torch.Size):
             return iter([self[i] for i in range(self.tracer.rank(value))])
         if isinstance(value, torch.Tensor):
             length = self.tracer.length(self)
-            parts = self.tracer.create_proxy("call_method", "unbind", (self, 0), {})
+            parts = self.tracer.create_proxy("call_method", torch.Tensor.unbind.__name__, (self, 0), {})
             return iter([parts[i] for i in range(length)])
         if isinstance(value, dict):
             return iter(list(value))
@@ -212,7 +218,7 @@ class Spoilt:
     """What an island left in a list that it was given: not known here, and not to be read."""
 
     def __getattr__(self, name: str) -> Any:
-        raise Untraceable("it reads a list that a submodule has changed", "return what is new instead")
+        raise UntraceableError("it reads a list that a submodule has changed", "return what is new instead")
 
 
 def find_proxy(tree: Any) -> ValueProxy | None:

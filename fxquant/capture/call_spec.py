@@ -14,13 +14,24 @@ from typing import Any
 
 import torch
 
+from fxquant.capture.proxies import UntraceableError, ValueProxy
+from fxquant.capture.values import UNKNOWN
 from fxquant.errors import InputError, SpecializationError
-from fxquant.graph.proxies import Untraceable, ValueProxy
-from fxquant.graph.values import UNKNOWN
 
 __all__ = ["CallSpec", "put_together", "take_apart"]
 
-_CONSTANTS = (bool, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, enum.Enum, type)
+_CONSTANTS = (
+    bool,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+    enum.Enum,
+    type,
+)
 
 Tree = tuple[Any, ...]
 """``("leaf",)``, ``("constant", value)`` or ``(kind, class, [(key, tree), …])``."""
@@ -30,7 +41,7 @@ def take_apart(value: Any, name: str, leaf: Callable[[str, Any], Any]) -> tuple[
     """The structure of ``value``, and ``value`` with each tensor and number replaced by what ``leaf(name, it)`` gives.
 
     Raises:
-        Untraceable: it holds an object of a class that has no known structure.
+        UntraceableError: it holds an object of a class that has no known structure.
     """
     is_proxy = issubclass(type(value), ValueProxy)
     if value is UNKNOWN or is_proxy or isinstance(value, torch.Tensor):
@@ -57,7 +68,7 @@ def _parts(value: Any) -> tuple[str, list[tuple[Any, Any]]]:
         return "dict", list(value.items())
     if isinstance(value, tuple):
         return "items", list(enumerate(value))
-    raise Untraceable(
+    raise UntraceableError(
         f"it takes or returns a {type(value).__name__}, whose parts are not known",
         "use tensors, numbers, lists, tuples, dicts or dataclasses at the borders of a module",
     )
@@ -155,10 +166,10 @@ def _flatten(value: Any, tree: Tree, name: str, flat: list[Any]) -> None:
         if not (value is tree[1] or (type(value) is type(tree[1]) and value == tree[1])):
             raise _contradiction(name, repr(tree[1]), _short(value))
     else:
-        kind, cls, items = tree
+        _, cls, items = tree
         try:
             found = dict(_parts(value)[1])
-        except Untraceable:
+        except UntraceableError:
             raise _contradiction(name, f"a {cls.__name__}", _short(value)) from None
         if list(found) != [key for key, _ in items] and set(found) != {key for key, _ in items}:
             raise _contradiction(name, f"{[key for key, _ in items]}", f"{list(found)}")

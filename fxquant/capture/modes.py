@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxquant.graph.findings import require
+from fxquant.capture.findings import require
 
 if TYPE_CHECKING:
-    from fxquant.graph.tracing import Tracer
+    from fxquant.capture.tracing import Tracer
 
 __all__ = ["by_mode", "merge_modes", "record_of"]
 
 
-class _Differs(Exception):
+class _DiffersError(Exception):
     pass
 
 
@@ -47,7 +47,9 @@ def record_of(result: Any, nodes: list[fx.Node]) -> Record:
             return {key: plain(item) for key, item in value.items()}
         return value
 
-    rows = [(n.op, n.target, plain(n.args[:2] if n.target is require else n.args), plain(dict(n.kwargs))) for n in nodes]
+    rows = [
+        (n.op, n.target, plain(n.args[:2] if n.target is require else n.args), plain(dict(n.kwargs))) for n in nodes
+    ]
     return rows, plain(result)
 
 
@@ -65,7 +67,7 @@ def merge_modes(tracer: Tracer, training: Record, evaluation: Record, nodes: lis
                 found: list[tuple[Any, tuple[Any, Any]]] = []
                 _compare(a, b, found)
                 asked += [(node, (where, *path), values) for path, values in found]
-    except _Differs:
+    except _DiffersError:
         return False
     flags = _Flags(tracer)
     for node, path, values in asked:
@@ -78,7 +80,7 @@ def _compare(a: Any, b: Any, found: list[tuple[Any, tuple[Any, Any]]] | None, pa
         found.append((path, (a, b)))
     elif isinstance(a, _Same) or isinstance(b, _Same):
         if not (isinstance(a, _Same) and isinstance(b, _Same) and a.number == b.number):
-            raise _Differs
+            raise _DiffersError
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and a[:1] == b[:1]:
         for i, (x, y) in enumerate(zip(a[1:], b[1:], strict=True)):
             _compare(x, y, found, (*path, i))
@@ -86,7 +88,7 @@ def _compare(a: Any, b: Any, found: list[tuple[Any, tuple[Any, Any]]] | None, pa
         for key in a:
             _compare(a[key], b[key], found, (*path, key))
     elif type(a) is not type(b) or not (a is b or a == b):
-        raise _Differs
+        raise _DiffersError
 
 
 def by_mode(training: bool, in_training: Any, in_eval: Any) -> Any:

@@ -11,11 +11,20 @@ from typing import Any
 
 from torch import nn
 
+from fxquant.capture.findings import Island, Specialization
 from fxquant.graph.edit import clone_module
-from fxquant.graph.findings import Island, Specialization
 from fxquant.graph.leveled import LeveledModule
 
-__all__ = ["Island", "Specialization", "graphs_of", "islands_of", "level_of", "map_graphs", "mark_island", "specializations_of"]
+__all__ = [
+    "Island",
+    "Specialization",
+    "graphs_of",
+    "islands_of",
+    "level_of",
+    "map_graphs",
+    "mark_island",
+    "specializations_of",
+]
 
 _MARK = "_fxquant_island"
 

@@ -22,12 +22,15 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.fx import _symbolic_trace
 
-from fxquant.graph.proxies import ValueProxy, find_proxy, is_instance
+from fxquant.capture.proxies import ValueProxy, find_proxy, is_instance
 
 if TYPE_CHECKING:
-    from fxquant.graph.tracing import Tracer
+    from fxquant.capture.tracing import Tracer
 
-__all__ = ["patched"]
+__all__ = ["ATTENTION", "KEPT_WHOLE", "attention_in_python", "patched"]
+
+ATTENTION = torch.nn.functional.multi_head_attention_forward
+"""Written in Python, of linear maps and a softmax; given a proxy it would hand itself over whole."""
 
 _MAKERS = (
     "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "rand", "randn", "randint", "randperm",
@@ -35,9 +38,19 @@ _MAKERS = (
 )  # fmt: skip
 _READERS = ("finfo", "iinfo")
 _BUILTINS = ("len", "max", "min")
-_TORCH_SPACES = ("torch.nn.functional", "torch.functional", "torch.nn.modules.activation", "torch.nn.modules.transformer")
-_FOREIGN = frozenset({"torch", "builtins", "abc", "typing", "fxquant", "functools", "contextlib", "collections", "enum"})
+_TORCH_SPACES = (
+    "torch.nn.functional",
+    "torch.functional",
+    "torch.nn.modules.activation",
+    "torch.nn.modules.transformer",
+)
+_FOREIGN = frozenset(
+    {"torch", "builtins", "abc", "typing", "fxquant", "functools", "contextlib", "collections", "enum"}
+)
 _ABSENT: Any = object()
+
+KEPT_WHOLE: set[str] = set()
+"""Functions marked with ``torch.fx.wrap`` that stay one node, as ``module.name``: the op table knows them."""
 
 
 @contextmanager
@@ -248,3 +261,15 @@ def _user_spaces(root: nn.Module) -> list[dict[str, Any]]:
         for name, space in list(sys.modules.items())
         if isinstance(space, ModuleType) and (name.split(".")[0] in packages or name in _TORCH_SPACES)
     ]
+
+
+@contextmanager
+def attention_in_python() -> Iterator[None]:
+    """Let ``multi_head_attention_forward`` run its Python on proxies instead of handing itself over whole."""
+    space: Any = torch.nn.functional
+    asked = space.has_torch_function
+    space.has_torch_function = lambda tensors: False
+    try:
+        yield
+    finally:
+        space.has_torch_function = asked

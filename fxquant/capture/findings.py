@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 import sysconfig
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,14 @@ from torch import fx
 
 from fxquant.errors import SpecializationError
 
-__all__ = ["Island", "Specialization", "expression", "is_users", "require"]
+__all__ = ["Island", "Specialization", "expression", "is_users", "require", "user_line"]
 
-_OWN = (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(__file__), ""), "<")
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_OWN = (
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    *(os.path.join(_PACKAGE, d, "") for d in ("capture", "graph")),
+    "<",
+)
 _LIBRARY, _INSTALLED = os.path.join(sysconfig.get_path("stdlib"), ""), os.path.join(sysconfig.get_path("purelib"), "")
 
 
@@ -125,3 +131,14 @@ def expression(value: Any, depth: int = 6) -> str:
         return f"{first}.{value.target}({rest})"
     name = getattr(value.target, "__name__", str(value.target))
     return f"{name}({first}{', ' if rest else ''}{rest})"
+
+
+def user_line() -> str | None:
+    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_users(name):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-__all__ = ["UNKNOWN", "Evaluation", "FakeRun", "containers_of", "differs", "unchanged", "versions"]
+__all__ = ["UNKNOWN", "FakeRun", "containers_of", "differs", "unchanged", "versions"]
 
 
 class _Unknown:
@@ -71,27 +71,6 @@ def versions(tree: Any) -> list[tuple[torch.Tensor, int]]:
         if isinstance(value, torch.Tensor) and not value.is_inference():
             found.append((value, value._version))
     return found
-
-
-class Evaluation(fx.Interpreter):
-    """Evaluates a graph on fake tensors, node by node; what fails is `UNKNOWN`, and so is what reads it."""
-
-    def __init__(self, module: fx.GraphModule, fake: FakeRun, seen: Callable[[fx.Node, Any], None]) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.extra_traceback = False
-        self._fake, self._seen = fake, seen
-
-    def run_node(self, n: fx.Node) -> Any:
-        inputs = [self.env[node] for node in n.all_input_nodes]
-        if n.op == "call_function" and getattr(n.target, "is_check", False):
-            self._seen(n, inputs)
-            return None
-        if any(value is UNKNOWN for value in inputs):
-            return UNKNOWN
-        try:
-            return super().run_node(n) if n.op == "placeholder" else self._fake(super().run_node, (n,), {})
-        except Exception:
-            return UNKNOWN
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""The model that is captured: what can be, the copy that is made of it, and what of it is worth a graph of its own."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fxquant.errors import InputError
+from fxquant.graph.leveled import LeveledModule
+
+__all__ = ["check_model", "has_weights", "nearest", "own_copy", "same_random_numbers", "unwrapped"]
+
+
+def own_copy(model: nn.Module, *, for_training: bool) -> nn.Module:
+    """A copy to capture: wrappers inside taken off; for inference in eval mode, with parametrized weights settled."""
+    owned = copy.deepcopy(model, {id(t): t.detach().clone() for t in _results_kept(model)})
+    for path, part in list(owned.named_modules()):
+        if path and unwrapped(part) is not part:
+            owned.set_submodule(path, unwrapped(part))
+    if not for_training:
+        _settle_parametrizations(owned.eval())
+    if type(model).__module__.startswith("torch.nn") and not isinstance(model, nn.Sequential):
+        owned = nn.Sequential(OrderedDict([(type(model).__name__.lower(), owned)])).train(owned.training)
+    return owned
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside ``DataParallel``, DDP and ``torch.compile``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod") and isinstance(model, nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def check_model(model: Any) -> nn.Module:
+    """``model``, if it is an eager float module.
+
+    Raises:
+        InputError: it is something else; says what to give instead.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise InputError(
+            f"prepare was given the class {model.__name__}, not a model: call it first, {model.__name__}(...)."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"{type(model).__name__} is a TorchScript module: its Python is gone and cannot be rewritten. "
+            "Give fxquant the nn.Module it was scripted from."
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(f"prepare takes an nn.Module, not {type(model).__name__}.")
+    for path, module in model.named_modules():
+        if isinstance(module, LeveledModule):
+            raise InputError(f"this model is already {module.level}: prepare takes the float model it was made from.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{path} is a TorchScript module: its Python is gone and cannot be rewritten. "
+                "Put the nn.Module it was scripted from in its place."
+            )
+        if not type(module).__name__.endswith("FloatFunctional") and type(module).__module__.startswith(
+            ("torch.ao.nn.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic", "torch.nn.quantized", "torch.nn.qat")
+        ):
+            raise InputError(
+                f"{path or 'the model'} is already quantized by torch.ao ({type(module).__name__}): give the float model."
+            )
+    return model
+
+
+def _results_kept(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors with a history that earlier runs have left on the modules: torch does not copy those."""
+    for part in model.modules():
+        for value in part.__dict__.values():
+            held = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+            yield from (t for t in held if isinstance(t, torch.Tensor) and t.grad_fn is not None)
+
+
+def _settle_parametrizations(model: nn.Module) -> None:
+    """For inference a parametrized weight is a constant: let it be one."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Inside, random numbers may be drawn; afterwards the generators stand where they stood."""
+    state, python = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python)
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module may multiply by weights: it has parameters or buffers of two dimensions and is no table."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return False
+    return any(p.dim() >= 2 for p in module.parameters()) or any(b.dim() >= 2 for b in module.buffers())
+
+
+def nearest(island: nn.Module) -> Iterator[nn.Module]:
+    """The modules nearest below ``island`` that are no mere lists."""
+    for child in island.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from nearest(child)
+        else:
+            yield child
