@@ -203,6 +203,7 @@ NAMED_FOR_A_REASON = {
         "capture/patches.py",
         "torch.nn.functional.multi_head_attention_forward",
     ): "Python inside torch that is looked into",
+    ("capture/patches.py", "torch.nn.functional.batch_norm"): "what a norm of the user's own is checked against",
 }
 
 

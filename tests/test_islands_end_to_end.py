@@ -18,11 +18,11 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SIDE = 96
 NAMES = ("yolo_anchor", "yolo_dfl", "yolo_nms", "ssdlite", "bert")
 
-FLOORS = {"yolo_anchor": 10.0, "yolo_dfl": 9.0, "yolo_nms": 10.0, "ssdlite": 8.0, "bert": 20.0}
-"""Decibels against the float model on inputs not calibrated on, of the worst tensor.
+FLOORS = {"yolo_anchor": 10.5, "yolo_dfl": 11.0, "yolo_nms": 10.5, "ssdlite": 10.5, "bert": 24.0}
+"""Decibels against the float model on inputs not calibrated on, of the worst tensor: a little below what was measured.
 
-Measured on the convolutional parts alone, traced by hand: 13.3 (anchor), 12.6 (dfl), 11.4 (ssdlite's backbone); for BERT
-33 with 8-bit weights alone.
+The lowest of prepared, frozen and integer: 11.9 (anchor, nms), 14.7 (dfl), 11.7 (ssdlite), 26.2 (bert). Random weights
+amplify rounding from layer to layer; ``benchmarks/islands.py`` has the models at full size.
 """
 NEAR = 15.0
 """Decibels of the integer model against the frozen one; 17.3 was the lowest seen, as ties go on through deep models."""
@@ -32,7 +32,7 @@ ISLANDS: dict[str, set[str]] = {
     "yolo_dfl": {"model.22"},
     "yolo_nms": {"model.22", "nms"},
     "ssdlite": {""},
-    "bert": {""},
+    "bert": set(),
 }
 """Where the user's own code runs."""
 
@@ -154,7 +154,7 @@ def test_islands_are_where_python_decides(way, bench, request):
     islands = list(bench.islands_of(way.prepared))
     assert {island.path for island in islands} == ISLANDS[name]
     assert all(island.cause and island.source and island.advice for island in islands)
-    assert len(bench.graphs_of(way.prepared)) > 1
+    assert len(bench.graphs_of(way.prepared)) > len(ISLANDS[name])
 
 
 @each
@@ -195,7 +195,7 @@ def test_a_detector_prepared_for_training_trains(bench, head):
         loss = sum(level.square().mean() for level in prepared(images))
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in prepared.parameters() if p.requires_grad)
 

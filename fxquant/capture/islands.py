@@ -13,7 +13,7 @@ from torch import nn
 
 from fxquant.capture.findings import Island, Specialization
 from fxquant.graph.edit import clone_module
-from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.leveled import ISLAND_MARK, LeveledModule, is_container
 
 __all__ = [
     "Island",
@@ -26,12 +26,10 @@ __all__ = [
     "specializations_of",
 ]
 
-_MARK = "_fxquant_island"
-
 
 def mark_island(module: nn.Module, island: Island) -> None:
     """Write on ``module`` that it is an island."""
-    module.__dict__[_MARK] = island
+    module.__dict__[ISLAND_MARK] = island
 
 
 def graphs_of(module: nn.Module) -> dict[str, LeveledModule]:
@@ -46,7 +44,7 @@ def level_of(module: nn.Module) -> str | None:
 
 def islands_of(module: nn.Module) -> tuple[Island, ...]:
     """Every module that runs as its author wrote it because it could not be traced."""
-    return tuple(part.__dict__[_MARK] for part in module.modules() if _MARK in part.__dict__)
+    return tuple(part.__dict__[ISLAND_MARK] for part in module.modules() if ISLAND_MARK in part.__dict__)
 
 
 def specializations_of(module: nn.Module) -> tuple[Specialization, ...]:
@@ -76,7 +74,7 @@ def map_graphs(module: nn.Module, change: Callable[[LeveledModule], LeveledModul
 
     def replace_inside(graph: nn.Module) -> None:
         for name, child in _children(graph):
-            if type(child) is nn.Module:
+            if is_container(child):
                 replace_inside(child)
             elif (changed := visit(child)) is not child:
                 graph._modules[name] = changed

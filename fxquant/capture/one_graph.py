@@ -16,7 +16,7 @@ from fxquant.capture.calls import Call
 from fxquant.capture.proxies import UntraceableError, find_proxy
 from fxquant.capture.tracing import Tracer, TrainingFlag
 from fxquant.capture.values import UNKNOWN, unchanged
-from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.leveled import LeveledModule, is_container
 
 __all__ = ["multiplies", "trace_module"]
 
@@ -168,14 +168,20 @@ def _leveled(
     if asks:
         owner._modules["training_flag"] = TrainingFlag().train(owner.training)
     owner.__dict__.update(constants)
+    places = {path: owner.get_submodule(path.rpartition(".")[0]) for path in tracer.plain}
+    norms = {path: place._modules[path.rpartition(".")[2]] for path, place in places.items()}
+    for path, place in places.items():
+        place._modules[path.rpartition(".")[2]] = tracer.plain[path]
     try:
         module = LeveledModule(owner, graph, type(owner).__name__)
     finally:
+        for path, place in places.items():
+            place._modules[path.rpartition(".")[2]] = norms[path]
         owner._modules.pop("training_flag", None)
         for name in constants:
             owner.__dict__.pop(name)
     for name, part in module.named_modules():
-        if type(part) is nn.Module or part is module:
+        if is_container(part) or part is module:
             part.training = owner.get_submodule(name).training
     module.meta.update(level="captured", call=spec, path=tracer.prefix, follows_memory=follows_memory)
     if keep_unused:

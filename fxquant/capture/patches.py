@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,9 @@ from fxquant.capture.proxies import ValueProxy, find_proxy, is_instance
 if TYPE_CHECKING:
     from fxquant.capture.tracing import Tracer
 
-__all__ = ["ATTENTION", "KEPT_WHOLE", "attention_in_python", "patched"]
+__all__ = ["ATTENTION", "BATCH_NORM", "KEPT_WHOLE", "attention_in_python", "patched"]
 
+BATCH_NORM = torch.nn.functional.batch_norm
 ATTENTION = torch.nn.functional.multi_head_attention_forward
 """Written in Python, of linear maps and a softmax; given a proxy it would hand itself over whole."""
 
@@ -125,6 +126,9 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
         for name in _BUILTINS:
             if name not in space:
                 yield space, name, _symbolic(tracer, getattr(builtins, name))
+        for name, value in list(space.items()) if KEPT_WHOLE else ():
+            if isinstance(value, FunctionType) and f"{value.__module__}.{value.__qualname__}" in KEPT_WHOLE:
+                yield space, name, _wrapped(tracer, value)
         if "isinstance" not in space:
             yield space, "isinstance", is_instance
         if "int" not in space:

@@ -20,15 +20,16 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from fxquant.capture.attributes import Attributes
 from fxquant.capture.calls import Call
 from fxquant.capture.evaluation import containers_in, contains_unknown, in_eval_mode, run_as_it_is, value_of
 from fxquant.capture.findings import Island, user_line
+from fxquant.capture.functions import Functions
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.memory import Memory
 from fxquant.capture.modes import merge_modes, record_of
-from fxquant.capture.patches import ATTENTION, KEPT_WHOLE, attention_in_python, patched
-from fxquant.capture.proxies import ModeFlag, Spoilt, UntraceableError, ValueProxy, find_proxy
+from fxquant.capture.patches import patched
+from fxquant.capture.plain_norms import counting_nodes
+from fxquant.capture.proxies import ModeFlag, Spoilt, UntraceableError, ValueProxy
 from fxquant.capture.questions import ModeAskedError
 from fxquant.capture.values import UNKNOWN, FakeRun, containers_of, differs, versions
 
@@ -46,7 +47,7 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
-class Tracer(Attributes):
+class Tracer(Functions):
     """Traces one module, with facts on every node.
 
     Args:
@@ -66,6 +67,7 @@ class Tracer(Attributes):
         self.asked_mode: str | None = None
         self.calls: dict[fx.Node, dict[nn.Module, list[Call]]] = {}
         self._running: list[tuple[nn.Module, dict[nn.Module, list[Call]]]] = []
+        self.plain: dict[str, nn.Module] = {}
         self.changed: dict[nn.Module, list[Any]] = {}
         self.uses_ranks = False
         self.paused = False
@@ -158,13 +160,13 @@ class Tracer(Attributes):
         try:
             value = self._evaluate(proxy.node)
         except Exception:
-            self._erase_since(len(self._created) - 1)
+            self.erase_since(len(self._created) - 1)
             raise
         if value is not UNKNOWN:
             self.values[proxy.node] = value
         self._write_back(proxy.node)
         if value is None and target is operator.getitem:
-            self._erase_since(len(self._created) - 1)
+            self.erase_since(len(self._created) - 1)
             return None
         return self._open(proxy, value) if kind == "call_module" else proxy
 
@@ -211,8 +213,9 @@ class Tracer(Attributes):
         view = node.args[0] if node.meta.get("writes") == "value" and node.target is not operator.setitem else None
         if isinstance(view, fx.Node) and view.target is operator.getitem and isinstance(view.args[0], fx.Node):
             whole, key = view.args
-            if isinstance(self.values.get(whole), torch.Tensor):
-                again = (self.proxy(whole), fx.map_arg(key, self.proxy), self.proxy(node))
+            if isinstance(self.values.get(whole), torch.Tensor):  # type: ignore[arg-type]
+                proxy: Any = self.proxy
+                again = (proxy(whole), fx.map_arg(key, proxy), proxy(node))
                 self.create_proxy("call_function", operator.setitem, again, {})
 
     def _open(self, proxy: ValueProxy, value: Any) -> Any:
@@ -236,11 +239,13 @@ class Tracer(Attributes):
 
     # ---- taking back
 
-    def _erase_since(self, mark: int) -> None:
+    def erase_since(self, mark: int) -> None:
+        """Take back every node made since there were ``mark``."""
         while len(self._created) > mark:
             node = self._created.pop()
             self.values.pop(node, None)
             self.calls.pop(node, None)
+            self.plain.pop(str(node.target), None)
             if node.op == "get_attr":
                 self._parameters.pop(str(node.target), None)
             if node is self.flag:
@@ -297,7 +302,7 @@ class Tracer(Attributes):
             self._refuse_changed(m, before)
             return result
         except Exception as error:
-            self._erase_since(mark)
+            self.erase_since(mark)
             self.memory.restore(names)
             _put_back([*before, *given])
             for part in set(self.leaves) - known:  # to be tried again, with what they are given in a real run
@@ -345,10 +350,13 @@ class Tracer(Attributes):
         try:
             return forward(*args, **kwargs)
         except ModeAskedError:
-            self._erase_since(mark)
+            self.erase_since(mark)
             self._override = True
-            record = record_of(forward(*args, **kwargs), self._created[mark:])
-            self._erase_since(mark)
+            result = forward(*args, **kwargs)
+            made = self._created[mark:]
+            counting = counting_nodes(made, set(self.plain))
+            record = record_of(result, [node for node in made if node not in counting])
+            self.erase_since(mark)
             self._override = False
             result = forward(*args, **kwargs)
             if not merge_modes(self, record, record_of(result, self._created[mark:]), self._created[mark:]):
@@ -363,31 +371,6 @@ class Tracer(Attributes):
             raise UntraceableError(
                 f"its forward changes a list or dict that {type(m).__name__} keeps", "build a new one in each call"
             )
-
-    def call_torch(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """A torch function that was given a proxy."""
-        if function is ATTENTION and self.fake is not None:
-            with attention_in_python():
-                return function(*args, **kwargs)
-        name = getattr(function, "__name__", str(function))
-        if torch.overrides.is_tensor_method_or_property(function):
-            if name == "__get__":
-                return getattr(args[0], function.__self__.__name__)
-            return self.create_proxy("call_method", name, args, kwargs)
-        return self.create_proxy("call_function", function, args, kwargs, name=self.graph._target_to_str(name))
-
-    def call_wrapped(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """A function marked with ``torch.fx.wrap``: looked into if that works."""
-        if self.paused or find_proxy((args, kwargs)) is None:
-            return function(*args, **kwargs)
-        mark, names = len(self._created), self.memory.state()
-        if self.fake is not None and f"{function.__module__}.{function.__qualname__}" not in KEPT_WHOLE:
-            try:
-                return function(*args, **kwargs)
-            except Exception:
-                self._erase_since(mark)
-                self.memory.restore(names)
-        return self.create_proxy("call_function", function, args, kwargs)
 
 
 def _at(value: Any, path: tuple[Any, ...]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.leveled import LeveledModule, is_container
 
 __all__ = ["Edit", "clone_module"]
 
@@ -206,7 +206,7 @@ class Edit:
 
     def _drop_unused(self) -> None:
         for node in reversed(self.nodes):
-            computed = node.meta.get("constant") and not node.meta.get("writes") == "attribute" and node.op != "output"
+            computed = node.meta.get("constant") and node.meta.get("writes") != "attribute" and node.op != "output"
             if not node.users and (node.op == "get_attr" or computed):
                 self.graph.erase_node(node)
 
@@ -223,7 +223,7 @@ def _copy_training_flags(source: nn.Module, result: nn.Module) -> None:
     result.training = source.training
     modes = {path: module.training for path, module in source.named_modules()}
     for path, module in result.named_modules():
-        if type(module) is nn.Module and path in modes:
+        if is_container(module) and path in modes:
             module.training = modes[path]
-        elif type(module) is nn.Module:
+        elif is_container(module):
             module.training = source.training

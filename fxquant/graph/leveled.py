@@ -16,6 +16,7 @@ import importlib
 import inspect
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,38 @@ from torch import fx, nn
 
 from fxquant.errors import SpecializationError
 
-__all__ = ["LEVELS", "LeveledModule"]
+__all__ = ["LEVELS", "Container", "ISLAND_MARK", "LeveledModule", "is_container"]
+
+ISLAND_MARK = "_fxquant_island"
+"""The attribute that tells of a module that it could not be traced, and why."""
 
 LEVELS = ("captured", "canonical", "prepared", "frozen", "integer")
 
 _NAMESPACES = (torch, torch.nn.functional, torch.Tensor, operator, math, torch.linalg, torch.special)
+
+
+class Container(nn.Module):
+    """Holds a graph's modules where a module of the user's stood, and has that module's attributes and methods."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _answer(self, name, super().__getattr__)
+
+
+def _answer(part: nn.Module, name: str, own: Callable[[str], Any]) -> Any:
+    """An attribute of ``part``, or of the class that it stands for."""
+    try:
+        return own(name)
+    except AttributeError:
+        stands_for = part.__dict__.get("stands_for_class")
+        found = inspect.getattr_static(stands_for, name, None) if stands_for is not None else None
+        if found is None:
+            raise
+        return found.__get__(part, stands_for) if hasattr(found, "__get__") else found
+
+
+def is_container(part: nn.Module) -> bool:
+    """Whether ``part`` was made to hold others: by fx, or by us."""
+    return type(part) in (nn.Module, Container)
 
 
 class LeveledModule(fx.GraphModule):
@@ -51,7 +79,7 @@ class LeveledModule(fx.GraphModule):
         """
         containers = dict(source.named_modules(remove_duplicate=False))
         for path, part in self.named_modules():
-            if path in containers and (part is self or type(part) is nn.Module):
+            if path in containers and (part is self or is_container(part)):
                 for registry in ("_modules", "_parameters", "_buffers"):
                     given, own = list(containers[path].__dict__[registry]), part.__dict__[registry]
                     names = [n for n in given if n in own] + [n for n in own if n not in given]
@@ -76,14 +104,7 @@ class LeveledModule(fx.GraphModule):
         return spec.restore(super().__call__(*spec.bind(args, kwargs)))
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            stands_for = self.__dict__.get("stands_for_class")
-            found = inspect.getattr_static(stands_for, name, None) if stands_for is not None else None
-            if found is None:
-                raise
-            return found.__get__(self, stands_for) if hasattr(found, "__get__") else found
+        return _answer(self, name, super().__getattr__)
 
     def keep_unused(self, owner: nn.Module) -> None:
         """Keep what the graph does not use, and second names of what it uses, so that a float checkpoint still loads.
@@ -124,7 +145,7 @@ class LeveledModule(fx.GraphModule):
         """Take over the plain attributes of the module that this is the graph of, for code that reads them."""
         self.__dict__["stands_for_class"] = type(owner)
         for path, part in self.named_modules():
-            if part is self or type(part) is nn.Module:
+            if part is self or is_container(part):
                 _take_attributes(part, owner.get_submodule(path))
         plain = {id(v) for part in owner.modules() for v in part.__dict__.values() if isinstance(v, torch.Tensor)}
         kept = {id(b) for part in owner.modules() for n, b in part._buffers.items() if n not in _fleeting(part)}
@@ -146,7 +167,7 @@ class LeveledModule(fx.GraphModule):
         assert isinstance(twin, LeveledModule)
         twin.__class__.__name__ = self.__class__.__name__  # fx names every copy GraphModule
         for name, value in self.__dict__.items():
-            if name not in twin.__dict__ and not name.startswith("_"):
+            if name not in twin.__dict__:
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         twin.adopt_order(self)
         return twin
@@ -161,10 +182,13 @@ def _fleeting(part: nn.Module) -> set[str]:
 
 
 def _take_attributes(part: nn.Module, given: nn.Module) -> None:
-    """Copy the plain attributes of ``given`` that ``part`` has none of."""
+    """Let ``part`` have the plain attributes of ``given`` that it has none of, and its class's methods."""
+    if is_container(part):
+        part.__class__ = Container
+        part.__dict__.setdefault("stands_for_class", given.__dict__.get("stands_for_class", type(given)))
     for name, value in given.__dict__.items():
         registries = (part.__dict__, part._modules, part._parameters, part._buffers)
-        taken = name.startswith("_") or hasattr(type(part), name) or any(name in registry for registry in registries)
+        taken = name == ISLAND_MARK or hasattr(type(part), name) or any(name in registry for registry in registries)
         if not taken and not isinstance(value, (nn.Module, torch.Tensor)):
             part.__dict__[name] = value
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, Site
 from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
-from fxquant.ops.example import Example, example
+from fxquant.ops.example import example
 from fxquant.ops.reduction import carried_pass
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "permute",
     "repeat",
     "reshape",
-    "stochastic_depth",
     "unflatten",
     "view",
 ]
@@ -320,51 +319,4 @@ OpEntry(
     check=_fill_reason,
     onnx="Pad",
     example=example(lambda x: F.pad(x, (1, 2, 0, 1), value=0.5), (2, 3, 4, 5)),
-)
-
-
-def stochastic_depth(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
-    """Drop whole rows (``mode="row"``) or the whole batch with probability ``p`` while training (1603.09382)."""
-    if not training or p == 0.0:
-        return input
-    kept = 1.0 - p
-    shape = [input.shape[0] if mode == "row" else 1] + [1] * (input.ndim - 1)
-    noise = torch.empty(shape, dtype=input.dtype, device=input.device).bernoulli_(kept)
-    return input * (noise.div_(kept) if kept > 0.0 else noise)
-
-
-def _stochastic_depth_example() -> Example:
-    from torchvision.ops import StochasticDepth
-
-    return example(StochasticDepth(0.3, "row"), (2, 3, 4), behind_op=True)()
-
-
-def _dropout_reason(call: Call) -> str | None:
-    return "it drops values in eval mode too" if call.module is None and call["training"] is True else None
-
-
-OpEntry(
-    name="dropout",
-    function=F.dropout,
-    signature="input*, p=0.5, training=True, inplace=False",
-    behaviour=Passing(),
-    modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    parametric=True,
-    integer=None,
-    drops=True,
-    check=_dropout_reason,
-    onnx="Identity",
-    example=example(nn.Dropout(p=0.3), (2, 3, 4), behind_op=True),
-)
-OpEntry(
-    name="stochastic_depth",
-    function=stochastic_depth,
-    signature="input*, p, mode, training=True",
-    behaviour=Passing(),
-    named_functions=("torchvision.ops.stochastic_depth.stochastic_depth",),
-    integer=None,
-    drops=True,
-    check=_dropout_reason,
-    onnx="Identity",
-    example=_stochastic_depth_example,
 )

@@ -20,10 +20,11 @@ __all__ = ["MEASURING", "is_arithmetic", "is_measurement"]
 
 _METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "is_floating_point", "get_device", "ndimension"})
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"})
+_READERS: frozenset[Any] = frozenset({builtins.len, builtins.isinstance})
 _NUMBERS: frozenset[Any] = frozenset(
     {
         *(builtins.int, builtins.float, builtins.bool, builtins.round, builtins.abs),
-        *(builtins.len, builtins.max, builtins.min, builtins.isinstance),
+        *(builtins.max, builtins.min),
         *(torch.Size, torch._assert, require, by_mode),
     }
 )
@@ -43,7 +44,9 @@ def is_measurement(op: str, target: Any, args: tuple[Any, ...]) -> bool:
     """Whether a call reads a tensor's shape, type or device."""
     if op == "call_method":
         return target in _METHODS
-    return op == "call_function" and target is builtins.getattr and len(args) > 1 and args[1] in _ATTRIBUTES
+    if op != "call_function":
+        return False
+    return target in _READERS or (target is builtins.getattr and len(args) > 1 and args[1] in _ATTRIBUTES)
 
 
 def is_arithmetic(target: Callable[..., Any]) -> bool:

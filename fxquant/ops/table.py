@@ -12,13 +12,23 @@ from torch import fx, nn
 
 from fxquant.capture.patches import KEPT_WHOLE
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
-from fxquant.ops import arithmetic, embedding, layout, measuring, normalization, pointwise, reduction, weighted
+from fxquant.ops import (
+    arithmetic,
+    dropping,
+    embedding,
+    layout,
+    measuring,
+    normalization,
+    pointwise,
+    reduction,
+    weighted,
+)
 from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import ENTRIES, OpEntry
 
 __all__ = ["FAMILIES", "TABLE", "entries_for", "is_inplace", "quant_op_class"]
 
-FAMILIES = (weighted, normalization, pointwise, arithmetic, reduction, layout, embedding, measuring)
+FAMILIES = (weighted, normalization, pointwise, arithmetic, reduction, layout, dropping, embedding, measuring)
 
 TABLE = ENTRIES
 """Every entry by name."""

@@ -13,7 +13,7 @@ from fxquant.errors import CaptureError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
-from fxquant.ops.behaviour import Passing, Weighted
+from fxquant.ops.behaviour import Measuring, Passing, Weighted
 from fxquant.ops.calls import FLOAT, recognize
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement
@@ -105,6 +105,8 @@ class _Canonicalizer:
             self._keep_float(node, "it writes into a buffer")
             return
         found = recognize(node, module)
+        if isinstance(found, Call) and isinstance(found.entry.behaviour, Measuring):
+            found = f"it reads the attribute {node.args[1]!r}"  # a tensor, as x.real or x.T
         if isinstance(found, Call):
             reason = self._reason(node, found)
             if reason is None:
