@@ -764,7 +764,9 @@ def summarize(rows: list[Row]) -> list[Row]:
 def _summary(name: str, rows: list[Row]) -> Row:
     tried = [row for row in rows if not row["verdict"].startswith("too large")]
     least = LEAST_MACS.get(rows[0]["kind"], 0.99)
-    ratios = sorted(ratio for row in rows if (ratio := capture_ratio(row)) is not None)
+    timed = [row for row in rows if capture_ratio(row) is not None]
+    ratios = sorted(capture_ratio(row) for row in timed)
+    beyond = [row.get("capture s", row.get("prepare s")) - 3 * row["forward s"] for row in timed]
     line = {
         "kind": name,
         "models": len(rows),
@@ -780,6 +782,7 @@ def _summary(name: str, rows: list[Row]) -> Row:
         "weak signal": sum(row.get("signal") is not None and row["signal"] < LEAST_SIGNAL for row in rows),
         "timed alone": len(ratios),
         "capture / forward": seconds(statistics.median(ratios)) if ratios else None,
+        "beyond 3 forwards s": seconds(statistics.median(beyond)) if beyond else None,
         "90 %": seconds(ratios[min(len(ratios) - 1, int(0.9 * len(ratios)))]) if ratios else None,
     }
     for peer in PEERS:

@@ -665,7 +665,7 @@ _TRANSFORMERS: dict[str, tuple[Callable[[int, Any], Inputs], tuple[Any, Any], di
         },
     ),
     "LevitModel": (_pixels, (224, None), {}),
-    "CvtModel": (_pixels, _FINE, {"embed_dim": [16, 32, 48], "depth": [1, 2, 3]}),
+    "CvtModel": (_pixels, _FINE, {"embed_dim": [16, 32, 48], "depth": [1, 2, 3], "num_heads": [1, 2, 4]}),
     "DPTForDepthEstimation": (
         _pixels,
         (64, None),
