@@ -306,6 +306,17 @@ def test_what_holds_for_every_input_is_no_specialization():
 # What is refused.
 
 
+def test_what_a_layer_of_torch_asks_is_found_in_that_layer_and_costs_no_float_op():
+    prepared = fxquant.prepare(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), normal(2, 5, 8))
+    asked = specializations_of(prepared)
+    assert asked and all("functional.py" in found.source for found in asked)
+    assert not any("nested" in found.text for found in asked)
+    assert not fxquant.coverage(prepared).float_ops
+    nested = torch.nested.nested_tensor([normal(5, 8), normal(3, 8)], layout=torch.jagged)
+    with pytest.raises(FxquantError, match="nested"):
+        prepared(nested)
+
+
 def test_a_scripted_model_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

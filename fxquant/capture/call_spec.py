@@ -145,6 +145,11 @@ class CallSpec:
     def _check_ranks(self, flat: list[Any]) -> None:
         assert self.ranks is not None
         for value, rank in zip(flat, self.ranks, strict=True):
+            if rank is not None and isinstance(value, torch.Tensor) and value.is_nested:
+                raise SpecializationError(
+                    "the model was captured with a dense tensor where a nested one is given now.\n"
+                    "  what to do: give a dense tensor, padded, with a mask."
+                )
             if rank is not None and isinstance(value, torch.Tensor) and value.dim() != rank:
                 raise SpecializationError(
                     f"an input of shape {list(value.shape)} has {value.dim()} dimensions; the model was captured with "

@@ -26,6 +26,9 @@ _OWN = (
     *(os.path.join(_PACKAGE, d, "") for d in ("capture", "graph")),
     "<",
 )
+_ENTRY = os.path.join(os.path.dirname(__file__), "capture.py")
+_LAYERS = os.path.join(os.path.dirname(torch.nn.__file__), "")
+_CALLING = os.path.join(_LAYERS, "modules", "module.py")
 _LIBRARY, _INSTALLED = os.path.join(sysconfig.get_path("stdlib"), ""), os.path.join(sysconfig.get_path("purelib"), "")
 
 
@@ -134,11 +137,13 @@ def expression(value: Any, depth: int = 6) -> str:
 
 
 def user_line() -> str | None:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    """``file:line`` of the innermost frame that is neither torch's nor ours; in a layer of torch where there is none."""
+    frame, layer = sys._getframe(1), None
+    while frame is not None and frame.f_code.co_filename != _ENTRY:
         name = frame.f_code.co_filename
         if is_users(name):
             return f"{name}:{frame.f_lineno}"
+        if layer is None and name.startswith(_LAYERS) and name != _CALLING:
+            layer = f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return layer

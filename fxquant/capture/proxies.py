@@ -67,6 +67,9 @@ class ValueProxy(fx.Proxy):
                 raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
             if name == "ndim":
                 return self.tracer.rank(value)
+            if name == "is_nested":
+                self.tracer.uses_ranks = True
+                return value.is_nested
         return _AttributeOf(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -19,13 +19,13 @@ from fxquant.ops.example import example
 __all__ = ["MEASURING", "is_arithmetic", "is_measurement"]
 
 _METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "is_floating_point", "get_device", "ndimension"})
-_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"})
-_READERS: frozenset[Any] = frozenset({builtins.len, builtins.isinstance})
+_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_nested", "requires_grad"})
+_READERS: frozenset[Any] = frozenset({builtins.len, builtins.isinstance, require})
 _NUMBERS: frozenset[Any] = frozenset(
     {
         *(builtins.int, builtins.float, builtins.bool, builtins.round, builtins.abs),
         *(builtins.max, builtins.min),
-        *(torch.Size, torch._assert, require, by_mode),
+        *(torch.Size, torch._assert, by_mode),
     }
 )
 
