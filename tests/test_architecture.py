@@ -203,6 +203,8 @@ NAMED_FOR_A_REASON = {
         "capture/patches.py",
         "torch.nn.functional.multi_head_attention_forward",
     ): "Python inside torch that is looked into",
+    ("capture/patches.py", "stack"): "not every torch takes a proxy for its list of tensors",
+    ("capture/patches.py", "cat"): "as stack",
     ("capture/patches.py", "torch.nn.functional.batch_norm"): "what a norm of the user's own is checked against",
 }
 

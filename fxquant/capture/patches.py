@@ -37,6 +37,7 @@ _MAKERS = (
     "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "rand", "randn", "randint", "randperm",
     "tensor", "as_tensor", "tril_indices", "triu_indices", "hann_window", "empty_strided",
 )  # fmt: skip
+_JOINERS = ("stack", "cat", "concat", "hstack", "vstack")
 _READERS = ("finfo", "iinfo")
 _BUILTINS = ("len", "max", "min")
 _TORCH_SPACES = (
@@ -117,6 +118,8 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield from _of_modules(tracer)
     for name in _MAKERS:
         yield torch, name, _node_maker(tracer, getattr(torch, name))
+    for name in _JOINERS:
+        yield torch, name, _joiner(tracer, getattr(torch, name))
     for name in _READERS:
         yield torch, name, _reader(tracer, getattr(torch, name))
     for name, function in vars(math).items():
@@ -170,6 +173,18 @@ def _node_maker(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., A
         return tracer.create_proxy("call_function", function, args, kwargs)
 
     return make
+
+
+def _joiner(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a list of tensors that is one proxy, which not every torch takes for a list."""
+
+    @functools.wraps(function)
+    def join(*args: Any, **kwargs: Any) -> Any:
+        if args and issubclass(type(args[0]), ValueProxy):
+            return tracer.call_torch(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return join
 
 
 def _reader(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.capture.calls import Call
 from fxquant.capture.evaluation import Evaluation
@@ -40,8 +42,11 @@ def contradicted(
             if not _accepts(module, call, fake):
                 continue
             return {module: Island.of(error, paths[module])}
-        broken = [(node, text) for node, text in _broken(graph, fake, flat)
-                  if strict or node.meta["specialization"].exact or not _multiplies_itself(graph, node)]  # fmt: skip
+        broken = _broken(graph, fake, flat)
+        if broken and not strict:
+            kept = _multiplying(graph, fake, calls[0])
+            broken = [(node, text) for node, text in broken
+                      if node.meta["specialization"].exact or node.meta["module_path"] not in kept]  # fmt: skip
         if not broken or not _accepts(module, call, fake):
             continue
         for node, text in broken:
@@ -78,18 +83,30 @@ def _accepts(module: nn.Module, call: Call, fake: FakeRun) -> bool:
     return True
 
 
-def _multiplies_itself(graph: LeveledModule, check: fx.Node) -> bool:
-    """Whether the module that ``check`` stands in multiplies by parameters in functions: as an island it would not be
-    quantized."""
-    inside = check.meta["module_path"]
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and any(user.meta.get("module_path") == inside for user in node.users):
-            held: Any = graph
-            for name in str(node.target).split("."):
-                held = getattr(held, name)
-            if isinstance(held, nn.Parameter) and held.dim() >= 2:
-                return True
-    return False
+class _Products(Evaluation):
+    """Notes the nodes that multiply by a parameter themselves."""
+
+    def __init__(self, module: fx.GraphModule, fake: FakeRun) -> None:
+        super().__init__(module, fake, lambda node, value: None)
+        self.found: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        held = [self.env[node] for node in n.all_input_nodes if node.op == "get_attr"]
+        if n.op == "call_module" or not any(isinstance(value, nn.Parameter) for value in held):
+            return super().run_node(n)
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        if counter.get_total_flops():
+            self.found.add(n)
+        return value
+
+
+def _multiplying(graph: LeveledModule, fake: FakeRun, call: Call) -> set[str]:
+    """The modules that multiply by parameters in functions: as islands they would not be quantized."""
+    products = _Products(graph, fake)
+    with unchanged(graph), suppress(Exception):
+        products.run(*fake.of(graph.meta["call"].bind(call.args, call.kwargs)))
+    return {node.meta["module_path"] for node in products.found}
 
 
 def _broken(graph: LeveledModule, fake: FakeRun, flat: list[Any]) -> list[tuple[fx.Node, str]]:
