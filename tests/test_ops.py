@@ -211,6 +211,9 @@ def apply(
     if "method" in kind:
         return getattr(operands[0], target)(*operands[1:], *positional, **named)
     given = [parameters[n] for n in call.entry.operand_names if n in parameters]
+    if call.entry.order and target in call.entry.functions:
+        by_name = {call.entry.operand_names[0]: operands[0], **parameters}
+        return target(*[by_name[n] for n in call.entry.order], **named)
     if call.entry.name == "layer_norm":
         return target(*operands, *positional, *given, **named)
     return target(*operands, *given, *positional, **named)

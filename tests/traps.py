@@ -642,6 +642,18 @@ class RawParameters(nn.Module):
         return torch.matmul(F.linear(y, self.matrix).tanh(), self.mix)
 
 
+class TransposedLinear(nn.Module):
+    """GPT-2's linear layer: a weight of (in, out), torch.addmm, and views around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(normal(8, 10) * 0.4), nn.Parameter(normal(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return F.gelu(flat.view(*x.size()[:-1], 10))
+
+
 class Einsum(nn.Module):
     """torch.einsum with a parameter, and an ellipsis."""
 
@@ -1831,6 +1843,7 @@ TRAPS: dict[str, Trap] = {
     "packed lstm": Trap(PackedLSTM, _lengths, EITHER),
     # Parameters and containers.
     "raw parameters": Trap(RawParameters, images),
+    "transposed linear": Trap(TransposedLinear, tokens),
     "einsum": Trap(Einsum, tokens),
     "weight norm": Trap(lambda: Normed(parametrizations.weight_norm), images, EITHER),
     "spectral norm": Trap(lambda: Normed(parametrizations.spectral_norm), images, EITHER),

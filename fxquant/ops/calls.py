@@ -40,6 +40,10 @@ def call_of(node: fx.Node, module: nn.Module | None) -> Call:
 
 
 def _arguments(entry: OpEntry, node: fx.Node, module: nn.Module | None) -> dict[str, Any]:
+    if entry.order and node.target in entry.functions:
+        if node.kwargs or len(node.args) != len(entry.order):
+            raise UnbindableError(f"{entry.name} is called with other arguments than {', '.join(entry.order)}")
+        return entry.bind((), dict(zip(entry.order, node.args, strict=True)))
     if node.op != "call_module":
         return entry.bind(node.args, dict(node.kwargs))
     assert module is not None

@@ -62,6 +62,7 @@ class OpEntry:
         fresh: the result is a buffer of its own that no backward formula reads again, so a quantizer may overwrite it.
         views: the result may share memory with the first operand.
         returns: ``tensor`` or ``tuple``.
+        order: the positional arguments of the spellings in ``functions``, where they come in another order.
         accepts: whether a call is this op's, where entries with different behaviours share a spelling.
         check: a reason to leave a call in float, from the call; None to accept it.
         macs: multiply-accumulates of a call whose shapes are known.
@@ -88,6 +89,7 @@ class OpEntry:
     fresh: bool = False
     views: bool = False
     returns: str = "tensor"
+    order: tuple[str, ...] = ()
     accepts: Callable[[Call], bool] | None = None
     check: Callable[[Call], str | None] | None = None
     macs: Callable[[Call], int] | None = None

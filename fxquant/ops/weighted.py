@@ -15,7 +15,7 @@ from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 
-__all__ = ["conv1d", "conv2d", "conv3d"]
+__all__ = ["addmm", "conv1d", "conv2d", "conv3d"]
 
 
 def _padded(x: Tensor, weight: Tensor, padding: Any, dilation: Any, mode: str) -> Tensor:
@@ -81,6 +81,11 @@ def conv3d(
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def addmm(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.addmm(bias, input, weight)``; a weight of ``(in, out)``, and an input of ``(n, in)``."""
+    return input @ weight if bias is None else torch.addmm(bias, input, weight)
+
+
 def _conv_macs(call: Call) -> int:
     weight = call.shape("weight")
     return math.prod(call.shape()) * math.prod(weight[1:])
@@ -121,6 +126,21 @@ def integer_conv_transpose3d(site: Site) -> IntegerWeighted:
 
 def integer_linear(site: Site) -> IntegerWeighted:
     return IntegerWeighted(site, channel_axis=-1, weight_axis=0)
+
+
+def integer_addmm(site: Site) -> IntegerWeighted:
+    return IntegerWeighted(site, channel_axis=-1, weight_axis=1)
+
+
+class _Addmm(nn.Module):
+    """A layer of GPT-2: its weight is ``(in, out)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 7)), nn.Parameter(torch.randn(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
 
 
 OpEntry(
@@ -221,4 +241,17 @@ OpEntry(
     macs=lambda call: math.prod(call.shape()) * call.shape("weight")[1],
     onnx="Gemm",
     example=example(nn.Linear(12, 7), (3, 5, 12)),
+)
+OpEntry(
+    name="addmm",
+    function=addmm,
+    signature="input*, weight*, bias*",
+    behaviour=Weighted(channels_last=True, out_axis=1),
+    functions=(torch.addmm,),
+    order=("bias", "input", "weight"),
+    integer=integer_addmm,
+    fresh=True,
+    macs=lambda call: math.prod(call.shape()) * call.shape("weight")[0],
+    onnx="Gemm",
+    example=example(_Addmm(), (5, 12)),
 )
