@@ -149,4 +149,6 @@ def operand_values(name: str) -> tuple[Call, list[Tensor], dict[str, Tensor]]:
         Keep(module).run(*example.inputs)
     held_names = call.entry.operand_names[1:] if call.module is not None else ()
     held = {n: getattr(call.module, n) for n in held_names if isinstance(getattr(call.module, n, None), Tensor)}
-    return call, [values[node.name].detach().clone() for node in call.operands], held
+    fixed = {name: node for name, node in call.arguments.items() if getattr(node, "op", "") == "get_attr"}
+    held |= {name: values[node.name] for name, node in fixed.items()}
+    return call, [values[n.name].detach().clone() for n in call.operands if n not in fixed.values()], held

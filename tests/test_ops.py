@@ -212,7 +212,8 @@ def apply(
         return getattr(operands[0], target)(*operands[1:], *positional, **named)
     given = [parameters[n] for n in call.entry.operand_names if n in parameters]
     if call.entry.order and target in call.entry.functions:
-        by_name = {call.entry.operand_names[0]: operands[0], **parameters}
+        given_names = [n for n in call.entry.operand_names if n not in parameters]
+        by_name = {**dict(zip(given_names, operands, strict=True)), **parameters}
         return target(*[by_name[n] for n in call.entry.order], **named)
     if call.entry.name == "layer_norm":
         return target(*operands, *positional, *given, **named)
