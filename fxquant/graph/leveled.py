@@ -16,7 +16,7 @@ import importlib
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class LeveledModule(fx.GraphModule):
     Attributes:
         level: one of ``LEVELS``.
         settings: what the graph was made with (recipe, mode, input shapes); plain data that is saved with the model.
+        runner: runs calls of the graph some other way, or declines; see ``kernels.runner``. Absent where there is none.
     """
 
     def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "LeveledModule") -> None:
@@ -94,14 +95,40 @@ class LeveledModule(fx.GraphModule):
         """Run the graph on a call as the user's forward takes it."""
         spec = self.meta.get("call")
         if spec is None:
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs) if kwargs else self._run(args)
         if self.training and spec.asks_mode:
             raise SpecializationError(
                 f"this model was captured in eval mode, and its code does something else in training mode "
                 f"({spec.asks_mode}).\n"
                 "  what to do: call .eval() on it, or prepare with qat=True to train it."
             )
-        return spec.restore(super().__call__(*spec.bind(args, kwargs)))
+        return spec.restore(self._run(spec.bind(args, kwargs)))
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
+        """The graph's result, by the program that a runner holds for such inputs, if there is one."""
+        runner = self.__dict__.get("runner")
+        if runner is not None and not self._forward_hooks and not self._forward_pre_hooks:
+            taken, result = runner(self, inputs)
+            if taken:
+                return result
+        return super().__call__(*inputs)
+
+    def _forget(self) -> None:
+        if "runner" in self.__dict__:
+            self.__dict__["runner"].forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def recompile(self) -> Any:
+        """Make the graph's code anew after it was changed."""
+        self._forget()
+        return super().recompile()
 
     def __getattr__(self, name: str) -> Any:
         return _answer(self, name, super().__getattr__)

@@ -61,6 +61,7 @@ class OpEntry:
         integer: builds the integer form from a ``Site``; None where the op has none.
         fresh: the result is a buffer of its own that no backward formula reads again, so a quantizer may overwrite it.
         views: the result may share memory with the first operand.
+        quantized: ``function`` moves values of torch's quantized tensors as well.
         returns: ``tensor`` or ``tuple``.
         accepts: whether a call is this op's, where entries with different behaviours share a spelling.
         check: a reason to leave a call in float, from the call; None to accept it.
@@ -87,6 +88,7 @@ class OpEntry:
     integer: Callable[[Site], nn.Module] | None = None
     fresh: bool = False
     views: bool = False
+    quantized: bool = False
     returns: str = "tensor"
     accepts: Callable[[Call], bool] | None = None
     check: Callable[[Call], str | None] | None = None
