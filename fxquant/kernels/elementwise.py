@@ -193,15 +193,16 @@ def matmul_step(place: Place) -> Step | None:
 
 
 def linear_map_step(place: Place) -> Step | None:
-    """An average or an interpolation."""
-    part, taken, given = place.part, place.input_form(0), place.output_form()
-    if taken is None or given is None:
+    """An average or an interpolation, of the integers themselves: a mean of few has ties, which float scales would break."""
+    part, told, given = place.part, place.input_form(0), place.output_form()
+    if told is None or given is None:
         return None
+    taken = Form(1.0, told.zero_point)
 
     def mapped(q: Tensor, **dynamic: Any) -> Tensor:
         return part.entry.function(q.dequantize(), **part.attributes, **dynamic)
 
-    return Step(_quantized(place, mapped, given), given, FLOAT32, _takes(place, taken))
+    return Step(_quantized(place, mapped, given, 1.0 / float(part.ratio)), given, FLOAT32, _takes(place, taken))
 
 
 def evaluate_step(place: Place) -> Step | None:

@@ -176,6 +176,7 @@ _passing(
     onnx="Reshape",
     functions=(torch.unflatten,),
     methods=("unflatten",),
+    quantized=True,
 )
 _passing(
     "permute",
@@ -223,7 +224,7 @@ _passing(
 _passing("movedim", torch.movedim, "input*, source, destination", lambda x: torch.movedim(x, 1, -1), (2, 3, 4),
          onnx="Transpose", methods=("movedim",))  # fmt: skip
 _passing("expand", expand, "input*, ...size", lambda x: x.expand(-1, 4, -1), (2, 1, 3), onnx="Expand",
-         methods=("expand",))  # fmt: skip
+         methods=("expand",), quantized=True)  # fmt: skip
 _passing("repeat", repeat, "input*, ...repeats", lambda x: x.repeat(1, 2, 1), (2, 2, 3), views=False, onnx="Tile",
          methods=("repeat",))  # fmt: skip
 _passing("flip", flip, "input*, ...dims", lambda x: torch.flip(x, (1,)), (2, 3, 4), views=False, onnx="Slice",
@@ -244,7 +245,7 @@ _passing("split", torch.split, "input*, split_size_or_sections, dim=0", lambda x
 _passing("unbind", torch.unbind, "input*, dim=0", lambda x: x.unbind(1)[2], (2, 3, 4), onnx="Split",
          methods=("unbind",), returns="tuple")  # fmt: skip
 _passing("contiguous", contiguous, "input*, memory_format=None", lambda x: x.transpose(1, 2).contiguous(), (2, 3, 4),
-         onnx="Identity", methods=("contiguous",))  # fmt: skip
+         onnx="Identity", methods=("contiguous",), quantized=True)  # fmt: skip
 _passing(
     "clone", torch.clone, "input*", lambda x: x.clone(), (2, 3, 4), views=False, onnx="Identity", methods=("clone",)
 )
