@@ -29,6 +29,7 @@ from fxquant.kernels.frozen import Frozen, fastest
 from fxquant.kernels.operators import KINDS, Engine, Operators, operators
 from fxquant.kernels.runner import Runner
 from fxquant.kernels.saturation import can_saturate, largest_pair
+from fxquant.nn.accumulating import IntegerWeighted
 
 fast = pytest.mark.skipif(operators() is None, reason="torch has no int8 operators that are right on this machine")
 
@@ -175,7 +176,12 @@ def test_batch_and_image_size_stay_free():
         assert_close_to_scale(got, reference(x), 0.02)
         assert_same_bits(integer(x), got)
         require_agreement(agreement(integer, x), share=0.99)
-    assert len(integer.runner.programs) == 4, "the cache is bounded"
+    for width in range(20, 60, 2):
+        assert_same_bits(integer(signal(1, 3, 8, width)), integer(signal(1, 3, 8, width)))
+    assert len(integer.runner.programs) == 16, "the cache is bounded"
+    packs = {id(packed) for program in integer.runner.programs.values() for packed in program.packed}
+    layers = sum(isinstance(part, IntegerWeighted) for part in integer.modules())
+    assert len(packs) <= 2 * layers, "shapes share their weights"
 
 
 @fast

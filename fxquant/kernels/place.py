@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.kernels.forms import Form
-from fxquant.kernels.operators import Operators
+from fxquant.kernels.operators import Engine, Operators
 from fxquant.nn.integer import IntegerOp
 
 __all__ = ["Known", "Place", "Step", "clamped", "zero_point_held"]
@@ -61,12 +61,21 @@ class Place:
         node: the node.
         known: what is known of every value before it.
         operators: what torch has.
+        packs: packed weights that were made before, and are used again.
     """
 
     part: Any
     node: fx.Node
     known: dict[fx.Node, Known]
     operators: Operators
+    packs: dict[Any, Any] = field(default_factory=dict)
+
+    def pack(self, kind: str, engine: Engine, weight: Tensor, bias: Tensor, *geometry: Any) -> Any:
+        """The layer's weights, packed; those that were packed before where there are any."""
+        key = (self.part, engine.name, repr(geometry))
+        if key not in self.packs:
+            self.packs[key] = self.operators.pack(kind, engine, weight, bias, *geometry)
+        return self.packs[key]
 
     def integers(self, value: Any) -> Known | None:
         """What is known of an argument if it is one tensor of bytes with a scale; else None."""

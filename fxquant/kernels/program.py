@@ -40,16 +40,18 @@ class Program:
     packed: tuple[Any, ...]
 
 
-def build(graph: LeveledModule, args: Sequence[Any], operators: Operators) -> tuple[Program, Any]:
-    """A program for inputs of the shapes of ``args``, and its result for them."""
-    writer = _Writer(graph, operators)
+def build(
+    graph: LeveledModule, args: Sequence[Any], operators: Operators, packs: dict[Any, Any]
+) -> tuple[Program, Any]:
+    """A program for inputs of the shapes of ``args``, and its result for them; ``packs`` are weights packed before."""
+    writer = _Writer(graph, operators, packs)
     result = writer.write(args)
     return writer.program(), result
 
 
 class _Writer:
-    def __init__(self, graph: LeveledModule, operators: Operators) -> None:
-        self.graph, self.operators = graph, operators
+    def __init__(self, graph: LeveledModule, operators: Operators, packs: dict[Any, Any]) -> None:
+        self.graph, self.operators, self.packs = graph, operators, packs
         self.known: dict[fx.Node, Known] = {}
         self.held: dict[tuple[fx.Node, Form | None], tuple[str, Any]] = {}
         self.names: dict[str, Any] = {}
@@ -96,7 +98,7 @@ class _Writer:
 
     def _fast(self, node: fx.Node, part: nn.Module | None) -> Step | None:
         chosen = STEPS.get(type(part)) if part is not None else None
-        return None if chosen is None else chosen(Place(part, node, self.known, self.operators))
+        return None if chosen is None else chosen(Place(part, node, self.known, self.operators, self.packs))
 
     def _plain(self, node: fx.Node, part: nn.Module | None) -> Callable[..., Any]:
         """The node as the graph has it."""

@@ -131,7 +131,7 @@ def _convolution(place: Place, x: Known, told: Form) -> Step | None:
         padding = [0, 0] if padded else padding
     weight, bias = _folded(part, scale, told.zero_point - taken.zero_point, given)
     arguments = (geometry.stride, padding, geometry.dilation, geometry.groups)
-    packed = place.operators.pack("conv2d", engine, weight, bias, *arguments)
+    packed = place.pack("conv2d", engine, weight, bias, *arguments)
     run = _operator(place.operators.conv2d, packed, given)
     if taken.zero_point == 0 and padded:
         run = _behind_border(run, geometry.padding, told)
@@ -186,7 +186,7 @@ def _linear(place: Place, x: Known, told: Form) -> Step | None:
     if engine.name == "fbgemm":
         taken, given = told, Form(given.scale, zero_point_held(part))
     weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given)
-    packed = place.operators.pack("linear", engine, weight, bias)
+    packed = place.pack("linear", engine, weight, bias)
     return _step(place, _operator(place.operators.linear, packed, given), taken, given, engine.name, packed)
 
 
@@ -197,7 +197,7 @@ def _float_linear(place: Place, told: Form) -> Step | None:
         return None
     real = part.output_scale.double().expand(part.weight.shape[0])
     bias = torch.zeros_like(real) if part.bias is None else part.bias.double() * real
-    packed = place.operators.pack("linear", engine, quantized_weight(part.weight, real / told.scale), bias.float())
+    packed = place.pack("linear", engine, quantized_weight(part.weight, real / told.scale), bias.float())
     scale, zero_point = told
     bounds, dtype = part.clamp, part.real_dtype
 
