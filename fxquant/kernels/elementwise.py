@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.kernels.forms import Form, convert
+from fxquant.kernels.operators import unary_operator
 from fxquant.kernels.place import Place, Step, clamped, zero_point_held
 from fxquant.nn.integer import Quantize
 
@@ -81,18 +82,26 @@ def dequantize_step(place: Place) -> Step | None:
 
 
 def table_step(place: Place) -> Step | None:
-    """A function of one number, if it gives the reference's table for every integer."""
+    """A function of one number, if it gives the reference's table for every integer: torch's own, or in float32."""
     part, taken, given = place.part, place.input_form(0), place.output_form()
     if taken is None or given is None:
         return None
     run = _quantized(place, lambda q: part.entry.function(q.dequantize(), **part.attributes), given)
-    source = place.node.args[0]
+    operator = unary_operator(getattr(part.entry, "quantized_as", ""))
+    own = clamped(part, given, lambda q: operator(q, *given)) if operator is not None else None
+    for way, kernel in ((own, ATEN), (run, FLOAT32)):
+        if way is not None and torch.equal(_tabulated(place, way, taken), part.table):
+            return Step(way, given, kernel, _takes(place, taken))
+    return None
+
+
+def _tabulated(place: Place, run: Callable[..., Tensor], taken: Form) -> Tensor:
+    """What ``run`` makes of every integer that the reference's table has an entry for."""
+    part, source = place.part, place.node.args[0]
     assert isinstance(source, fx.Node)
-    signed = place.known[source].signed
-    first = int(part.first) + 128 * signed
+    first = int(part.first) + 128 * place.known[source].signed
     every = torch.arange(first, first + len(part.table), dtype=torch.uint8)
-    table = convert(run(convert(every, taken, False)), None, part.output_dtype == torch.int8)
-    return Step(run, given, FLOAT32, _takes(place, taken)) if torch.equal(table, part.table) else None
+    return convert(run(convert(every, taken, False)), None, part.output_dtype == torch.int8)
 
 
 def _takes(place: Place, *forms: Form | None) -> dict[fx.Node, Form | None]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ENGINES", "KINDS", "Engine", "Operators", "engine_named", "operators", "quantized_weight"]
+__all__ = ["ENGINES", "KINDS", "Engine", "Operators", "engine_named", "operators", "quantized_weight", "unary_operator"]
 
 ENGINES = ("onednn", "fbgemm")
 """By preference."""
@@ -69,6 +69,12 @@ class Operators:
         packer = self.conv2d_pack if kind == "conv2d" else self.linear_pack
         with _engine(engine.name):
             return packer(weight, bias, *geometry)
+
+
+@cache
+def unary_operator(name: str) -> Callable[..., Tensor] | None:
+    """torch's function of one quantized tensor by its qualified name; None where there is none."""
+    return _find(name, "default", "input", "output_scale", "output_zero_point") if name else None
 
 
 def _find(name: str, overload: str, *arguments: str) -> Any:

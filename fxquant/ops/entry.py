@@ -62,6 +62,8 @@ class OpEntry:
         fresh: the result is a buffer of its own that no backward formula reads again, so a quantizer may overwrite it.
         views: the result may share memory with the first operand.
         quantized: ``function`` moves values of torch's quantized tensors as well.
+        quantized_as: torch's operator for it on quantized tensors, ``(input, output_scale, output_zero_point)``, where that
+            is faster than ``function`` between a dequantization and a quantization.
         returns: ``tensor`` or ``tuple``.
         accepts: whether a call is this op's, where entries with different behaviours share a spelling.
         check: a reason to leave a call in float, from the call; None to accept it.
@@ -89,6 +91,7 @@ class OpEntry:
     fresh: bool = False
     views: bool = False
     quantized: bool = False
+    quantized_as: str = ""
     returns: str = "tensor"
     accepts: Callable[[Call], bool] | None = None
     check: Callable[[Call], str | None] | None = None
