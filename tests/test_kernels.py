@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Scheme
+from fxquant.kernels import choice as choice_module
 from fxquant.kernels import frozen as frozen_module
 from fxquant.kernels import operators as operators_module
 from fxquant.kernels import runner as runner_module
-from fxquant.kernels import weighted as weighted_module
 from fxquant.kernels.agreement import Agreement, agreement
 from fxquant.kernels.forms import Form, convert
 from fxquant.kernels.frozen import Frozen, fastest
 from fxquant.kernels.operators import KINDS, Engine, Operators, operators
 from fxquant.kernels.runner import Runner
-from fxquant.kernels.saturation import can_saturate, largest_pair
+from fxquant.kernels.saturation import can_saturate, largest_pair, saturating_layers
 from fxquant.nn.accumulating import IntegerWeighted
 
 fast = pytest.mark.skipif(operators() is None, reason="torch has no int8 operators that are right on this machine")
@@ -423,8 +423,17 @@ def test_where_pairs_saturate_only_small_weights_go_fast(monkeypatch):
         integer = converted(model, x, recipe=recipe_with(None, weight))
         integer(x)
         kernels.append(kernels_used(integer)["_0"])
+        assert list(saturating_layers(integer)) == (["0", "2"] if weight is None else [])
     assert kernels == ["reference", found.engines[0].name]
-    assert weighted_module.can_saturate is can_saturate
+
+
+@fast
+def test_coverage_says_why_a_layer_is_slow(monkeypatch):
+    found = operators()
+    limited = tuple(Engine(engine.name, frozenset(KINDS)) for engine in found.engines)
+    monkeypatch.setattr(choice_module, "operators", lambda: Operators(**{**vars(found), "engines": limited}))
+    integer = converted(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), signal(2, 3, 9, 9), recipe=ROUNDED)
+    assert fxquant.coverage(integer).kernels["0"].endswith("could overflow 16 bits on this machine")
 
 
 @fast

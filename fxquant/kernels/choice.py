@@ -21,7 +21,7 @@ from fxquant.kernels.elementwise import (
 )
 from fxquant.kernels.operators import operators
 from fxquant.kernels.place import Place, Step
-from fxquant.kernels.weighted import unfit, weighted_step
+from fxquant.kernels.weighted import expected_engine, unfit, weighted_step
 from fxquant.nn.accumulating import IntegerMatmul, IntegerProduct, IntegerSum, IntegerWeighted
 from fxquant.nn.integer import (
     Dequantize,
@@ -58,8 +58,10 @@ def expected_kernel(part: Any) -> str:
     if found is None or not isinstance(part, IntegerOp) or type(part) not in STEPS:
         return REFERENCE
     if isinstance(part, IntegerWeighted):
-        reason = unfit(part)
-        return found.engines[0].name if reason is None else f"{REFERENCE}: {reason}"
+        reason, engine = unfit(part), expected_engine(part, found)
+        if reason is None and engine is None:
+            reason = "sums of its products could overflow 16 bits on this machine"
+        return str(engine) if reason is None else f"{REFERENCE}: {reason}"
     if isinstance(part, IntegerPass):
         return "quantized" if getattr(part.entry, "quantized", False) else REFERENCE
     return (

@@ -9,9 +9,11 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["can_saturate", "largest_pair"]
+from fxquant.nn.accumulating import IntegerWeighted
+
+__all__ = ["can_saturate", "largest_pair", "saturating_layers"]
 
 _LIMIT = 128
 
@@ -23,6 +25,17 @@ def largest_pair(weight: Tensor) -> int:
     high = rows.topk(count, dim=1).values.clamp(min=0).sum(1).max()
     low = rows.topk(count, dim=1, largest=False).values.clamp(max=0).sum(1).min()
     return max(int(high), -int(low))
+
+
+def saturating_layers(module: nn.Module) -> dict[str, int]:
+    """Layers of an integer model whose weights could overflow 16-bit sums, by path, with their largest pair.
+
+    Only machines that add products so are concerned; there these layers run by the reference, unless their weights have
+    at most seven bits, whose pairs reach 126.
+    """
+    layers = {path: part for path, part in module.named_modules() if isinstance(part, IntegerWeighted)}
+    pairs = {path: largest_pair(part.weight) for path, part in layers.items() if part.weight.dtype == torch.int8}
+    return {path: pair for path, pair in pairs.items() if pair > _LIMIT}
 
 
 def can_saturate(weight: Tensor) -> bool:

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxquant.kernels.forms import Form, convert
-from fxquant.kernels.operators import Engine, engine_named, quantized_weight
+from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
 from fxquant.kernels.saturation import can_saturate
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.ops.behaviour import Weighted
 
-__all__ = ["Geometry", "geometry_of", "unfit", "weighted_step"]
+__all__ = ["Geometry", "expected_engine", "geometry_of", "unfit", "weighted_step"]
 
 _FEW_ROWS = 16
 
@@ -90,10 +90,20 @@ def weighted_step(place: Place) -> Step | None:
     return _float_linear(place, taken) if part.output_dtype is None else _linear(place, x, taken)
 
 
+def expected_engine(part: IntegerWeighted, operators: Operators) -> str | None:
+    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow."""
+    names = ENGINES if part.output_dtype is not None else ("fbgemm",)
+    return next((name for name in names if _right(part, operators, name) is not None), None)
+
+
 def _usable(place: Place, name: str) -> Engine | None:
+    return _right(place.part, place.operators, name)
+
+
+def _right(part: IntegerWeighted, operators: Operators, name: str) -> Engine | None:
     """The engine of that name if it is right for these weights."""
-    engine, weight = engine_named(place.operators, name), place.part.weight
-    groups = int(place.part.attributes.get("groups", 1))
+    engine, weight = engine_named(operators, name), part.weight
+    groups = int(part.attributes.get("groups", 1))
     kind = "dense" if groups == 1 else "depthwise" if weight.shape[1] == 1 else "grouped"
     return None if engine is None or (kind in engine.saturates and can_saturate(weight)) else engine
 
