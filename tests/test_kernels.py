@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Scheme
+from fxquant.graph.edit import Edit
+from fxquant.graph.leveled import RUNNER
 from fxquant.kernels import choice as choice_module
 from fxquant.kernels import frozen as frozen_module
 from fxquant.kernels import operators as operators_module
@@ -48,7 +50,7 @@ def converted(model: nn.Module, *inputs: Tensor, recipe: fxquant.Recipe | None =
 def of_reference(integer: Any) -> Any:
     """A copy that computes with the reference."""
     twin = copy.deepcopy(integer)
-    twin.__dict__.pop("runner", None)
+    twin.__dict__.pop(RUNNER, None)
     return twin
 
 
@@ -60,7 +62,13 @@ def require_agreement(found: list[Agreement], share: float = 0.999) -> None:
 
 
 def kernels_used(integer: Any) -> dict[str, str]:
-    return next(reversed(integer.runner.programs.values())).kernels
+    return next(reversed(runner_of(integer).programs.values())).kernels
+
+
+def runner_of(integer: Any) -> Runner:
+    runner = integer.__dict__[RUNNER]
+    assert isinstance(runner, Runner)
+    return runner
 
 
 def signal(*shape: int, seed: int = 3) -> Tensor:
@@ -77,7 +85,7 @@ def test_an_op_agrees_with_the_reference(name):
     inputs = inputs_like(example_of(name), 3, seed=5)
     require_agreement(agreement(integer, *inputs))
     want, got = of_reference(integer)(*inputs), integer(*inputs)
-    assert integer.runner.programs, "the fast way was not taken"
+    assert runner_of(integer).programs, "the fast way was not taken"
     for x, y in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
     for _ in range(2):
@@ -178,8 +186,8 @@ def test_batch_and_image_size_stay_free():
         require_agreement(agreement(integer, x), share=0.99)
     for width in range(20, 60, 2):
         assert_same_bits(integer(signal(1, 3, 8, width)), integer(signal(1, 3, 8, width)))
-    assert len(integer.runner.programs) == 16, "the cache is bounded"
-    packs = {id(packed) for program in integer.runner.programs.values() for packed in program.packed}
+    assert len(runner_of(integer).programs) == 16, "the cache is bounded"
+    packs = {id(packed) for program in runner_of(integer).programs.values() for packed in program.packed}
     layers = sum(isinstance(part, IntegerWeighted) for part in integer.modules())
     assert len(packs) <= 2 * layers, "shapes share their weights"
 
@@ -199,7 +207,7 @@ def test_any_order_of_memory_gives_the_same():
 def test_an_empty_batch_takes_the_reference():
     integer = converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), signal(2, 3, 8, 8))
     assert integer(signal(0, 3, 8, 8)).shape == (0, 2, 6, 6)
-    assert not integer.runner.programs
+    assert not runner_of(integer).programs
 
 
 @fast
@@ -247,7 +255,7 @@ def test_a_model_survives_every_copy(tmp_path):
     keys = set(of_reference(integer).state_dict())
     assert set(integer.state_dict()) == keys
     twin = copy.deepcopy(integer)
-    assert not twin.runner.programs and twin.runner is not integer.runner
+    assert not runner_of(twin).programs and runner_of(twin) is not runner_of(integer)
     assert_same_bits(twin(x), want)
     assert_same_bits(pickle.loads(pickle.dumps(integer))(x), want)
     buffer = io.BytesIO()
@@ -257,16 +265,16 @@ def test_a_model_survives_every_copy(tmp_path):
     fxquant.save(integer, tmp_path / "model.pt")
     loaded = fxquant.load(Mixed(), tmp_path / "model.pt")
     assert_same_bits(loaded(x), want)
-    assert loaded.runner.programs
+    assert runner_of(loaded).programs
 
 
 def test_the_choice_of_kernels_is_saved(tmp_path):
     x = signal(4, 3, 32, 32)
     integer = converted(Mixed(), x, kernels="reference")
-    assert "runner" not in integer.__dict__
+    assert RUNNER not in integer.__dict__
     fxquant.save(integer, tmp_path / "model.pt")
     loaded = fxquant.load(Mixed(), tmp_path / "model.pt")
-    assert "runner" not in loaded.__dict__
+    assert RUNNER not in loaded.__dict__
     assert_same_bits(loaded(x), integer(x))
 
 
@@ -304,7 +312,7 @@ def test_hooks_are_called():
 def test_gradients_take_the_reference():
     integer = converted(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), signal(8, 6))
     integer(signal(8, 6).requires_grad_())
-    assert not integer.runner.programs
+    assert not runner_of(integer).programs
 
 
 @fast
@@ -315,6 +323,42 @@ def test_inference_mode_and_outside_of_it():
     assert_same_bits(integer(x), first.clone())
     with torch.no_grad():
         assert_same_bits(integer(x), first.clone())
+
+
+@fast
+def test_global_switches_change_nothing():
+    integer, x = converted(Mixed(), signal(4, 3, 32, 32)), signal(2, 3, 32, 32)
+    want = integer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(integer(x), of_reference(integer)(x))
+    with torch.device("meta"):
+        assert_same_bits(integer(x), want)
+        assert_same_bits(copy.deepcopy(integer)(x), want)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    integer(x)
+    handle.remove()
+    assert len(seen) > 5
+    assert_same_bits(integer(x), want)
+
+
+@fast
+def test_a_changed_graph_has_no_runner_of_another():
+    class Runs(Mixed):
+        runner = "the user's own"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.runner = "the user's own, too"
+
+    x = signal(2, 3, 32, 32)
+    integer = converted(Runs(), x)
+    integer(x)
+    assert integer.runner == "the user's own, too"
+    assert RUNNER not in Edit(integer, by="test").done().__dict__
+    other = converted(Runs(), 3 * x)
+    other.__dict__[RUNNER] = runner_of(integer)
+    assert_close_to_scale(other(x), of_reference(other)(x), 0.02)
 
 
 @fast
@@ -400,7 +444,7 @@ def test_without_operators_the_reference_runs(monkeypatch):
     monkeypatch.setattr(runner_module, "operators", lambda: None)
     x = signal(2, 3, 32, 32)
     integer = converted(Mixed(), x)
-    assert "runner" not in integer.__dict__
+    assert RUNNER not in integer.__dict__
     assert set(fxquant.coverage(integer).kernels.values()) == {"reference"}
     assert_same_bits(integer(x), of_reference(integer)(x))
 
@@ -463,7 +507,7 @@ def test_forms_share_memory():
 
 def test_a_runner_is_made_where_there_are_operators():
     integer = converted(nn.Linear(3, 2), signal(2, 3))
-    assert isinstance(integer.__dict__.get("runner"), Runner) == (operators() is not None)
+    assert isinstance(integer.__dict__.get(RUNNER), Runner) == (operators() is not None)
 
 
 @fast

@@ -24,10 +24,13 @@ from torch import fx, nn
 
 from fxquant.errors import SpecializationError
 
-__all__ = ["LEVELS", "Container", "ISLAND_MARK", "LeveledModule", "is_container"]
+__all__ = ["LEVELS", "Container", "ISLAND_MARK", "RUNNER", "LeveledModule", "is_container"]
 
 ISLAND_MARK = "_fxquant_island"
 """The attribute that tells of a module that it could not be traced, and why."""
+
+RUNNER = "_fxquant_runner"
+"""The attribute that runs the calls of a graph some other way, or declines; see ``kernels.runner``."""
 
 LEVELS = ("captured", "canonical", "prepared", "frozen", "integer")
 
@@ -64,7 +67,6 @@ class LeveledModule(fx.GraphModule):
     Attributes:
         level: one of ``LEVELS``.
         settings: what the graph was made with (recipe, mode, input shapes); plain data that is saved with the model.
-        runner: runs calls of the graph some other way, or declines; see ``kernels.runner``. Absent where there is none.
     """
 
     def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "LeveledModule") -> None:
@@ -106,7 +108,7 @@ class LeveledModule(fx.GraphModule):
 
     def _run(self, inputs: Sequence[Any]) -> Any:
         """The graph's result, by the program that a runner holds for such inputs, if there is one."""
-        runner = self.__dict__.get("runner")
+        runner = self.__dict__.get(RUNNER)
         if runner is not None and not self._forward_hooks and not self._forward_pre_hooks:
             taken, result = runner(self, inputs)
             if taken:
@@ -114,8 +116,8 @@ class LeveledModule(fx.GraphModule):
         return super().__call__(*inputs)
 
     def _forget(self) -> None:
-        if "runner" in self.__dict__:
-            self.__dict__["runner"].forget()
+        if RUNNER in self.__dict__:
+            self.__dict__[RUNNER].forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()
@@ -215,7 +217,11 @@ def _take_attributes(part: nn.Module, given: nn.Module) -> None:
         part.__dict__.setdefault("stands_for_class", given.__dict__.get("stands_for_class", type(given)))
     for name, value in given.__dict__.items():
         registries = (part.__dict__, part._modules, part._parameters, part._buffers)
-        taken = name == ISLAND_MARK or hasattr(type(part), name) or any(name in registry for registry in registries)
+        taken = (
+            name in (ISLAND_MARK, RUNNER)
+            or hasattr(type(part), name)
+            or any(name in registry for registry in registries)
+        )
         if not taken and not isinstance(value, (nn.Module, torch.Tensor)):
             part.__dict__[name] = value
 

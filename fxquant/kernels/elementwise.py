@@ -100,7 +100,7 @@ def _tabulated(place: Place, run: Callable[..., Tensor], taken: Form) -> Tensor:
     part, source = place.part, place.node.args[0]
     assert isinstance(source, fx.Node)
     first = int(part.first) + 128 * place.known[source].signed
-    every = torch.arange(first, first + len(part.table), dtype=torch.uint8)
+    every = torch.arange(first, first + len(part.table), dtype=torch.uint8, device="cpu")
     return convert(run(convert(every, taken, False)), None, part.output_dtype == torch.int8)
 
 

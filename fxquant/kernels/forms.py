@@ -31,11 +31,12 @@ def convert(value: Any, form: Form | None, signed: bool) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(convert(item, form, signed) for item in value)
     if form is None:
-        plain = _share(value, torch.empty(0, dtype=torch.uint8))
+        plain = _share(value, torch.empty(0, dtype=torch.uint8, device="cpu"))
         return torch.bitwise_xor(plain, 128).view(torch.int8) if signed else plain
     if not value.is_quantized and signed:
         value = torch.bitwise_xor(value, -128).view(torch.uint8)
-    empty = torch._empty_affine_quantized((0,), scale=form.scale, zero_point=form.zero_point, dtype=torch.quint8)
+    scale, zero_point = form
+    empty = torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, dtype=torch.quint8, device="cpu")
     return _share(value, empty)
 
 

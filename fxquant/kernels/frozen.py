@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
-from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.leveled import RUNNER, LeveledModule
 from fxquant.kernels.program import Program
 from fxquant.kernels.runner import Runner, input_key
 
@@ -46,7 +46,7 @@ def fastest(model: nn.Module, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     Returns:
         A callable with the model's signature; ``model`` itself where nothing faster is known.
     """
-    if not isinstance(model, LeveledModule) or not isinstance(model.__dict__.get("runner"), Runner):
+    if not isinstance(model, LeveledModule) or not isinstance(model.__dict__.get(RUNNER), Runner):
         model(*args, **kwargs)
         return model
     frozen = Frozen(model)
@@ -59,7 +59,7 @@ class Frozen:
 
     def __init__(self, model: LeveledModule) -> None:
         self.model = model
-        self.runner: Runner = model.__dict__["runner"]
+        self.runner: Runner = model.__dict__[RUNNER]
         self._made: dict[Any, tuple[Program, Callable[[Sequence[Any]], Any] | None]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

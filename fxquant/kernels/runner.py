@@ -2,7 +2,8 @@
 
 The graph and its modules stay what they are, the exact reference that is inspected, saved and exported. A runner only
 holds what can be made again from them. It steps aside, and the reference runs, wherever a program would not be right:
-inputs on another device, of another class (tracers, fake tensors), empty or asking for gradients; modules with hooks.
+inputs on another device, of another class (tracers, fake tensors), empty or asking for gradients; modules with hooks;
+under autocast.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.leveled import RUNNER, LeveledModule
 from fxquant.kernels.choice import REFERENCE, expected_kernel
 from fxquant.kernels.operators import operators
 from fxquant.kernels.program import Program, build
@@ -36,9 +37,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 def use_kernels(graph: LeveledModule, kernels: str) -> None:
     """Let calls of an integer graph take the fast way, or not."""
-    graph.__dict__.pop("runner", None)
+    graph.__dict__.pop(RUNNER, None)
     if kernels == "auto" and operators() is not None:
-        graph.__dict__["runner"] = Runner()
+        graph.__dict__[RUNNER] = Runner()
 
 
 def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
@@ -49,7 +50,7 @@ def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
     part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     if not isinstance(part, IntegerOp):
         return ""
-    runner: Runner | None = graph.__dict__.get("runner")
+    runner: Runner | None = graph.__dict__.get(RUNNER)
     if runner is None:
         kernel = REFERENCE
     elif runner.programs:
@@ -67,12 +68,16 @@ class Runner:
         self.programs: OrderedDict[Any, Program] = OrderedDict()
         self._packs: dict[Any, Any] = {}
         self._own = 0
+        self._owner = 0
         self._watched: tuple[Tensor, ...] = ()
         self._hooks: tuple[Any, ...] = ()
         self._version = -1
 
     def __call__(self, graph: LeveledModule, args: Sequence[Any]) -> tuple[bool, Any]:
         """Whether the fast way was taken, and the result."""
+        if self._owner != id(graph):
+            self.forget()
+            self._owner = id(graph)
         key = input_key(args)
         if key is None or (self.programs and any(self._hooks)):
             return False, None
@@ -100,6 +105,7 @@ class Runner:
     def _first_run(self, graph: LeveledModule, key: Any, args: Sequence[Any]) -> tuple[bool, Any]:
         found = operators()
         hooks = tuple(getattr(part, name) for part in graph.modules() if part is not graph for name in _HOOKS)
+        hooks += tuple(getattr(nn.modules.module, f"_global{name}", {}) for name in _HOOKS)
         state = [*graph.parameters(), *graph.buffers()]
         if found is None or graph.training or any(hooks) or any(t.device.type != "cpu" for t in state):
             return False, None
@@ -123,7 +129,7 @@ class Runner:
 
 def input_key(args: Sequence[Any]) -> Any:
     """What a program depends on; None for inputs that it is not for."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_autocast_enabled("cpu"):
         return None
     key: list[Any] = [torch.get_num_threads()]
     for value in args:
