@@ -1,10 +1,11 @@
 """Milliseconds from an fp32 image batch to fp32 logits: fxquant's int8 beside float and beside the other int8 paths.
 
 All contenders of a row live in one process and take turns; a turn is a few calls after one that is not counted, and its
-median is kept. A cell shows the median of a contender's turns; "vs FX" is the median over the rounds of FX's turn over that
-of fxquant's faster form, so whatever else the machine does weighs on both. Weights are random and batch norm statistics
-those of noise: only speed means something here. "equal" is the share of values for which fxquant's kernels give the very
-integer that its exact reference gives, op by op on the same inputs; no value may be off by more than one.
+median is kept, or with ``--fastest``, for a machine that others use too, its fastest call. A cell shows the median of a
+contender's turns; "vs FX" is the median over the rounds of FX's turn over that of fxquant's faster form, so whatever else
+the machine does weighs on both. Weights are random and batch norm statistics those of noise: only speed means something
+here. "equal" is the share of values for which fxquant's kernels give the very integer that its exact reference gives, op
+by op on the same inputs; no value may be off by more than one.
 """
 
 from __future__ import annotations
@@ -149,26 +150,26 @@ def build(model: nn.Module, x: Tensor, threads: int, names: list[str]) -> tuple[
     return runs, skipped
 
 
-def race(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, list[float]]:
+def race(runs: dict[str, Run], x: Tensor, rounds: int, kept: Callable[..., float]) -> dict[str, list[float]]:
     """Each contender's turns, in seconds a call."""
     names = list(runs)
-    calls = {name: max(1, min(20, int(TURN / max(_call(runs[name], x, 2), 1e-6)))) for name in names}
+    calls = {name: max(1, min(20, int(TURN / max(_call(runs[name], x, 2, min), 1e-6)))) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in tqdm(range(rounds), desc="rounds", leave=False):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            times[name].append(_call(runs[name], x, calls[name]))
+            times[name].append(_call(runs[name], x, calls[name], kept))
     return times
 
 
-def _call(run: Run, x: Tensor, calls: int) -> float:
+def _call(run: Run, x: Tensor, calls: int, kept: Callable[..., float]) -> float:
     run(x)
     found = []
     for _ in range(calls):
         start = time.perf_counter()
         run(x)
         found.append(time.perf_counter() - start)
-    return statistics.median(found)
+    return kept(found)
 
 
 def equal_share(model: Any, x: Tensor) -> tuple[float, float]:
@@ -184,7 +185,7 @@ def row_of(name: str, model: nn.Module, batch: int, threads: int, args: argparse
     torch.set_num_threads(threads)
     x = torch.randn(batch, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1))
     runs, skipped = build(model, x, threads, args.contenders)
-    times = race(runs, x, args.rounds)
+    times = race(runs, x, args.rounds, min if args.fastest else statistics.median)
     row: dict[str, Any] = {"model": name, "batch": batch, "threads": threads}
     for contender in args.contenders:
         turns = times.get(contender)
@@ -208,6 +209,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images a call (default: 1 8)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
+    parser.add_argument("--fastest", action="store_true", help="keep the fastest call of a turn, not its median")
     names = list(CONTENDERS)
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, help=f"default: {', '.join(names)}")
     add_output_option(parser, "latency")
