@@ -43,6 +43,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "qat": settings["qat"],
         "batch_norm": settings["batch_norm"],
         "rounding": settings.get("rounding", "single"),
+        "kernels": settings.get("kernels", "auto"),
         "recipe": _recipe_to_plain(settings["recipe"]),
         "inputs": settings["inputs"],
         "leaves": list(settings["leaves"]),
@@ -105,7 +106,9 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
     for part in prepared.modules():
         if isinstance(part, FakeQuantize) and not part.ready:
             part.set_range(torch.full_like(part.scale, -1.0), torch.full_like(part.scale, 1.0))
-    return freeze(prepared) if content["level"] == "frozen" else convert(prepared, rounding=content["rounding"])
+    if content["level"] == "frozen":
+        return freeze(prepared)
+    return convert(prepared, rounding=content["rounding"], kernels=content.get("kernels", "auto"))
 
 
 def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:

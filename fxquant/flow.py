@@ -24,6 +24,7 @@ from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
+from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.passes.apply_recipe import apply_recipe, require_fit
@@ -291,13 +292,16 @@ def freeze(prepared: Any) -> Any:
     return _through(prepared, (freeze_graph,), None)
 
 
-def convert(prepared: Any, *, rounding: str = "single") -> Any:
+def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -> Any:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
 
     Args:
         prepared: a calibrated or trained model; not touched.
         rounding: how accumulators are requantized: ``single`` (one fixed-point rounding), ``double`` (TFLite's and
             gemmlowp's two), or ``float`` (multiply and round half to even).
+        kernels: what computes the model when it is called. ``auto``: torch's int8 operators for this machine, within one
+            integer step of the reference at each op (``print(fxquant.coverage(model))`` names them), the reference
+            for the rest. ``reference``: the exact one everywhere. Neither changes the graph, its numbers or what is saved.
 
     Raises:
         CalibrationError: some quantizers have no range yet; names them.
@@ -305,11 +309,14 @@ def convert(prepared: Any, *, rounding: str = "single") -> Any:
     """
     if rounding not in ROUNDINGS:
         raise InputError(f"rounding={rounding!r} is not known. Choose one of {', '.join(ROUNDINGS)}.")
+    if kernels not in KERNELS:
+        raise InputError(f"kernels={kernels!r} is not known. Choose one of {', '.join(KERNELS)}.")
     _require_level(prepared, ("prepared", "frozen"), "convert")
     frozen = prepared if level_of(prepared) == "frozen" else freeze(prepared)
     integer = _through(frozen, (partial(to_integer, rounding=rounding),), None).eval()
     for graph in graphs_of(integer).values():
-        graph.meta["settings"] = {**graph.settings, "rounding": rounding}
+        graph.meta["settings"] = {**graph.settings, "rounding": rounding, "kernels": kernels}
+        use_kernels(graph, kernels)
     return integer
 
 

@@ -26,7 +26,7 @@ STOREYS = (
     ("flow", "training"),
     ("report",),
     ("passes",),
-    ("inputs", "recipe"),
+    ("inputs", "recipe", "kernels"),
     ("ops",),
     ("nn",),
     ("capture",),

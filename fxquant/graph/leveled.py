@@ -16,7 +16,7 @@ import importlib
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ from torch import fx, nn
 
 from fxquant.errors import SpecializationError
 
-__all__ = ["LEVELS", "Container", "ISLAND_MARK", "LeveledModule", "is_container"]
+__all__ = ["LEVELS", "Container", "ISLAND_MARK", "RUNNER", "LeveledModule", "is_container"]
 
 ISLAND_MARK = "_fxquant_island"
 """The attribute that tells of a module that it could not be traced, and why."""
+
+RUNNER = "_fxquant_runner"
+"""The attribute that runs the calls of a graph some other way, or declines; see ``kernels.runner``."""
 
 LEVELS = ("captured", "canonical", "prepared", "frozen", "integer")
 
@@ -94,14 +97,40 @@ class LeveledModule(fx.GraphModule):
         """Run the graph on a call as the user's forward takes it."""
         spec = self.meta.get("call")
         if spec is None:
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs) if kwargs else self._run(args)
         if self.training and spec.asks_mode:
             raise SpecializationError(
                 f"this model was captured in eval mode, and its code does something else in training mode "
                 f"({spec.asks_mode}).\n"
                 "  what to do: call .eval() on it, or prepare with qat=True to train it."
             )
-        return spec.restore(super().__call__(*spec.bind(args, kwargs)))
+        return spec.restore(self._run(spec.bind(args, kwargs)))
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
+        """The graph's result, by the program that a runner holds for such inputs, if there is one."""
+        runner = self.__dict__.get(RUNNER)
+        if runner is not None and not self._forward_hooks and not self._forward_pre_hooks:
+            taken, result = runner(self, inputs)
+            if taken:
+                return result
+        return super().__call__(*inputs)
+
+    def _forget(self) -> None:
+        if RUNNER in self.__dict__:
+            self.__dict__[RUNNER].forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def recompile(self) -> Any:
+        """Make the graph's code anew after it was changed."""
+        self._forget()
+        return super().recompile()
 
     def __getattr__(self, name: str) -> Any:
         return _answer(self, name, super().__getattr__)
@@ -188,7 +217,11 @@ def _take_attributes(part: nn.Module, given: nn.Module) -> None:
         part.__dict__.setdefault("stands_for_class", given.__dict__.get("stands_for_class", type(given)))
     for name, value in given.__dict__.items():
         registries = (part.__dict__, part._modules, part._parameters, part._buffers)
-        taken = name == ISLAND_MARK or hasattr(type(part), name) or any(name in registry for registry in registries)
+        taken = (
+            name in (ISLAND_MARK, RUNNER)
+            or hasattr(type(part), name)
+            or any(name in registry for registry in registries)
+        )
         if not taken and not isinstance(value, (nn.Module, torch.Tensor)):
             part.__dict__[name] = value
 

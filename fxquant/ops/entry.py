@@ -61,6 +61,9 @@ class OpEntry:
         integer: builds the integer form from a ``Site``; None where the op has none.
         fresh: the result is a buffer of its own that no backward formula reads again, so a quantizer may overwrite it.
         views: the result may share memory with the first operand.
+        quantized: ``function`` moves values of torch's quantized tensors as well.
+        quantized_as: torch's operator for it on quantized tensors, ``(input, output_scale, output_zero_point)``, where that
+            is faster than ``function`` between a dequantization and a quantization.
         returns: ``tensor`` or ``tuple``.
         order: the positional arguments of the spellings in ``functions``, where they come in another order.
         accepts: whether a call is this op's, where entries with different behaviours share a spelling.
@@ -88,6 +91,8 @@ class OpEntry:
     integer: Callable[[Site], nn.Module] | None = None
     fresh: bool = False
     views: bool = False
+    quantized: bool = False
+    quantized_as: str = ""
     returns: str = "tensor"
     order: tuple[str, ...] = ()
     accepts: Callable[[Call], bool] | None = None

@@ -122,6 +122,7 @@ _passing(
     joins=True,
     functions=(torch.concat, torch.concatenate),
     aliases={"axis": "dim"},
+    quantized=True,
 )
 _passing(
     "stack",
@@ -143,9 +144,17 @@ _passing(
     onnx="Flatten",
     methods=("flatten",),
     modules=(nn.Flatten,),
+    quantized=True,
 )
 _passing(
-    "view", view, "input*, ...shape", lambda x: x.view(x.size(0), -1), (2, 3, 4), onnx="Reshape", methods=("view",)
+    "view",
+    view,
+    "input*, ...shape",
+    lambda x: x.view(x.size(0), -1),
+    (2, 3, 4),
+    onnx="Reshape",
+    methods=("view",),
+    quantized=True,
 )
 _passing(
     "reshape",
@@ -156,6 +165,7 @@ _passing(
     onnx="Reshape",
     functions=(torch.reshape,),
     methods=("reshape",),
+    quantized=True,
 )
 _passing(
     "unflatten",
@@ -166,6 +176,7 @@ _passing(
     onnx="Reshape",
     functions=(torch.unflatten,),
     methods=("unflatten",),
+    quantized=True,
 )
 _passing(
     "permute",
@@ -176,6 +187,7 @@ _passing(
     onnx="Transpose",
     functions=(torch.permute,),
     methods=("permute",),
+    quantized=True,
 )
 _passing(
     "transpose",
@@ -186,6 +198,7 @@ _passing(
     onnx="Transpose",
     functions=(torch.swapaxes, torch.swapdims),
     methods=("transpose", "swapaxes", "swapdims"),
+    quantized=True,
 )
 _passing(
     "squeeze",
@@ -196,6 +209,7 @@ _passing(
     onnx="Squeeze",
     methods=("squeeze",),
     accepts=lambda call: "dim" in call.arguments,
+    quantized=True,
 )
 _passing(
     "unsqueeze",
@@ -205,11 +219,12 @@ _passing(
     (2, 3),
     onnx="Unsqueeze",
     methods=("unsqueeze",),
+    quantized=True,
 )
 _passing("movedim", torch.movedim, "input*, source, destination", lambda x: torch.movedim(x, 1, -1), (2, 3, 4),
          onnx="Transpose", methods=("movedim",))  # fmt: skip
 _passing("expand", expand, "input*, ...size", lambda x: x.expand(-1, 4, -1), (2, 1, 3), onnx="Expand",
-         methods=("expand",))  # fmt: skip
+         methods=("expand",), quantized=True)  # fmt: skip
 _passing("repeat", repeat, "input*, ...repeats", lambda x: x.repeat(1, 2, 1), (2, 2, 3), views=False, onnx="Tile",
          methods=("repeat",))  # fmt: skip
 _passing("flip", flip, "input*, ...dims", lambda x: torch.flip(x, (1,)), (2, 3, 4), views=False, onnx="Slice",
@@ -217,24 +232,26 @@ _passing("flip", flip, "input*, ...dims", lambda x: torch.flip(x, (1,)), (2, 3, 
 _passing("roll", torch.roll, "input*, shifts, dims=None", lambda x: torch.roll(x, (1, -2), dims=(1, 2)), (2, 3, 5),
          views=False, onnx="Concat", methods=("roll",))  # fmt: skip
 _passing("select", torch.select, "input*, dim, index", lambda x: x.select(1, 2), (2, 3, 4), onnx="Gather",
-         methods=("select",))  # fmt: skip
+         methods=("select",), quantized=True)  # fmt: skip
 _passing("narrow", torch.narrow, "input*, dim, start, length", lambda x: x.narrow(2, 1, 2), (2, 3, 4), onnx="Slice",
-         methods=("narrow",))  # fmt: skip
+         methods=("narrow",), quantized=True)  # fmt: skip
 _passing("getitem", getitem, "input*, index", lambda x: x[:, 1:, ::2, 0], (2, 3, 4, 5), onnx="Slice",
-         functions=(operator.getitem,), methods=("__getitem__",))  # fmt: skip
+         functions=(operator.getitem,), methods=("__getitem__",), quantized=True)  # fmt: skip
 _passing("chunk", torch.chunk, "input*, chunks, dim=0", lambda x: x.chunk(2, dim=1)[1], (2, 4, 3), onnx="Split",
-         methods=("chunk",), returns="tuple")  # fmt: skip
+         methods=("chunk",), returns="tuple", quantized=True)  # fmt: skip
 _passing("split", torch.split, "input*, split_size_or_sections, dim=0", lambda x: torch.split(x, [1, 3], dim=1)[1],
          (2, 4, 3), onnx="Split", methods=("split",), aliases={"tensor": "input", "split_size": "split_size_or_sections"},
-         returns="tuple")  # fmt: skip
+         returns="tuple", quantized=True)  # fmt: skip
 _passing("unbind", torch.unbind, "input*, dim=0", lambda x: x.unbind(1)[2], (2, 3, 4), onnx="Split",
          methods=("unbind",), returns="tuple")  # fmt: skip
 _passing("contiguous", contiguous, "input*, memory_format=None", lambda x: x.transpose(1, 2).contiguous(), (2, 3, 4),
-         onnx="Identity", methods=("contiguous",))  # fmt: skip
+         onnx="Identity", methods=("contiguous",), quantized=True)  # fmt: skip
 _passing(
     "clone", torch.clone, "input*", lambda x: x.clone(), (2, 3, 4), views=False, onnx="Identity", methods=("clone",)
 )
-_passing("identity", identity, "input*", nn.Identity(), (2, 3, 4), onnx="Identity", modules=(nn.Identity,))
+_passing(
+    "identity", identity, "input*", nn.Identity(), (2, 3, 4), onnx="Identity", modules=(nn.Identity,), quantized=True
+)
 _passing(
     "pixel_shuffle",
     F.pixel_shuffle,

@@ -95,6 +95,7 @@ def _unary(
     methods: tuple[str, ...] = (),
     inplace_functions: tuple[Callable[..., Any], ...] = (),
     inplace_methods: tuple[str, ...] = (),
+    quantized_as: str = "",
     sample: nn.Module | Callable[..., Any],
 ) -> None:
     """One row: a function of one number whose result has a range of its own, or a known one."""
@@ -109,6 +110,7 @@ def _unary(
         inplace_methods=inplace_methods,
         modules=modules,
         integer=IntegerTable,
+        quantized_as=quantized_as,
         onnx=onnx,
         example=example(sample, (2, 3, 9, 7)),
     )
@@ -129,7 +131,15 @@ _unary("selu", F.selu, "inplace=False", onnx="Selu", modules=(nn.SELU,), sample=
 _unary("silu", F.silu, "inplace=False", onnx="Mul", modules=(nn.SiLU,), sample=nn.SiLU())
 _unary("mish", F.mish, "inplace=False", onnx="Mish", modules=(nn.Mish,), sample=F.mish)
 _unary("gelu", F.gelu, "approximate='none'", onnx="Gelu", modules=(nn.GELU,), sample=nn.GELU(approximate="tanh"))
-_unary("hardswish", F.hardswish, "inplace=False", onnx="HardSwish", modules=(nn.Hardswish,), sample=nn.Hardswish())
+_unary(
+    "hardswish",
+    F.hardswish,
+    "inplace=False",
+    onnx="HardSwish",
+    modules=(nn.Hardswish,),
+    quantized_as="quantized::hardswish",
+    sample=nn.Hardswish(),
+)
 _unary(
     "softplus",
     F.softplus,

@@ -87,6 +87,7 @@ def _pool(
         modules=(module,),
         integer=carried_pass if is_max else IntegerLinearMap,
         fresh=not is_max,
+        quantized=name == "max_pool2d",
         check=_indices_reason if "return_indices" in signature else None,
         onnx=onnx,
         example=example(sample, shape, behind_op=is_max),
@@ -256,6 +257,7 @@ OpEntry(
     behaviour=Passing(),
     modules=(nn.Upsample, nn.UpsamplingNearest2d),
     integer=carried_pass,
+    quantized=True,
     accepts=lambda call: call["mode"] in _NEAREST,
     onnx="Resize",
     example=example(

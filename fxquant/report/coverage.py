@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxquant.capture.islands import Specialization, islands_of, level_of, specializations_of
 from fxquant.errors import FxquantError, InputError
 from fxquant.graph.leveled import LeveledModule
-from fxquant.nn.integer import IntegerEvaluate, IntegerOp
+from fxquant.kernels.runner import kernel_of
 from fxquant.report.census import (
     Share,
     absolute,
@@ -215,7 +215,7 @@ def coverage(module: nn.Module) -> Coverage:
         ops=_count(module, own),
         float_ops=tuple(_float_op(g, n, own) for g, n in nodes_of(module) if is_float_op(n, module_at(g, n))),
         skipped_folds=tuple(_skipped_folds(module)),
-        kernels={absolute(g, path_of(n)): kernel for g, n in nodes_of(module) if (kernel := _kernel(module_at(g, n)))},
+        kernels={absolute(g, path_of(n)): kernel for g, n in nodes_of(module) if (kernel := kernel_of(g, n))},
         islands=tuple(
             IslandReport(i.path, i.cause, i.source, i.advice, own[i.path], i.is_named) for i in islands_of(module)
         ),
@@ -249,7 +249,7 @@ def _count(module: nn.Module, own: dict[str, int | None]) -> tuple[OpCount, ...]
         counts[0 if state == "integer" else 1] += 1
         macs = _macs(node, part, own)
         counts[2] = None if macs is None or counts[2] is None else counts[2] + macs
-        if kernel := _kernel(part):
+        if kernel := kernel_of(graph, node):
             counts[3][kernel] = None
     ops = [OpCount(op, integer, floats, macs, tuple(kernels)) for op, (integer, floats, macs, kernels) in found.items()]
     return tuple(sorted(ops, key=lambda count: -(count.integer + count.float)))
@@ -258,13 +258,6 @@ def _count(module: nn.Module, own: dict[str, int | None]) -> tuple[OpCount, ...]
 def _title(module: LeveledModule, node: fx.Node) -> str:
     entry = node.meta["entry"]
     return op_text(module, node) if "reason" in node.meta else str(entry.title)
-
-
-def _kernel(part: nn.Module | None) -> str:
-    """Which kernel computes an integer op; empty for whatever is no integer op."""
-    if not isinstance(part, IntegerOp):
-        return ""
-    return "reference, float64 inside" if isinstance(part, IntegerEvaluate) else "reference"
 
 
 def _float_op(graph: LeveledModule, node: fx.Node, own: dict[str, int | None]) -> FloatOp:

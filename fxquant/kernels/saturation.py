@@ -1,0 +1,51 @@
+"""Which weights could overflow where products of bytes are added in pairs in 16 bits: x86 without VNNI.
+
+There ``vpmaddubsw`` computes ``u0·s0 + u1·s1`` of unsigned bytes ``u`` and signed bytes ``s`` and saturates the sum at
+``[-2^15, 2^15 - 1]``. With ``u ≤ 255`` no pair can reach that as long as ``s0 + s1`` stays within ``[-128, 128]``. Which
+weights meet is the kernel's own choice, so the two largest and the two smallest of an output channel are taken.
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.nn.accumulating import IntegerWeighted
+
+__all__ = ["can_saturate", "channels_first", "largest_pair", "saturating_layers"]
+
+_LIMIT = 128
+
+
+def channels_first(part: IntegerWeighted) -> Tensor:
+    """A layer's integer weights with output channels as axis 0."""
+    axis = part.entry.behaviour.out_axis  # type: ignore[attr-defined]
+    return part.weight.transpose(0, axis).contiguous() if axis else part.weight
+
+
+def largest_pair(weight: Tensor) -> int:
+    """The largest magnitude that the sum of two weights of one sign in one output channel (axis 0) reaches."""
+    rows = weight.flatten(1).to(torch.int32)
+    count = min(2, rows.shape[1])
+    high = rows.topk(count, dim=1).values.clamp(min=0).sum(1).max()
+    low = rows.topk(count, dim=1, largest=False).values.clamp(max=0).sum(1).min()
+    return max(int(high), -int(low))
+
+
+def saturating_layers(module: nn.Module) -> dict[str, int]:
+    """Layers of an integer model whose weights could overflow 16-bit sums, by path, with their largest pair.
+
+    Only machines that add products so are concerned; there these layers run by the reference, unless their weights have
+    at most seven bits, whose pairs reach 126.
+    """
+    layers = {path: part for path, part in module.named_modules() if isinstance(part, IntegerWeighted)}
+    pairs = {
+        path: largest_pair(channels_first(part)) for path, part in layers.items() if part.weight.dtype == torch.int8
+    }
+    return {path: pair for path, pair in pairs.items() if pair > _LIMIT}
+
+
+def can_saturate(weight: Tensor) -> bool:
+    """Whether inputs exist for which a 16-bit sum of two products overflows with these int8 weights."""
+    return largest_pair(weight) > _LIMIT

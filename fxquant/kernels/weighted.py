@@ -1,0 +1,222 @@
+"""Convolutions and linear layers with torch's packed int8 operators.
+
+With integers ``q`` held, zero points ``z`` and real scales ``s``, and a form that tells the operator zero points 0,
+
+    q_y = clamp(round((Σ q_x · q_w) · s_x s_w / s_y + b / s_y), 0, 255)
+    b   = s_x s_w · (q_b - z_x Σ q_w) + s_y z_y                     Σ q_w over all weights of an output channel
+
+is the reference's result: zero points move into the bias, and a ReLU is the bound of an unsigned byte. Where an input is
+padded, the padding has to be ``z_x`` itself, so the border is written before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxquant.kernels.forms import Form, convert
+from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
+from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
+from fxquant.kernels.saturation import can_saturate, channels_first
+from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.ops.behaviour import Weighted
+
+__all__ = ["Geometry", "expected_engine", "geometry_of", "unfit", "weighted_step"]
+
+_FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution's arguments for two dimensions."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def geometry_of(part: IntegerWeighted) -> Geometry | None:
+    """The arguments of a convolution over one or two dimensions; None where they fit no packed operator."""
+    attributes, dims = part.attributes, part.weight.ndim - 2
+    padding = attributes.get("padding", 0)
+    if attributes.get("padding_mode", "zeros") != "zeros" or isinstance(padding, str):
+        return None
+
+    def pair(value: Any, free: int) -> list[int]:
+        values = [int(value)] * dims if isinstance(value, int) else [int(v) for v in value]
+        return values if dims == 2 else [free, *values]
+
+    stride, dilation = pair(attributes.get("stride", 1), 1), pair(attributes.get("dilation", 1), 1)
+    return Geometry(stride, pair(padding, 0), dilation, int(attributes.get("groups", 1)))
+
+
+def _behaviour(part: Any) -> Weighted:
+    assert isinstance(part.entry.behaviour, Weighted)
+    return part.entry.behaviour
+
+
+def unfit(part: IntegerWeighted) -> str | None:
+    """Why no packed operator computes this layer; None where one does."""
+    behaviour = _behaviour(part)
+    if part.weight.dtype != torch.int8:
+        return f"its weights are {part.weight.dtype}"
+    if part.output_dtype is None:
+        return None if behaviour.channels_last else "its result is float"
+    if part.output_dtype not in (torch.uint8, torch.int8):
+        return f"its result is {part.output_dtype}"
+    if not bool((part.multiplier > 0).all()):
+        return "a channel's scale vanishes"
+    if behaviour.channels_last:
+        return None
+    if behaviour.out_axis != 0 or part.weight.ndim not in (3, 4):
+        return "it is a transposed convolution" if behaviour.out_axis else "it has three dimensions"
+    return None if geometry_of(part) is not None else "its padding is no number of zeros"
+
+
+def weighted_step(place: Place) -> Step | None:
+    """A packed convolution or linear layer for ``place``; None where the reference is needed."""
+    part: IntegerWeighted = place.part
+    x, taken = place.integers(place.node.args[0]), place.input_form(0)
+    if x is None or taken is None or unfit(part) is not None or place.node.kwargs or x.sample.numel() == 0:
+        return None
+    if not _behaviour(part).channels_last:
+        return _convolution(place, x, taken)
+    return _float_linear(place, taken) if part.output_dtype is None else _linear(place, x, taken)
+
+
+def expected_engine(part: IntegerWeighted, operators: Operators) -> str | None:
+    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow."""
+    names = ENGINES if part.output_dtype is not None else ("fbgemm",)
+    return next((name for name in names if _right(part, operators, name) is not None), None)
+
+
+def _usable(place: Place, name: str) -> Engine | None:
+    return _right(place.part, place.operators, name)
+
+
+def _right(part: IntegerWeighted, operators: Operators, name: str) -> Engine | None:
+    """The engine of that name if it is right for these weights."""
+    engine, weight = engine_named(operators, name), channels_first(part)
+    groups = int(part.attributes.get("groups", 1))
+    kind = "dense" if groups == 1 else "depthwise" if weight.shape[1] == 1 else "grouped"
+    return None if engine is None or (kind in engine.saturates and can_saturate(weight)) else engine
+
+
+def _folded(part: IntegerWeighted, x_scale: float, zero_point: int, emitted: Form) -> tuple[Tensor, Tensor]:
+    """The weight with its scales, and the real bias that holds the zero points that the operator is not told of."""
+    real = torch.ldexp(part.multiplier.double(), part.shift - 31) * emitted.scale
+    weight = channels_first(part)
+    real = real.expand(weight.shape[0])
+    sums = weight.double().flatten(1).sum(1)
+    bias = -zero_point * sums if part.bias is None else part.bias.double() - zero_point * sums
+    hidden = zero_point_held(part) - emitted.zero_point
+    weight = weight.unsqueeze(2) if weight.ndim == 3 else weight
+    return quantized_weight(weight, real / x_scale), (bias * real + hidden * emitted.scale).float()
+
+
+def _step(place: Place, run: Callable[..., Tensor], taken: Form, given: Form, kernel: str, packed: Any) -> Step:
+    source = place.node.args[0]
+    assert isinstance(source, fx.Node)
+    return Step(clamped(place.part, given, run), given, kernel, {source: taken}, packed)
+
+
+def _convolution(place: Place, x: Known, told: Form) -> Step | None:
+    part, geometry = place.part, geometry_of(place.part)
+    if geometry is None or x.sample.ndim != part.weight.ndim:
+        return None
+    padded = told.zero_point != 0 and any(geometry.padding)
+    engine = _engine_for_convolution(place, x.sample)
+    if engine is None:
+        return None
+    scale, padding = told.scale, geometry.padding
+    if engine.name == "fbgemm":
+        taken, given = told, Form(float(part.scale), zero_point_held(part))
+    else:
+        taken, given = Form(scale, 0), Form(float(part.scale), 0)
+        padding = [0, 0] if padded else padding
+    weight, bias = _folded(part, scale, told.zero_point - taken.zero_point, given)
+    arguments = (geometry.stride, padding, geometry.dilation, geometry.groups)
+    packed = place.pack("conv2d", engine, weight, bias, *arguments)
+    run = _operator(place.operators.conv2d, packed, given)
+    if taken.zero_point == 0 and padded:
+        run = _behind_border(run, geometry.padding, told)
+    return _step(place, _flat(run) if part.weight.ndim == 3 else run, taken, given, engine.name, packed)
+
+
+def _engine_for_convolution(place: Place, sample: Tensor) -> Engine | None:
+    """fbgemm where a call costs more than its sums, or where onednn cannot be used; else onednn."""
+    onednn, fbgemm = _usable(place, "onednn"), _usable(place, "fbgemm")
+    small = sample.shape[0] * sample[0, 0].numel() <= _FEW_ROWS
+    return (fbgemm or onednn) if small or onednn is None else onednn
+
+
+def _operator(operator: Callable[..., Tensor], packed: Any, given: Form) -> Callable[..., Tensor]:
+    """``operator`` with packed weights; what these keep is for the first shape that they see."""
+    scale, zero_point = given
+
+    def run(x: Tensor) -> Tensor:
+        return operator(x, packed, scale, zero_point)
+
+    return run
+
+
+def _behind_border(run: Callable[..., Tensor], padding: list[int], told: Form) -> Callable[..., Tensor]:
+    """``run`` on an input with a border of its zero point; the form says 0 for it."""
+    sides, border, form = [padding[1], padding[1], padding[0], padding[0]], told.zero_point, Form(told.scale, 0)
+
+    def bordered(x: Tensor) -> Tensor:
+        wide = F.pad(convert(x, None, False), sides, value=border)
+        return run(convert(wide, form, False))
+
+    return bordered
+
+
+def _flat(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A convolution over one dimension, as one over two of which the first has one element."""
+
+    def flat(x: Tensor) -> Tensor:
+        return run(x.unsqueeze(2)).squeeze(2)
+
+    return flat
+
+
+def _linear(place: Place, x: Known, told: Form) -> Step | None:
+    part = place.part
+    onednn, fbgemm = _usable(place, "onednn"), _usable(place, "fbgemm")
+    few = x.sample.numel() <= _FEW_ROWS * x.sample.shape[-1]
+    engine = (fbgemm or onednn) if few or onednn is None else onednn
+    if engine is None:
+        return None
+    taken, given = Form(told.scale, 0), Form(float(part.scale), 0)
+    if engine.name == "fbgemm":
+        taken, given = told, Form(given.scale, zero_point_held(part))
+    weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given)
+    packed = place.pack("linear", engine, weight, bias)
+    return _step(place, _operator(place.operators.linear, packed, given), taken, given, engine.name, packed)
+
+
+def _float_linear(place: Place, told: Form) -> Step | None:
+    """A linear layer whose accumulator leaves as a float."""
+    part, operator, engine = place.part, place.operators.linear_float, _usable(place, "fbgemm")
+    if operator is None or engine is None or not bool((part.output_scale > 0).all()):
+        return None
+    weight = channels_first(part)
+    real = part.output_scale.double().expand(weight.shape[0])
+    bias = torch.zeros_like(real) if part.bias is None else part.bias.double() * real
+    packed = place.pack("linear", engine, quantized_weight(weight, real / told.scale), bias.float())
+    scale, zero_point = told
+    bounds, dtype = part.clamp, part.real_dtype
+
+    def run(x: Tensor) -> Tensor:
+        y = operator(x.dequantize(), scale, zero_point, packed).to(dtype)
+        return y if bounds == (None, None) else torch.clamp(y, *bounds)
+
+    source = place.node.args[0]
+    assert isinstance(source, fx.Node)
+    return Step(run, None, engine.name, {source: told}, packed)
