@@ -303,6 +303,16 @@ def test_what_holds_for_every_input_is_no_specialization():
     assert specializations_of(prepared) == () and islands_of(prepared) == ()
 
 
+def test_a_size_given_to_torch_stays_a_size():
+    model = traps.SizeAsKernel().eval()
+    prepared = fxquant.prepare(model, images(2), qat=True).eval()
+    assert specializations_of(prepared) == () and islands_of(prepared) == ()
+    with fxquant.quantizers_off(prepared):
+        for side in (5, 9, 12):
+            x = normal(3, 3, side, side + 2)
+            assert torch.equal(prepared(x), model(x))
+
+
 # What is refused.
 
 

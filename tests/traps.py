@@ -246,6 +246,18 @@ class PadIfNeeded(nn.Module):
         return x
 
 
+class SizeAsKernel(nn.Module):
+    """A size as the kernel of a pool and as a length of a pad, which torch reads as integers before it sees the proxy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.conv(x), (0, x.size(2) % 3, 0, 0))
+        return self.fc(F.avg_pool2d(y, (y.size()[2], y.size()[3])).flatten(1))
+
+
 class LargerSide(nn.Module):
     """max and min of sizes."""
 
@@ -1812,6 +1824,7 @@ TRAPS: dict[str, Trap] = {
     "pad to multiple": Trap(PadToMultiple, odd_images),
     "pad if needed": Trap(PadIfNeeded, odd_images),
     "pad not needed": Trap(PadIfNeeded, images),
+    "size as kernel": Trap(SizeAsKernel, odd_images),
     "larger side": Trap(LargerSide, odd_images),
     "tokens to grid": Trap(TokensToGrid, tokens),
     "causal attention": Trap(CausalAttention, tokens),

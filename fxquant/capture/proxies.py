@@ -84,7 +84,7 @@ class ValueProxy(fx.Proxy):
         return self.tracer.concrete(self, int)
 
     def __index__(self) -> int:
-        return self.tracer.concrete(self, operator.index)
+        return self.tracer.concrete(self, operator.index, asked_at=_place(_calling_frame()))
 
     def __float__(self) -> float:
         return self.tracer.concrete(self, float)
@@ -147,6 +147,7 @@ class ValueProxy(fx.Proxy):
         args, kwargs = args or (), kwargs or {}
         proxy = find_proxy((args, kwargs))
         assert proxy is not None
+        proxy.tracer.withdraw(_place(_calling_frame()))
         return proxy.tracer.call_torch(orig_method, args, kwargs)
 
 
@@ -243,6 +244,11 @@ def _calling_frame() -> Any:
     import sys
 
     return sys._getframe(2)
+
+
+def _place(frame: Any) -> tuple[int, int]:
+    """The very instruction that a frame executes."""
+    return id(frame), frame.f_lasti
 
 
 @lru_cache(maxsize=1024)

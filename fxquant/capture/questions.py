@@ -44,6 +44,8 @@ class Questions(fx.Tracer):
     asked_mode: str | None = None
     _override: bool | None = None
     _checked: set[tuple[fx.Node, bool]]
+    _created: list[fx.Node]
+    _places: dict[fx.Node, tuple[int, int]]
 
     def mode(self, flag: ModeFlag) -> bool:
         """The answer to ``if self.training``."""
@@ -74,8 +76,11 @@ class Questions(fx.Tracer):
             asked = self.create_proxy("call_function", len, (proxy,), {})
         return self.concrete(asked, int)
 
-    def concrete(self, proxy: ValueProxy, kind: Any) -> Any:
+    def concrete(self, proxy: ValueProxy, kind: Any, *, asked_at: tuple[int, int] | None = None) -> Any:
         """The value of a number or shape, written down as a specialization.
+
+        Args:
+            asked_at: the instruction that asked for an index.
 
         Raises:
             UntraceableError: it depends on data.
@@ -95,16 +100,26 @@ class Questions(fx.Tracer):
         if kind is bool and isinstance(value, (torch.Size, list, tuple, dict)):
             return answer
         if not self.paused:
-            self._check(proxy.node, answer, exact=kind is not bool)
+            self._check(proxy.node, answer, exact=kind is not bool, asked_at=asked_at)
         return answer
 
-    def _check(self, node: fx.Node, answer: Any, *, exact: bool) -> None:
+    def withdraw(self, place: tuple[int, int]) -> None:
+        """Take back what was written down while torch looked at the arguments of the call at ``place``, which keeps them."""
+        while self._created and self._places.get(self._created[-1]) == place:
+            check = self._created.pop()
+            del self._places[check]
+            self._checked.discard((check.args[0], True))  # type: ignore[arg-type]
+            self.graph.erase_node(check)
+
+    def _check(self, node: fx.Node, answer: Any, *, exact: bool, asked_at: tuple[int, int] | None = None) -> None:
         if (node, exact) in self._checked:
             return
         self._checked.add((node, exact))
         text, path, source = f"{expression(node)} is {answer}", self._here(), user_line()
         check = self.create_node("call_function", require, (node, answer, text, path, source), {})
         check.meta["specialization"] = Specialization(path, text, source, exact)
+        if asked_at is not None:
+            self._places[check] = asked_at
 
     def _here(self) -> str:
         return ".".join(part for part in (self.prefix, self.scope.module_path) if part)

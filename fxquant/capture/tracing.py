@@ -74,6 +74,7 @@ class Tracer(Functions):
         self.hooked = False
         self._override: bool | None = None
         self._created: list[fx.Node] = []
+        self._places: dict[fx.Node, tuple[int, int]] = {}
         self._checked: set[tuple[fx.Node, bool]] = set()
         self.memory = Memory()
         self._starts_with_grad, self._starts_with_autocast = True, _autocast()
