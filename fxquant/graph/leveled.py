@@ -29,7 +29,7 @@ __all__ = ["LEVELS", "Container", "ISLAND_MARK", "LeveledModule", "is_container"
 ISLAND_MARK = "_fxquant_island"
 """The attribute that tells of a module that it could not be traced, and why."""
 
-LEVELS = ("captured", "canonical", "prepared", "frozen", "integer")
+LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "exchange")
 
 _NAMESPACES = (torch, torch.nn.functional, torch.Tensor, operator, math, torch.linalg, torch.special)
 
