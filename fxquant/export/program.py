@@ -21,7 +21,7 @@ from torch import Tensor
 from fxquant.errors import ExportError
 from fxquant.export.signature import FlatModel
 
-__all__ = ["emit", "integers_name", "trace"]
+__all__ = ["emit", "has_free_batch", "integers_name", "trace"]
 
 Shapes = Sequence[dict[int, Any]]
 
@@ -39,6 +39,13 @@ def trace(model: FlatModel, inputs: Sequence[Tensor], dynamic: str) -> torch.exp
     shapes = tuple({axis: torch.export.Dim.AUTO for axis in axes(x) if x.shape[axis] != 1} for x in inputs)
     with torch.no_grad(), _quiet():
         return torch.export.export(model, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
+
+
+def has_free_batch(program: torch.export.ExportedProgram) -> bool:
+    """Whether the first axis of some input may have any size."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return any(isinstance(x, Tensor) and x.ndim > 0 and not isinstance(x.shape[0], int) for x in values)
 
 
 def emit(

@@ -25,7 +25,7 @@ from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nodes, compare_output, other_batch
 from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
 from fxquant.export.installed import require
-from fxquant.export.program import emit, integers_name, trace
+from fxquant.export.program import emit, has_free_batch, integers_name, trace
 from fxquant.export.sessions import onnxruntime_session, run_session
 from fxquant.graph.leveled import ISLAND_MARK
 
@@ -173,6 +173,10 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
             raise
         except Exception as error:  # torch.export lets through whatever the model's own code raises
             raise _refusal(error, exchange.flat.model) from error
+        if which != "none" and not has_free_batch(program):
+            notes.append("the batch size is the example's: the model's own code, or an operator in it, fixes it")
+            if inputs is not exchange.inputs:  # the second row was ours: what is fixed has to be the user's size
+                raise ExportError("the batch size cannot be free")
         return emit(program, opset, signature.input_names, signature.output_names, narrow_weights(exchange.flat))
 
     for which in attempts:
