@@ -94,14 +94,8 @@ def try_row(name: str, threads: int) -> dict[str, Any]:
 
 
 def parameters(name: str) -> int:
-    """How many parameters a network has, without their memory."""
-    with torch.device("meta"):
-        return sum(
-            p.numel() for p in torchvision.models.get_model(name, weights=None, **LIGHT.get(name, {})).parameters()
-        )
-
-
-LIGHT: dict[str, dict[str, Any]] = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+    """How many parameters a network has, by torchvision's own records."""
+    return int(torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
 def options() -> argparse.Namespace:

@@ -204,15 +204,40 @@ def test_batch_norms_trained_behind_weights_are_folded():
 
 
 class Constant(nn.Module):
-    """A parameter added and multiplied: its integers are a constant of the graph."""
+    """Parameters added, multiplied, joined and read by a layer: their integers are constants of the graph."""
 
     def __init__(self) -> None:
         super().__init__()
         self.position, self.gain = nn.Parameter(torch.randn(1, 5, 6)), nn.Parameter(torch.randn(6))
-        self.fc = nn.Linear(6, 3)
+        self.token, self.fc, self.mix = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 3), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.add(x, self.position, alpha=0.5) * self.gain)
+        x = torch.add(x, self.position, alpha=0.5) * self.gain + F.relu(self.mix(self.token))
+        return self.fc(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+
+class Passing(nn.Module):
+    """Returns an input as it is, a tensor twice, and a number's worth of tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return {"x": x, "y": y, "again": y, "size": torch.tensor(3)}
+
+
+def test_outputs_that_are_inputs_or_constants_or_twice_the_same(tmp_path):
+    x = torch.randn(3, 6)
+    prepared = prepared_of(Passing().eval(), x)
+    report = fxquant.export_onnx(prepared, tmp_path / "p.onnx", x)
+    assert len(report.outputs) == 4 and not set(report.outputs) & set(report.inputs)
+    compiled = fxquant.compile(prepared, x, runtime="onnxruntime")
+    actual, expected = compiled(x), fxquant.freeze(prepared)(x)
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_constants_keep_their_scales_through_a_file_of_ours(tmp_path):

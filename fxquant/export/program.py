@@ -82,8 +82,10 @@ def emit(
         ) from error
     assert made is not None
     model = made.model
-    _pack(model, narrow)
-    _clean(model)
+    with _quiet():
+        _separate(model, inputs, outputs)
+        _pack(model, narrow)
+        _clean(model)
     return bytes(ir.to_proto(model).SerializeToString())
 
 
@@ -141,6 +143,25 @@ def _translations() -> dict[Any, Any]:
         ours.dequantize.default: dequantize,
         ours.dequantize_per_axis.default: dequantize_per_axis,
     }
+
+
+def _separate(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Give every input and output a tensor of its own, where the model returns one twice, or an input as it is."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    seen = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for i, value in enumerate(list(graph.outputs)):
+        if id(value) in seen:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+            if value.is_initializer():
+                value.name = f"{value.name}:constant"
+        seen.add(id(value))
+    for value, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
+        value.name = name
 
 
 def _pack(model: Any, narrow: set[str]) -> None:

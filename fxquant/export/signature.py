@@ -87,14 +87,16 @@ class Signature:
 
         def name_output(name: str, value: Any) -> Any:
             if isinstance(value, Tensor):
-                names.append(_free(name, [*names, *self.input_names]))
+                names.append(name)
             return value
 
         tree, _ = _apart(result, "output", name_output)
         values = _leaves(result)[1]
         if self._output is None:
             is_named = tree[0] in ("dict", "fields", "named")
-            self.output_names = [name.removeprefix("output_") if is_named else name for name in names]
+            for name in names:
+                wanted = name.removeprefix("output_") if is_named else name
+                self.output_names.append(_free(wanted, [*self.output_names, *self.input_names]))
             self._output = tree, [None if isinstance(value, Tensor) else value for value in values]
         return tuple(value for value in values if isinstance(value, Tensor))
 

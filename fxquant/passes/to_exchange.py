@@ -50,25 +50,27 @@ def to_exchange(module: LeveledModule) -> LeveledModule:
         Outputs are the frozen graph's, up to float32 rounding.
     """
     edit = Edit(module, by="to_exchange")
-    scales: dict[fx.Node, float] = {}
+    scales: dict[fx.Node | None, float] = {}
     for node in edit.nodes:
         part = edit.module(node)
         if node.meta.get("integer_constant"):
-            _unpack(edit, node)
+            unpacked = _unpack(edit, node)
+            scales[unpacked] = node.meta["grid"][0]
         elif isinstance(part, Dequantize):
             _leave(edit, node, part)
         elif isinstance(part, (Quantize, IntegerOp)):
             scale = part._buffers.get("scale")
-            edit.set_module(node, _twin(part, scales.get(node.args[0], 1.0)))  # type: ignore[arg-type]
+            source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            edit.set_module(node, _twin(part, scales.get(source, 1.0)))
             scales[node] = 1.0 if scale is None else float(scale)
     return edit.done(level="exchange")
 
 
-def _unpack(edit: Edit, node: fx.Node) -> None:
+def _unpack(edit: Edit, node: fx.Node) -> fx.Node:
     """Read a constant's integers as real numbers."""
     path = edit.fresh_path(f"{str(node.target).replace('.', '_')}_real")
     scale, zero_point = node.meta["grid"]
-    edit.insert_module(node, path, Unpack(scale, zero_point), users=list(node.users), is_tensor=True)
+    return edit.insert_module(node, path, Unpack(scale, zero_point), users=list(node.users), is_tensor=True)
 
 
 def _leave(edit: Edit, node: fx.Node, part: Dequantize) -> None:
