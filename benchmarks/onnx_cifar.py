@@ -75,8 +75,10 @@ def main() -> None:
     if args.limit:
         test = test.take(torch.linspace(0, len(test) - 1, args.limit).long())
     batches = calibration_batches(load_cifar10(args.data, "train"))
-    rows = [row(name, args, batches, test) for name in tqdm(args.models, desc="models")]
-    publish(rows, args, test_images=len(test))
+    rows: list[dict[str, Any]] = []
+    for name in tqdm(args.models, desc="models"):
+        rows.append(row(name, args, batches, test))
+        publish(rows, args, quiet=len(rows) < len(args.models), test_images=len(test))
 
 
 if __name__ == "__main__":

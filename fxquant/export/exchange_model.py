@@ -121,7 +121,7 @@ def _level(model: Any) -> str:
         return level
     what = f"a {type(model).__name__}" if level is None else f"a model at level {level!r}"
     raise LevelError(
-        f"this takes a calibrated, frozen or converted model, and was given {what}.\n"
+        f"export_onnx and compile take a calibrated, frozen or converted model; this was given {what}.\n"
         "  what to do: give what fxquant.prepare and fxquant.calibrate, or fxquant.convert, return."
     )
 
