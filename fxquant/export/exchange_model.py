@@ -40,13 +40,14 @@ class ExchangeModel:
     """
 
     def __init__(self, model: Any, example_inputs: Any = None) -> None:
-        frozen = freeze(model) if _level(model) == "prepared" else model
+        model = _at_rest(model)
+        frozen = freeze(model) if level_of(model) == "prepared" else model
         integer = frozen if level_of(frozen) == "integer" else convert(frozen)
         exchange = map_graphs(integer, lambda graph: check(to_exchange(graph), by="to_exchange")).eval()
         call = _on_cpu(_call_of(model, example_inputs))
         self.signature = Signature(exchange, call)
         self.flat = FlatModel(_on_cpu(exchange), self.signature)
-        self.reference = FlatModel(_on_cpu(frozen).eval(), self.signature)
+        self.reference = FlatModel(_on_cpu(frozen), self.signature)
         self.inputs = self.signature.tensors(call.args, call.kwargs)
         self.expected = self.run(self.inputs)
 
@@ -100,7 +101,8 @@ def integer_model(model: Any) -> Any:
     Raises:
         LevelError, CalibrationError: it is not ready.
     """
-    return model if _level(model) == "integer" else convert(model)
+    model = _at_rest(model)
+    return model if level_of(model) == "integer" else convert(model)
 
 
 def needed_bits(model: nn.Module) -> tuple[set[int], set[int]]:
@@ -115,10 +117,11 @@ def narrow_weights(model: nn.Module) -> set[str]:
     return {f"{path}.integers" for path, part in model.named_modules() if isinstance(part, Stored) and part.bits <= 4}
 
 
-def _level(model: Any) -> str:
+def _at_rest(model: Any) -> Any:
+    """``model`` in eval mode: a copy where it is being trained, since parts of it are shared with what is made of it."""
     level = level_of(model) if isinstance(model, nn.Module) else None
     if level in ("prepared", "frozen", "integer"):
-        return level
+        return copy.deepcopy(model).eval() if any(part.training for part in model.modules()) else model
     what = f"a {type(model).__name__}" if level is None else f"a model at level {level!r}"
     raise LevelError(
         f"export_onnx and compile take a calibrated, frozen or converted model; this was given {what}.\n"

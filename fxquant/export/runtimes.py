@@ -89,8 +89,6 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
 
 
 def _in_torch(integer: Any, threads: int | None) -> Callable[..., Any]:
-    integer = integer.eval()
-
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), _torch_threads(threads):
             return integer(*args, **kwargs)
