@@ -23,7 +23,7 @@ from tabulate import tabulate
 __all__ = ["add_output_option", "keep_heap", "machine", "publish", "seconds", "version"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("fxquant", "torchvision", "torchao", "nncf")
+PACKAGES = ("fxquant", "torchvision", "torchao", "nncf", "onnxruntime", "openvino")
 CPU_FLAGS = ("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "neon", "sve")
 FOLDER_OPTIONS = ("data", "weights", "output")
 
@@ -76,12 +76,16 @@ def add_output_option(parser: ArgumentParser, name: str) -> None:
     parser.add_argument("--output", type=Path, default=default, help=f"JSON file (default: results/{name}.json)")
 
 
-def publish(rows: Sequence[Mapping[str, Any]], args: Namespace, **more: Any) -> None:
-    """Print ``rows`` as an aligned table and write them, the options and the machine's facts to ``args.output``."""
-    shown = [{name: _cell(value) for name, value in row.items()} for row in rows]
-    print(tabulate(shown, headers="keys", disable_numparse=True, stralign="right"))
+def publish(rows: Sequence[Mapping[str, Any]], args: Namespace, *, quiet: bool = False, **more: Any) -> None:
+    """Print ``rows`` as an aligned table, and write them, the options and the machine's facts to ``args.output``.
+
+    With ``quiet`` they are only written: what a long run has so far.
+    """
     facts = machine(heap_kept=getattr(args, "keep_heap", False))
-    print("\n" + " · ".join(f"{name} {value}" if name != "cpu" else value for name, value in facts.items()))
+    if not quiet:
+        shown = [{name: _cell(value) for name, value in row.items()} for row in rows]
+        print(tabulate(shown, headers="keys", disable_numparse=True, stralign="right"))
+        print("\n" + " · ".join(f"{name} {value}" if name != "cpu" else value for name, value in facts.items()))
     settings = {name: value for name, value in vars(args).items() if name not in FOLDER_OPTIONS}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": facts, "settings": settings, "rows": list(rows), **more}

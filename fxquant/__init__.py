@@ -8,6 +8,8 @@ print(fxquant.diff(model, prepared))
 
 from fxquant.checkpoint import load, save
 from fxquant.errors import FxquantError
+from fxquant.export.runtimes import compile
+from fxquant.export.to_onnx import export_onnx
 from fxquant.flow import calibrate, convert, freeze, prepare, quantize, quantizers_off
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Op, Recipe, Setting
@@ -22,9 +24,11 @@ __all__ = [
     "Scheme",
     "Setting",
     "calibrate",
+    "compile",
     "convert",
     "coverage",
     "diff",
+    "export_onnx",
     "freeze",
     "freeze_batchnorm",
     "load",

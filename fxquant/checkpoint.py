@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import CheckpointError, InputError, RecipeError
@@ -47,6 +47,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "recipe": _recipe_to_plain(settings["recipe"]),
         "inputs": settings["inputs"],
         "leaves": list(settings["leaves"]),
+        "constants": {key: node.meta["grid"] for key, node in _constants(module).items()},
         "state": module.state_dict(),
     }
     torch.save(content, path)
@@ -80,7 +81,20 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
     if differences:
         raise CheckpointError(f"{unfit}{differences}. {remedy}")
     module.load_state_dict(content["state"])
+    constants = _constants(module)
+    for key, numbers in content.get("constants", {}).items():
+        constants[key].meta["grid"] = tuple(numbers)
     return module
+
+
+def _constants(module: nn.Module) -> dict[str, fx.Node]:
+    """The nodes that read constants made of integers, whose scale and zero point stand on the node."""
+    return {
+        f"{path}:{node.name}": node
+        for path, graph in graphs_of(module).items()
+        for node in graph.graph.nodes
+        if node.meta.get("integer_constant")
+    }
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:

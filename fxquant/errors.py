@@ -8,7 +8,9 @@
     ├── CalibrationError      nothing, NaN or infinity was observed; or ranges are missing
     ├── InputError            an input of the wrong shape, dtype, device or kind
     ├── LevelError            a verb was given a model of another level, or a pass broke a law
-    └── CheckpointError       a saved file that does not fit the model
+    ├── CheckpointError       a saved file that does not fit the model
+    ├── ExportError           a model that cannot be written for another runtime, or that it refuses
+    └── MissingPackageError   a package that an extra of fxquant brings   (also an ImportError)
 
 Each message says what happened, where, why, and what to do about it.
 """
@@ -19,9 +21,11 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "CheckpointError",
+    "ExportError",
     "FxquantError",
     "InputError",
     "LevelError",
+    "MissingPackageError",
     "RecipeError",
     "SchemeError",
     "SpecializationError",
@@ -62,3 +66,11 @@ class LevelError(FxquantError):
 
 class CheckpointError(FxquantError):
     """A saved file that does not fit the model it is loaded into."""
+
+
+class ExportError(FxquantError):
+    """A model that cannot be written in the format of another runtime, or that the runtime refuses."""
+
+
+class MissingPackageError(FxquantError, ImportError):
+    """A package that is not installed, and which extra of fxquant brings it."""

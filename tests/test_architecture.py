@@ -22,7 +22,7 @@ STOREYS = (
     ("cli",),
     ("demo", "image_folder", "model_spec", "progress"),
     ("__init__",),
-    ("checkpoint",),
+    ("checkpoint", "export"),
     ("flow", "training"),
     ("report",),
     ("passes",),
@@ -196,7 +196,7 @@ PLAIN_WORDS = {
     "clone",
 }
 """Entries whose names are ordinary words or attributes too."""
-FREE_OF_OPS = ("passes", "report", "graph", "capture", "flow", "checkpoint", "training", "inputs", "recipe")
+FREE_OF_OPS = ("passes", "report", "export", "graph", "capture", "flow", "checkpoint", "training", "inputs", "recipe")
 NAMED_FOR_A_REASON = {
     ("checkpoint.py", "batch_norm"): "the argument of prepare, as it is saved",
     (

@@ -21,8 +21,10 @@ from fxquant.errors import (
     CalibrationError,
     CaptureError,
     CheckpointError,
+    ExportError,
     InputError,
     LevelError,
+    MissingPackageError,
     RecipeError,
     SchemeError,
     SpecializationError,
@@ -524,6 +526,25 @@ def test_an_input_that_contradicts_what_was_captured():
         prepared(torch.ones(2, 5, 4))
     with refused(SpecializationError, "shift = None", "a tensor of shape", "what to do", unchanged=prepared):
         prepared(torch.ones(2, 3, 4), torch.ones(3))
+
+
+# Files for other runtimes; test_onnx.py has the rest.
+
+
+def test_a_model_without_an_onnx_form(tmp_path):
+    pytest.importorskip("onnxscript")
+    pool = nn.AvgPool2d(3, 2, ceil_mode=True, divisor_override=4)
+    prepared = fxquant.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), pool).eval(), X)
+    fxquant.calibrate(prepared, [X], progress=False)
+    with refused(ExportError, "divisor_override and ceil_mode", "what to do", unchanged=prepared):
+        fxquant.export_onnx(prepared, tmp_path / "model.onnx", verify=False)
+
+
+def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
+    prepared = calibrated()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refused(MissingPackageError, "not installed", r"pip install 'fxquant\[onnx\]'", unchanged=prepared):
+        fxquant.export_onnx(prepared, tmp_path / "model.onnx")
 
 
 def test_every_error_of_the_tree_is_raised_here_with_a_message_of_its_own():

@@ -539,3 +539,37 @@ def test_image_models_agree(name):
     want, got = of_reference(integer)(x), integer(x)
     assert_close_to_scale(got, want, 0.05)
     assert_same_bits(fastest(integer, x)(x), got)
+
+
+class Branching(nn.Module):
+    """A layer, and then something that depends on the data: in a module of its own, or as a number."""
+
+    def __init__(self, asks: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.asks, self.fc = nn.Conv2d(3, 4, 3), asks, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.asks(F.relu(self.stem(x))).mean((2, 3)))
+
+
+class Negates(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if x.mean() > 0.5 else x
+
+
+class Scales(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.max().item()
+
+
+@pytest.mark.parametrize("asks", [Negates, Scales])
+def test_a_decision_by_data_is_made_anew_in_each_call(asks):
+    low, high = torch.full((2, 3, 8, 8), -1.0), torch.rand(2, 3, 8, 8) * 9
+    prepared = fxquant.prepare(Branching(asks()).eval(), high)
+    fxquant.calibrate(prepared, [low, high], progress=False)
+    int8 = fxquant.convert(prepared)
+    run = fastest(int8, high)
+    for x in (high, low, high, low):
+        assert torch.equal(run(x), int8(x))
+    exact = fxquant.convert(prepared, kernels="reference")
+    assert all(torch.allclose(run(x), exact(x), atol=0.1 * float(exact(x).abs().max())) for x in (high, low))

@@ -24,6 +24,7 @@ from fxquant.errors import LevelError
 from fxquant.flow import passes_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import graph_text
+from fxquant.nn.integer import IntegerOp, Site
 from fxquant.passes import levels
 from fxquant.recipe import Recipe
 
@@ -93,14 +94,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "place_quantizers": (partial(Classifier, pools=True), IMAGE, False),
     "freeze": (Normalized, IMAGE, True),
     "to_integer": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
+    "to_exchange": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
 }
 """For each pass that changes the graph: the model of its docstring, its input, and whether it is trained."""
 
 
 def steps(*, qat: bool) -> list[tuple[str, Callable[..., LeveledModule]]]:
-    """The whole way from a captured graph to an integer one."""
+    """The whole way from a captured graph to an integer one, and to the form that files are written from."""
     way = [(getattr(s, "func", s).__name__, s) for s in passes_of(recipe=Recipe(), qat=qat)]
-    return [*way, ("freeze", pass_named("freeze")), ("to_integer", pass_named("to_integer"))]
+    return [*way, *((name, pass_named(name)) for name in ("freeze", "to_integer", "to_exchange"))]
 
 
 def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, tuple[LeveledModule, LeveledModule]]:
@@ -185,7 +187,7 @@ def test_passes_are_pure(build, qat):
         after = step(module)
         assert_untouched(given, fingerprint(module))
         module = after
-        assert module.training == (qat and name not in ("freeze", "to_integer"))
+        assert module.training == (qat and name not in ("freeze", "to_integer", "to_exchange"))
 
 
 def test_the_users_model_is_never_touched():
@@ -235,10 +237,9 @@ def node_named(module: LeveledModule, name: str) -> Any:
 
 def given(level: str) -> LeveledModule:
     way = way_of(Lawful().eval(), IMAGE, qat=False)
-    step = {"captured": "canonicalize", "canonical": "drop_noops", "prepared": "freeze", "frozen": "to_integer"}.get(
-        level
-    )
-    module = way["to_integer"][1] if step is None else way[step][0]
+    takes = {"captured": "canonicalize", "canonical": "drop_noops", "prepared": "freeze", "frozen": "to_integer"}
+    takes["integer"] = "to_exchange"
+    module = way[takes[level]][0] if level in takes else way["to_exchange"][1]
     assert module.level == level
     return copy.deepcopy(module)
 
@@ -300,6 +301,10 @@ def leaves_integers(module: LeveledModule) -> None:
     output.args = (node_named(module, "conv"),)
 
 
+def still_integer(module: LeveledModule) -> None:
+    module.conv = IntegerOp(Site(node_named(module, "conv").meta["entry"], {}, (), None))
+
+
 BROKEN = [
     ("captured", "well_formed", break_order, None),
     ("captured", "knows_its_place", forget_place, "conv"),
@@ -318,6 +323,7 @@ BROKEN = [
     ("frozen", "quantized_once", no_weight_quantizer, "conv"),
     ("integer", "integers_between", reads_float, "conv"),
     ("integer", "integers_between", leaves_integers, "output"),
+    ("exchange", "nothing_integer", still_integer, "conv"),
 ]
 
 

@@ -17,6 +17,9 @@ from fxquant.graph.leveled import LeveledModule, is_container
 
 __all__ = ["Edit", "clone_module"]
 
+_FINAL = ("frozen", "integer", "exchange")
+"""Levels of a model that is used as it is: it carries nothing along that it does not need."""
+
 
 def clone_module(old: nn.Module, cls: type[nn.Module] | None = None, /, **changes: Any) -> Any:
     """A new module with ``old``'s attributes, some of them changed, of ``old``'s class or its subclass ``cls``.
@@ -193,13 +196,13 @@ class Edit:
         named = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         attributes = {path: value for path, value in self.attributes.items() if path in named}
         result = LeveledModule(attributes, self.graph, self._source.__class__.__name__)
-        if level not in ("frozen", "integer") and isinstance(self._source, LeveledModule):
+        if level not in _FINAL and isinstance(self._source, LeveledModule):
             result.put_unused(self._source)
         result.adopt_order(self._source)
         result.meta.update({**self._source.meta, **meta})
         if level is not None:
             result.meta["level"] = level
-        if level in ("frozen", "integer"):
+        if level in _FINAL:
             result.meta["unused"] = {}
         _copy_training_flags(self._source, result)
         return result

@@ -28,10 +28,10 @@ _WARM_UP = 3
 _KNOWN_WARNINGS = (
     (r"`torch\.jit\.\w+` is deprecated", FutureWarning),
     (r"`torch\.jit\.\w+` is (deprecated|not supported)", DeprecationWarning),
-    (r"Converting a tensor to a Python", TracerWarning),
+    (r"Converting a tensor to a Python|Iterating over a tensor", TracerWarning),
 )
-"""What torch says while tracing: that TorchScript ends, and that shapes become constants, as they may (one program, one
-shape)."""
+"""What torch says while tracing: that TorchScript ends, and that shapes and the model's own numbers become constants, as
+they may (one program, one shape). Where data could become a constant nothing is traced, see ``follows_data``."""
 
 
 def fastest(model: nn.Module, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -46,12 +46,24 @@ def fastest(model: nn.Module, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     Returns:
         A callable with the model's signature; ``model`` itself where nothing faster is known.
     """
-    if not isinstance(model, LeveledModule) or not isinstance(model.__dict__.get(RUNNER), Runner):
-        model(*args, **kwargs)
-        return model
-    frozen = Frozen(model)
-    frozen(*args, **kwargs)
-    return frozen
+    fast: Callable[..., Any] = model
+    if isinstance(model, LeveledModule) and isinstance(model.__dict__.get(RUNNER), Runner) and not follows_data(model):
+        fast = Frozen(model)
+    fast(*args, **kwargs)
+    return fast
+
+
+def follows_data(graph: LeveledModule) -> bool:
+    """Whether Python inside ``graph`` may decide by data: in a module of the user's, or by a number read off a tensor.
+
+    A trace would hold the decision that it saw. Ops of the table never decide.
+    """
+    for node in graph.graph.nodes:
+        part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        foreign = part is not None and not type(part).__module__.startswith("torch.nn.")
+        if "reason" in node.meta and (foreign or not isinstance(node.meta.get("shape"), tuple)):
+            return True
+    return False
 
 
 class Frozen:

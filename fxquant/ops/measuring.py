@@ -16,7 +16,7 @@ from fxquant.ops.behaviour import Measuring
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.example import example
 
-__all__ = ["MEASURING", "is_arithmetic", "is_measurement"]
+__all__ = ["MEASURING", "is_arithmetic", "is_measurement", "reads_numbers"]
 
 _METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "is_floating_point", "get_device", "ndimension"})
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_nested", "requires_grad"})
@@ -47,6 +47,11 @@ def is_measurement(op: str, target: Any, args: tuple[Any, ...]) -> bool:
     if op != "call_function":
         return False
     return target in _READERS or (target is builtins.getattr and len(args) > 1 and args[1] in _ATTRIBUTES)
+
+
+def reads_numbers(op: str, target: Any) -> bool:
+    """Whether a call takes Python numbers out of a tensor's values."""
+    return op == "call_method" and target in ("item", "tolist")
 
 
 def is_arithmetic(target: Callable[..., Any]) -> bool:

@@ -13,6 +13,7 @@ from fxquant.nn.integer import IntegerLinearMap, IntegerPass, Site
 from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
+from fxquant.ops.exchange_forms import adaptive_by_parts, averages_over
 
 __all__ = ["max_pool1d", "max_pool2d", "max_pool3d"]
 
@@ -75,6 +76,7 @@ def _pool(
     *,
     onnx: str,
     functions: tuple[Callable[..., Any], ...] = (),
+    exchange: Callable[..., Any] | None = None,
 ) -> None:
     """One row: a maximum passes values, an average rescales them."""
     is_max = "max" in name
@@ -90,6 +92,7 @@ def _pool(
         quantized=name == "max_pool2d",
         check=_indices_reason if "return_indices" in signature else None,
         onnx=onnx,
+        exchange=exchange,
         example=example(sample, shape, behind_op=is_max),
     )
 
@@ -141,6 +144,7 @@ _pool(
     nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
     (2, 3, 10, 9),
     onnx="AveragePool",
+    exchange=averages_over(F.avg_pool2d, 2),
 )
 _pool(
     "avg_pool3d",
@@ -150,6 +154,7 @@ _pool(
     nn.AvgPool3d(2, stride=(1, 2, 2), padding=1, divisor_override=5),
     (2, 3, 5, 7, 6),
     onnx="AveragePool",
+    exchange=averages_over(F.avg_pool3d, 3),
 )
 
 _ADAPTIVE_MAX = "input*, output_size, return_indices=False"
@@ -162,6 +167,7 @@ _pool(
     nn.AdaptiveMaxPool1d(4),
     (2, 3, 17),
     onnx="MaxPool",
+    exchange=adaptive_by_parts(torch.amax, 1),
     functions=(F.adaptive_max_pool1d,),
 )
 _pool(
@@ -172,6 +178,7 @@ _pool(
     nn.AdaptiveMaxPool2d((3, None)),
     (2, 3, 8, 5),
     onnx="MaxPool",
+    exchange=adaptive_by_parts(torch.amax, 2),
     functions=(F.adaptive_max_pool2d,),
 )
 _pool(
@@ -182,6 +189,7 @@ _pool(
     nn.AdaptiveMaxPool3d((2, 3, 1)),
     (2, 3, 5, 7, 4),
     onnx="MaxPool",
+    exchange=adaptive_by_parts(torch.amax, 3),
     functions=(F.adaptive_max_pool3d,),
 )
 _pool(
@@ -192,6 +200,7 @@ _pool(
     nn.AdaptiveAvgPool1d(4),
     (2, 3, 17),
     onnx="AveragePool",
+    exchange=adaptive_by_parts(torch.mean, 1),
     functions=(torch.adaptive_avg_pool1d,),
 )
 _pool(
@@ -202,6 +211,7 @@ _pool(
     nn.AdaptiveAvgPool2d((3, None)),
     (2, 3, 8, 5),
     onnx="AveragePool",
+    exchange=adaptive_by_parts(torch.mean, 2),
 )
 _pool(
     "adaptive_avg_pool3d",
@@ -211,6 +221,7 @@ _pool(
     nn.AdaptiveAvgPool3d((2, 3, 1)),
     (2, 3, 5, 7, 4),
     onnx="AveragePool",
+    exchange=adaptive_by_parts(torch.mean, 3),
 )
 
 

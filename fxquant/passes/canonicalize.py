@@ -16,7 +16,7 @@ from fxquant.graph.pattern import nodes_in
 from fxquant.ops.behaviour import Measuring, Passing, Weighted
 from fxquant.ops.calls import FLOAT, recognize
 from fxquant.ops.entry import Call, OpEntry
-from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement
+from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement, reads_numbers
 from fxquant.ops.table import is_inplace
 
 __all__ = ["canonicalize", "written"]
@@ -91,6 +91,9 @@ class _Canonicalizer:
             self._keep_float(node, f"it runs as it is: {node.meta['island'].cause}")
         elif counts or isinstance(module, TrainingFlag) or is_measurement(node.op, node.target, node.args):
             self._measure(node)
+        elif reads_numbers(node.op, node.target):
+            self._keep_float(node, "it takes numbers out of a tensor")
+            node.meta["is_tensor"] = False
         elif node.target is operator.getitem and operands and _holds_several(operands[0]):
             self._keep_float(node, f"it is one part of {operands[0].name}")
             node.meta["part_of"] = operands[0].name

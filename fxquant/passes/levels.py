@@ -1,6 +1,6 @@
-"""Five levels, checked: what must hold of a graph at each, and one function that says what does not.
+"""Six levels, checked: what must hold of a graph at each, and one function that says what does not.
 
-captured → canonical → prepared → frozen → integer. A level's laws are rows: a name and a function that yields the
+captured → canonical → prepared → frozen → integer → exchange. A level's laws are rows: a name and a function that yields the
 nodes that break it. ``check`` runs after every pass.
 """
 
@@ -116,12 +116,20 @@ def integers_between(module: LeveledModule) -> Iterator[tuple[fx.Node | None, st
                         yield node, f"a float op reads {read.name}, which is made of integers"
 
 
+def nothing_integer(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """No module of the integer form is left."""
+    for node in module.graph.nodes:
+        if isinstance(_module(module, node), (IntegerOp, Quantize, Dequantize)):
+            yield node, "computes on integers"
+
+
 LAWS: dict[str, tuple[Law, ...]] = {
     "captured": (well_formed, knows_its_place),
     "canonical": (well_formed, knows_its_place, one_entry_each),
     "prepared": (well_formed, knows_its_place, quantized_once),
     "frozen": (well_formed, knows_its_place, quantized_once, grids_are_sound),
     "integer": (well_formed, knows_its_place, integers_between),
+    "exchange": (well_formed, knows_its_place, nothing_integer),
 }
 
 

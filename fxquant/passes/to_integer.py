@@ -97,7 +97,10 @@ class _Converter:
         if source.op == "get_attr":
             integers = quantize(self.edit.attributes[str(source.target)].detach())
             path = self.edit.fresh_path(f"{str(source.target).replace('.', '_')}_integers")
-            constant = self.edit.insert_attribute(node, path, integers, is_tensor=True, integer_constant=True)
+            numbers = (float(grid.scale), int(grid.zero_point))
+            constant = self.edit.insert_attribute(
+                node, path, integers, is_tensor=True, integer_constant=True, grid=numbers
+            )
             self.edit.remove(node, constant)
             self.grids[constant] = grid
             return

@@ -1,0 +1,85 @@
+"""Top-1 of the CIFAR ResNets as ONNX files in ONNX Runtime and OpenVINO, beside our integer model's.
+
+Models and calibration are those of `ptq_cifar.py`. One file a network, exported from an example of one image, is run on
+the test images one by one and eight by eight.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import DATA, DEPTHS, Cifar10, calibration_batches, load_cifar10, load_resnet
+from ptq_cifar import percent, predictions
+from record import add_output_option, publish
+from torch import Tensor
+from tqdm import tqdm
+
+import fxquant
+from fxquant.export.installed import is_installed
+from fxquant.export.sessions import Session, onnxruntime_session, openvino_session
+from fxquant.export.to_onnx import make_onnx
+
+BATCHES = (1, 8)
+RUNTIMES = {"ORT": ("onnxruntime", onnxruntime_session), "OpenVINO": ("openvino", openvino_session)}
+
+
+def classes(session: Session, test: Cifar10, batch: int, label: str) -> Tensor:
+    """The class that a runtime gives each image, ``(N,)``."""
+    batches = tqdm(test.batches(batch), total=-(-len(test) // batch), desc=label, leave=False)
+    return torch.cat([session([images])[0].argmax(1) for images, _ in batches])
+
+
+def row(name: str, args: argparse.Namespace, batches: list[Any], test: Cifar10) -> dict[str, Any]:
+    """One network's row."""
+    model = load_resnet(name, args.weights / f"{name}-cifar10.pt")
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    prepared = fxquant.calibrate(fxquant.prepare(model, (batches[0][0][:1],)), batches, progress=False)
+    made = make_onnx(prepared)
+    columns: dict[str, Any] = {"model": name, "float": percent(predictions(model, test, "float") == test.labels)}
+    integer = predictions(fxquant.convert(prepared), test, "integer")
+    columns |= {"integer": percent(integer == test.labels), "size": round(len(made.content) / size, 3)}
+    for title, (package, open_session) in RUNTIMES.items():
+        for batch in BATCHES:
+            if not is_installed(package):
+                columns[f"{title}, batch {batch}"] = "not installed"
+                continue
+            found = classes(open_session(made.content, args.threads), test, batch, f"{title} {batch}")
+            columns[f"{title}, batch {batch}"] = percent(found == test.labels)
+            columns[f"{title} agrees, batch {batch}"] = percent(found == integer)
+    return columns
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="as for ptq_cifar.py")
+    parser.add_argument("--weights", type=Path, help="as for ptq_cifar.py")
+    parser.add_argument("--models", nargs="+", choices=DEPTHS, default=list(DEPTHS), metavar="NAME")
+    parser.add_argument("--limit", type=int, help="use only this many test images, evenly spread over the classes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_output_option(parser, "onnx_cifar")
+    args = parser.parse_args()
+    args.weights = args.weights or args.data
+    return args
+
+
+def main() -> None:
+    """Run every network and publish the table."""
+    args = options()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    test = load_cifar10(args.data, "test")
+    if args.limit:
+        test = test.take(torch.linspace(0, len(test) - 1, args.limit).long())
+    batches = calibration_batches(load_cifar10(args.data, "train"))
+    rows: list[dict[str, Any]] = []
+    for name in tqdm(args.models, desc="models"):
+        rows.append(row(name, args, batches, test))
+        publish(rows, args, quiet=len(rows) < len(args.models), test_images=len(test))
+
+
+if __name__ == "__main__":
+    main()

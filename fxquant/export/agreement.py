@@ -1,0 +1,97 @@
+"""How well a file that another runtime runs agrees with the model that it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["NodeAgreement", "OutputAgreement", "compare_nodes", "compare_output", "other_batch"]
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """One output of one run.
+
+    Attributes:
+        name: the output.
+        rows: the batch size of the run.
+        difference: the largest difference, over the largest magnitude.
+        lsb: the largest difference in steps of the output's grid; None where the output is no rounded tensor.
+        equal: the share of elements that are equal (for floats, to a millionth of the largest).
+        sqnr: signal to difference in decibels, infinite where nothing differs.
+        top1: the share of rows with the same largest entry; None where rows are no scores.
+    """
+
+    name: str
+    rows: int
+    difference: float
+    lsb: float | None
+    equal: float
+    sqnr: float
+    top1: float | None
+
+    def __str__(self) -> str:
+        steps = "" if self.lsb is None else f" ({self.lsb:.0f} LSB)"
+        top1 = "" if self.top1 is None else f", top-1 agrees on {self.top1:.1%}"
+        return (
+            f"{self.name}, batch {self.rows}: largest difference {self.difference:.2g}{steps}, "
+            f"equal {self.equal:.2%}, SQNR {self.sqnr:.1f} dB{top1}"
+        )
+
+
+@dataclass(frozen=True)
+class NodeAgreement:
+    """One rounded tensor inside the model: the largest difference in LSB, and the share of equal integers.
+
+    Each node gets what the runtime computed before it, so differences of earlier nodes add up.
+    """
+
+    name: str
+    lsb: int
+    equal: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.lsb} LSB, equal {self.equal:.3%}"
+
+
+def compare_output(name: str, actual: Tensor, expected: Tensor, scale: float | None) -> OutputAgreement:
+    """``actual`` beside ``expected``, of the same shape; ``scale`` is the step of its grid, if it has one."""
+    own, other = actual.detach().double(), expected.detach().double()
+    difference, largest = _largest((own - other).abs()), _largest(other.abs())
+    noise, signal = float((own - other).square().sum()), float(other.square().sum())
+    is_score = expected.ndim == 2 and expected.shape[1] > 1 and expected.is_floating_point()
+    tolerance = 1e-6 * largest if scale is None else scale / 2
+    same = (own - other).abs() <= tolerance
+    return OutputAgreement(
+        name=name,
+        rows=int(expected.shape[0]) if expected.ndim else 1,
+        difference=difference / largest if largest else difference,
+        lsb=None if scale is None else difference / scale,
+        equal=float(same.double().mean()) if same.numel() else 1.0,
+        sqnr=math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf,
+        top1=float((own.argmax(1) == other.argmax(1)).double().mean()) if is_score else None,
+    )
+
+
+def compare_nodes(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[NodeAgreement]:
+    """Integers by name, in the order of ``expected``; what only one side has is left out."""
+    found = []
+    for name, q in expected.items():
+        if name in actual and actual[name].shape == q.shape and q.numel():
+            apart = (actual[name].long() - q.long()).abs()
+            found.append(NodeAgreement(name, int(apart.max()), float((apart == 0).double().mean())))
+    return found
+
+
+def other_batch(tensors: Sequence[Tensor], is_free: Callable[[int], bool]) -> list[Tensor] | None:
+    """The tensors with one row more where their first axis is free; None where no axis is."""
+    changed = [torch.cat([x, x[:1].flip(-1)]) if is_free(i) and x.ndim else x for i, x in enumerate(tensors)]
+    return changed if any(a.shape != b.shape for a, b in zip(changed, tensors, strict=True)) else None
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0

@@ -1,0 +1,238 @@
+"""From a model in exchange form to an ONNX program in memory, through torch's own exporter.
+
+The exporter knows every float op and follows islands; our quantize and dequantize operators are told to it here. What it
+leaves behind (traces of source lines, duplicate constants, 4-bit integers in 8-bit tensors) is put right afterwards.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import ExportError
+from fxquant.export.signature import FlatModel
+
+__all__ = ["emit", "has_free_batch", "integers_name", "trace"]
+
+Shapes = Sequence[dict[int, Any]]
+
+
+def trace(model: FlatModel, inputs: Sequence[Tensor], dynamic: str) -> torch.export.ExportedProgram:
+    """``model`` as torch.export sees it.
+
+    Args:
+        model: takes and gives tensors.
+        inputs: an example, of at least two rows where the batch is to be free.
+        dynamic: which sizes stay free where the model's code allows: ``sizes`` (all), ``batch`` (axis 0) or ``none``.
+    """
+    free: dict[str, Any] = {"sizes": lambda x: range(x.ndim), "batch": lambda x: range(min(1, x.ndim))}
+    axes = free.get(dynamic, lambda x: ())
+    shapes = tuple({axis: torch.export.Dim.AUTO for axis in axes(x) if x.shape[axis] != 1} for x in inputs)
+    with torch.no_grad(), _quiet():
+        return torch.export.export(model, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
+
+
+def has_free_batch(program: torch.export.ExportedProgram) -> bool:
+    """Whether the first axis of some input may have any size."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return any(isinstance(x, Tensor) and x.ndim > 0 and not isinstance(x.shape[0], int) for x in values)
+
+
+def emit(
+    program: torch.export.ExportedProgram, opset: int, inputs: list[str], outputs: list[str], narrow: set[str]
+) -> bytes:
+    """``program`` as the bytes of an ONNX file.
+
+    Args:
+        program: what ``trace`` returned.
+        opset: version of the operator set.
+        inputs, outputs: names.
+        narrow: names of the buffers whose integers fit into 4 bits and are stored so.
+
+    Raises:
+        ExportError: it holds an operator that has no ONNX form.
+    """
+    import onnx_ir as ir
+
+    try:
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=inputs,
+                output_names=outputs,
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch's ONNX exporter refuses the model: {_reason(error)}\n"
+            "  what to do: replace that operator in the model's code, or leave its module out of the exported part."
+        ) from error
+    assert made is not None
+    model = made.model
+    with _quiet():
+        _separate(model, inputs, outputs)
+        _pack(model, narrow)
+        _clean(model)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
+    return bytes(proto.SerializeToString())
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own warnings, log and prints, which speak of what the user did not write."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _translations() -> dict[Any, Any]:
+    """What our operators are in ONNX."""
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset18
+
+    op: Any = opset18
+    types = {(8, False): "UINT8", (8, True): "INT8", (16, False): "UINT16", (16, True): "INT16"}
+
+    def grid(scale: float, zero_point: int, bits: int, signed: bool) -> tuple[Any, Any]:
+        stored = ir.DataType[types[bits, signed]]
+        return (
+            op.Constant(value=ir.tensor(np.array(scale, dtype=np.float32))),
+            op.Constant(value=ir.tensor(np.array(zero_point, dtype=stored.numpy()), dtype=stored)),
+        )
+
+    def quantize(x: Any, scale: float, zero_point: int, bits: int, signed: bool) -> Any:
+        return op.QuantizeLinear(x, *grid(scale, zero_point, bits, signed))
+
+    def dequantize(q: Any, scale: float, zero_point: int, bits: int, signed: bool) -> Any:
+        return op.DequantizeLinear(q, *grid(scale, zero_point, bits, signed))
+
+    def dequantize_per_axis(q: Any, scale: Any, axis: int, bits: int) -> Any:
+        if bits > 8 or bits <= 4:
+            return op.DequantizeLinear(q, scale, axis=axis)
+        zeros = np.zeros(tuple(scale.shape), dtype=np.int8)
+        return op.DequantizeLinear(q, scale, op.Constant(value=ir.tensor(zeros)), axis=axis)
+
+    ours = torch.ops.fxquant
+    return {
+        ours.quantize.default: quantize,
+        ours.dequantize.default: dequantize,
+        ours.dequantize_per_axis.default: dequantize_per_axis,
+    }
+
+
+def _separate(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Give every input and output a tensor of its own, where the model returns one twice, or an input as it is."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    seen = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for i, value in enumerate(list(graph.outputs)):
+        if id(value) in seen:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
+            if value.is_initializer():
+                value.name = f"{value.name}:constant"
+        seen.add(id(value))
+    for value, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
+        value.name = name
+
+
+def _pack(model: Any, narrow: set[str]) -> None:
+    """Store the weights named in ``narrow`` in 4 bits."""
+    import onnx_ir as ir
+
+    for name in narrow & set(model.graph.initializers):
+        value = model.graph.initializers[name]
+        numbers = value.const_value.numpy().astype(ir.DataType.INT4.numpy())
+        value.const_value = ir.Tensor(numbers, dtype=ir.DataType.INT4, name=name)
+        value.dtype = ir.DataType.INT4
+
+
+def _clean(model: Any) -> None:
+    """Name the integers after the modules that make them; drop what speaks of this machine, and constants' copies."""
+    from onnx_ir.passes import common
+
+    taken, sizes = set[str](), _size_names(model.graph.inputs)
+    for node in model.graph.all_nodes():
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].name = integers_name(_module_path(node), taken)
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            _clean_value(value, sizes)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _clean_value(value, sizes)
+    common.DeduplicateInitializersPass()(model)
+    model.producer_name, model.producer_version = "fxquant", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _size_names(inputs: Any) -> dict[str, str]:
+    """Free sizes by the exporter's symbols: ``batch`` for the first axis, ``NAME_AXIS`` for others."""
+    names: dict[str, str] = {}
+    for value in inputs:
+        for axis, size in enumerate(value.shape or ()):
+            symbol = str(getattr(size, "value", size))
+            if symbol.isidentifier() and symbol not in names:
+                name = f"{value.name}_{axis}" if axis or "batch" in names.values() else "batch"
+                names[symbol] = name
+    return names
+
+
+def _clean_value(value: Any, names: dict[str, str]) -> None:
+    """Sizes that are numbers are written as such, and free ones by names that mean something."""
+    value.metadata_props.clear()
+    if value.shape is None:
+        return
+    sizes = [getattr(size, "value", size) for size in value.shape]
+    value.shape = type(value.shape)([_size(size, names) if isinstance(size, str) else size for size in sizes])
+
+
+def _size(text: str, names: dict[str, str]) -> int | str:
+    return int(text) if text.isdigit() else re.sub(r"\w+", lambda match: names.get(match[0], match[0]), text)
+
+
+def _module_path(node: Any) -> str:
+    """The path of the module that a node was traced in, in the model that was exported."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+    return str(scopes[-2]).removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""
+
+
+def integers_name(path: str, taken: set[str]) -> str:
+    """The name in the file of the integers that the rounding at ``path`` makes; numbered where it runs repeatedly."""
+    name = wanted = f"{path.removesuffix('.rounding')}:integers"
+    while name in taken:
+        name = f"{wanted}_{sum(other.startswith(wanted) for other in taken)}"
+    taken.add(name)
+    return name

@@ -1,0 +1,184 @@
+"""compile: a quantized model as a callable that runs in the runtime of one's choice, or in the fastest installed.
+
+The file for ONNX Runtime and OpenVINO is made in memory and never written.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import ExportError, FxquantError, InputError
+from fxquant.export.exchange_model import example_call, integer_model, needed_bits
+from fxquant.export.installed import is_installed, require
+from fxquant.export.sessions import Session, onnxruntime_session, openvino_session, run_session
+from fxquant.export.signature import Signature
+from fxquant.export.to_onnx import OnnxFile, make_onnx
+from fxquant.kernels.frozen import fastest
+
+__all__ = ["Compiled", "Timing", "compile"]
+
+RUNTIMES = ("torch", "onnxruntime", "openvino")
+_OPEN: dict[str, Callable[..., Session]] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
+_EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
+_ROUNDS, _LEAST_SECONDS = 9, 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One runtime on the example: the median time of a call in milliseconds, or why there is none."""
+
+    runtime: str
+    milliseconds: float | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.reason if self.milliseconds is None else f'{self.milliseconds:.3g} ms'}"
+
+
+class Compiled:
+    """A model in a runtime, called as the model is; it returns what the model returns, in torch tensors.
+
+    Attributes:
+        runtime: where it runs.
+        report: with ``auto``, one ``Timing`` for each runtime, the fastest first; empty otherwise.
+    """
+
+    def __init__(self, runtime: str, call: Callable[..., Any], report: tuple[Timing, ...] = ()) -> None:
+        self.runtime, self._call, self.report = runtime, call, report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        compared = f", fastest of: {'; '.join(map(str, self.report))}" if self.report else ""
+        return f"<compiled for {self.runtime}{compared}>"
+
+
+def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", threads: int | None = None) -> Compiled:
+    """A quantized model as a callable for inference.
+
+    Args:
+        model: what ``calibrate``, ``freeze`` or ``convert`` returned; not touched.
+        example_inputs: as for ``prepare``; None for noise of the shapes that the model was prepared with.
+        runtime: ``torch`` (the integer model on torch's own int8 operators), ``onnxruntime``, ``openvino``, or ``auto``:
+            the fastest of those installed on the example, measured in turns.
+        threads: how many the runtime uses; None for its own choice. For torch, the number is set during each call.
+
+    Raises:
+        LevelError, CalibrationError: the model is not ready.
+        MissingPackageError: the runtime, or what writes its file, is not installed.
+        InputError, ExportError: as for ``export_onnx``.
+    """
+    if runtime not in (*RUNTIMES, "auto"):
+        raise InputError(f"runtime={runtime!r} is not known. Choose one of {', '.join((*RUNTIMES, 'auto'))}.")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads}: a runtime needs at least one. Give a positive number, or None.")
+    if runtime == "auto":
+        return _fastest(model, example_inputs, threads)
+    if runtime == "torch":
+        return Compiled("torch", _in_torch(model, example_inputs, threads))
+    require(runtime, f"runtime={runtime!r}", _EXTRA[runtime])
+    return _in_file(runtime, make_onnx(model, example_inputs), threads)
+
+
+def _in_torch(model: Any, example_inputs: Any, threads: int | None) -> Callable[..., Any]:
+    """The integer model with the least of Python between its operators; as it is where no example is known."""
+    run = integer_model(model).eval()
+    try:
+        example = example_call(model, example_inputs)
+    except InputError:
+        if example_inputs is not None:
+            raise
+    else:
+        with torch.no_grad(), _torch_threads(threads):
+            run = fastest(run, *example.args, **example.kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), _torch_threads(threads):
+            return run(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_file(runtime: str, made: OnnxFile, threads: int | None) -> Compiled:
+    if runtime == "openvino" and 16 in needed_bits(made.model.flat)[0]:
+        raise ExportError(
+            "OpenVINO computes tensors of more than 8 bits wrongly on the CPU (measured: off by a quarter of the largest "
+            "output).\n  what to do: use onnxruntime, or a recipe with 8-bit activations."
+        )
+    session, signature = _OPEN[runtime](made.content, threads), made.model.signature
+    return Compiled(runtime, _caller(session, signature))
+
+
+def _caller(session: Session, signature: Signature) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors: list[Tensor] = signature.tensors(args, kwargs)
+        return signature.restore(run_session(session, tensors))
+
+    return call
+
+
+def _fastest(model: Any, example_inputs: Any, threads: int | None) -> Compiled:
+    """Every runtime that is installed and takes the model, measured in turns on the example."""
+    found, failed = dict[str, Compiled](), list[Timing]()
+    made = None
+    if is_installed("onnx") and is_installed("onnxscript"):
+        try:
+            made = make_onnx(model, example_inputs)
+        except ExportError as error:
+            failed += [Timing(name, None, f"cannot: {str(error).splitlines()[0]}") for name in _OPEN]
+    for name in _OPEN:
+        if not is_installed(name):
+            failed.append(Timing(name, None, f"is not installed (pip install 'fxquant[{_EXTRA[name]}]')"))
+        elif made is not None:
+            try:
+                found[name] = _in_file(name, made, threads)
+            except FxquantError as error:
+                failed.append(Timing(name, None, f"cannot: {str(error).splitlines()[0]}"))
+    found["torch"] = Compiled("torch", _in_torch(model, example_inputs, threads))
+    if made is None:
+        return Compiled("torch", found["torch"], (Timing("torch", None, "is all there is"), *failed))
+    call = made.model.signature.call(tuple(made.model.inputs))
+    medians = _measure(found, lambda own: own(*call.args, **call.kwargs))
+    order = sorted(medians, key=medians.__getitem__)
+    report = (*(Timing(name, 1e3 * medians[name]) for name in order), *failed)
+    return Compiled(order[0], found[order[0]], report)
+
+
+def _measure(found: dict[str, Compiled], run: Callable[[Compiled], Any]) -> dict[str, float]:
+    """Median seconds of a call of each, in turns, so that what disturbs one disturbs all."""
+    repeats = {}
+    for name, own in found.items():
+        run(own)
+        start = time.perf_counter()
+        run(own)
+        repeats[name] = max(1, int(_LEAST_SECONDS / max(time.perf_counter() - start, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(_ROUNDS):
+        for name, own in found.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run(own)
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(own) for name, own in times.items()}

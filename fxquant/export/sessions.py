@@ -1,0 +1,84 @@
+"""ONNX Runtime and OpenVINO as functions from tensors to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import ExportError, InputError
+from fxquant.export.installed import require
+
+__all__ = ["onnxruntime_session", "openvino_session", "run_session"]
+
+Session = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def onnxruntime_session(content: bytes, threads: int | None = None) -> Session:
+    """A file's content in ONNX Runtime on the CPU.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        ExportError: it refuses the file.
+    """
+    ort: Any = require("onnxruntime", "running a file in ONNX Runtime", "onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime {ort.__version__} refuses the file: {error}") from error
+    names = [value.name for value in session.get_inputs()]
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        feeds = {name: _array(x) for name, x in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(y) for y in session.run(None, feeds)]
+
+    return run
+
+
+def openvino_session(content: bytes, threads: int | None = None) -> Session:
+    """A file's content in OpenVINO on the CPU, for the least time a call.
+
+    Raises:
+        MissingPackageError: openvino is not installed.
+        ExportError: it refuses the file.
+    """
+    openvino: Any = require("openvino", "running a file in OpenVINO", "openvino")
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(content), "CPU", settings)
+    except Exception as error:
+        raise ExportError(f"OpenVINO {openvino.__version__} refuses the file: {error}") from error
+    request = compiled.create_infer_request()
+    outputs = list(compiled.outputs)
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        results = request.infer([_array(x) for x in tensors], share_inputs=True)
+        return [torch.from_numpy(results[output].copy()) for output in outputs]
+
+    return run
+
+
+def run_session(session: Session, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Run ``session``; what it says when it fails becomes an error of ours.
+
+    Raises:
+        InputError: the runtime refuses these inputs.
+    """
+    try:
+        return session(tensors)
+    except Exception as error:
+        shapes = ", ".join(str(list(x.shape)) for x in tensors)
+        raise InputError(f"the runtime refuses inputs of shapes {shapes}: {error}") from error
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().cpu().contiguous().numpy()

@@ -1,0 +1,295 @@
+"""export_onnx: an ONNX file whose tensors are quantized by pairs of QuantizeLinear and DequantizeLinear.
+
+    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_exchange──▶ exchange ──torch.onnx──▶ file
+
+Weights are 8-bit (or 4- or 16-bit) integers and biases 32-bit integers in the file, each behind a DequantizeLinear;
+runtimes turn the pattern into integer kernels. Nothing in the file is particular to fxquant.
+Source: ONNX operators QuantizeLinear and DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.capture.islands import islands_of
+from fxquant.errors import ExportError, FxquantError, InputError
+from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nodes, compare_output, other_batch
+from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
+from fxquant.export.installed import require
+from fxquant.export.program import emit, has_free_batch, integers_name, trace
+from fxquant.export.sessions import onnxruntime_session, run_session
+from fxquant.graph.leveled import ISLAND_MARK
+
+__all__ = ["ExportReport", "OnnxFile", "export_onnx", "make_onnx"]
+
+DYNAMIC = ("auto", "sizes", "batch", "none")
+SMALLEST_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 21
+_LARGEST_FILE = 2**31
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """The bytes of a file, with the model they were made from and the signature that its tensors have."""
+
+    content: bytes
+    model: ExchangeModel
+    opset: int
+    notes: tuple[str, ...]
+
+
+@dataclass
+class ExportReport:
+    """What was written, and how it agrees with the model.
+
+    Attributes:
+        path: the file.
+        size: its size in bytes.
+        opset: the version of the operator set.
+        inputs, outputs: shapes by name; sizes that are free are names.
+        operators: how many nodes of each kind.
+        agreement: one entry an output and run; empty without ``verify``.
+        nodes: one entry a rounded tensor, with ``verify="nodes"``.
+        notes: what could not be had.
+    """
+
+    path: str
+    size: int
+    opset: int
+    inputs: dict[str, list[int | str]]
+    outputs: dict[str, list[int | str]]
+    operators: dict[str, int]
+    agreement: list[OutputAgreement] = field(default_factory=list)
+    nodes: list[NodeAgreement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def shapes(named: dict[str, list[int | str]]) -> str:
+            return ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in named.items())
+
+        lines = [
+            f"{self.path}: {self.size / 1e6:.2f} MB, opset {self.opset}, {sum(self.operators.values())} nodes",
+            f"  inputs   {shapes(self.inputs)}",
+            f"  outputs  {shapes(self.outputs)}",
+            *(f"  {own}" for own in (*self.agreement, *self.nodes)),
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: Any,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    form: str = "qdq",
+    opset: int | None = None,
+    dynamic: str = "auto",
+    verify: bool | str = True,
+) -> ExportReport:
+    """Write a quantized model as an ONNX file that any runtime can load.
+
+    Args:
+        model: what ``calibrate``, ``freeze`` or ``convert`` returned, or a trained prepared model; not touched.
+        path: the file, ``….onnx``. It is replaced only once everything has succeeded.
+        example_inputs: as for ``prepare``; None for noise of the shapes that the model was prepared with. Numbers and
+            flags among them become constants of the file.
+        form: ``qdq``, pairs of QuantizeLinear and DequantizeLinear.
+        opset: version of the operator set; None for 18, or 21 where integers of 4 or 16 bits need it.
+        dynamic: which sizes stay free: ``sizes`` (every axis whose size the model does not fix), ``batch`` (the first
+            axis), ``none``, or ``auto``: the most that can be had.
+        verify: run the file in ONNX Runtime on the example, and on one row more where the batch is free, and compare
+            with the frozen model (with the integer model where that was given); ``"nodes"`` compares every rounded
+            tensor inside too.
+
+    Raises:
+        LevelError, CalibrationError: the model is not ready.
+        MissingPackageError: onnx or onnxscript, or for ``verify`` onnxruntime, is not installed.
+        InputError: an argument or the example does not fit.
+        ExportError: a part of the model has no ONNX form; says which and why.
+    """
+    target = _checked_path(path)
+    if form != "qdq":
+        raise InputError(f"form={form!r} is not known. The one form is 'qdq'.")
+    if verify not in (True, False, "nodes"):
+        raise InputError(f"verify={verify!r} is not known. Choose True, False or 'nodes'.")
+    if verify:
+        require("onnxruntime", "verify runs the file in ONNX Runtime and", "onnx")
+    made = make_onnx(model, example_inputs, opset=opset, dynamic=dynamic)
+    report = _describe(made, target)
+    if verify:
+        _verify(made, report, every_node=verify == "nodes")
+    _write(target, made.content)
+    return report
+
+
+def make_onnx(model: Any, example_inputs: Any = None, *, opset: int | None = None, dynamic: str = "auto") -> OnnxFile:
+    """The file that ``export_onnx`` writes, in memory: checked, with the shape of every tensor inferred.
+
+    Raises:
+        as ``export_onnx``.
+    """
+    onnx: Any = require("onnx", "export to ONNX", "onnx")
+    require("onnxscript", "export to ONNX", "onnx")
+    if dynamic not in DYNAMIC:
+        raise InputError(f"dynamic={dynamic!r} is not known. Choose one of {', '.join(DYNAMIC)}.")
+    exchange = ExchangeModel(model, example_inputs)
+    needed = SMALLEST_OPSET if set().union(*needed_bits(exchange.flat)) <= {8, 32} else OPSET_OF_NARROW_AND_WIDE
+    if opset is not None and opset < needed:
+        raise InputError(
+            f"opset={opset} is too old: this model needs {needed}"
+            f"{', for integers of 4 or 16 bits' if needed > SMALLEST_OPSET else ''}. Leave opset out, or raise it."
+        )
+    content, notes = _emitted(exchange, opset or needed, dynamic)
+    if len(content) >= _LARGEST_FILE:
+        raise ExportError(f"the file would have {len(content) / 2**30:.1f} GiB, and ONNX files end at 2.")
+    try:
+        onnx.checker.check_model(content, full_check=True)
+    except Exception as error:
+        raise ExportError(
+            f"what was exported is no valid ONNX: {error}\n  This is a defect; please report it."
+        ) from error
+    return OnnxFile(content, exchange, opset or needed, notes)
+
+
+def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes with the most free sizes that can be had, and what could not."""
+    signature, notes = exchange.signature, list[str]()
+    *attempts, last = ("sizes", "batch", "none") if dynamic == "auto" else (dynamic,)
+
+    def attempt(which: str) -> bytes:
+        try:
+            inputs = exchange.inputs if which == "none" else _two_rows(exchange.inputs)
+            program = trace(exchange.flat, inputs, which)
+        except FxquantError:
+            raise
+        except Exception as error:  # torch.export lets through whatever the model's own code raises
+            raise _refusal(error, exchange.flat.model) from error
+        if which != "none" and not has_free_batch(program):
+            notes.append("the batch size is the example's: the model's own code, or an operator in it, fixes it")
+            if inputs is not exchange.inputs:  # the second row was ours: what is fixed has to be the user's size
+                raise ExportError("the batch size cannot be free")
+        return emit(program, opset, signature.input_names, signature.output_names, narrow_weights(exchange.flat))
+
+    for which in attempts:
+        try:
+            return attempt(which), tuple(notes)
+        except FxquantError as error:
+            notes.append(f"free {which} could not be had: {_first_line(error)}")
+    return attempt(last), tuple(notes)
+
+
+def _two_rows(tensors: list[Tensor]) -> list[Tensor]:
+    """The exporter takes an axis of size 1 for fixed: where the example is one row, it is given twice."""
+    if not tensors or not tensors[0].ndim or tensors[0].shape[0] != 1:
+        return tensors
+    return [torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in tensors]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _refusal(error: BaseException, model: nn.Module) -> ExportError:
+    """Why torch.export cannot follow the model, and in which island."""
+    islands = {island.path: island for island in islands_of(model)}
+    inside = _island_of(error.__traceback__)
+    told = f"torch.export cannot follow the model: {_first_line(error)}"
+    if inside in islands or (inside is None and len(islands) == 1):
+        island = islands[inside] if inside is not None else next(iter(islands.values()))
+        where = f" ({island.source})" if island.source else ""
+        told += f"\n  where: {island.path or 'the top module'}, which runs its own code because {island.cause}{where}"
+        told += f"\n  what to do: {island.advice}; or export the part of the model around it."
+    elif islands:
+        told += f"\n  where: one of the modules that run their own code: {', '.join(p or '(top)' for p in islands)}."
+    return ExportError(told)
+
+
+def _island_of(trace_back: TracebackType | None) -> str | None:
+    """The path of the innermost island whose code was running."""
+    found = None
+    while trace_back is not None:
+        owner = trace_back.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and ISLAND_MARK in owner.__dict__:
+            found = str(owner.__dict__[ISLAND_MARK].path)
+        trace_back = trace_back.tb_next
+    return found
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    target = os.fspath(path)
+    if not target.endswith(".onnx"):
+        raise InputError(f"{target!r} does not end in .onnx, by which runtimes know the format. Name the file ….onnx.")
+    folder = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(folder):
+        raise InputError(f"there is no folder {folder!r} to write {os.path.basename(target)!r} into. Make it first.")
+    return target
+
+
+def _write(target: str, content: bytes) -> None:
+    """All of it or nothing: a file of another name that takes the place of ``target`` at the end."""
+    handle, part = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(target)), suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _describe(made: OnnxFile, target: str) -> ExportReport:
+    onnx: Any = require("onnx", "export to ONNX", "onnx")
+    graph = onnx.load_from_string(made.content).graph
+    return ExportReport(
+        path=target,
+        size=len(made.content),
+        opset=made.opset,
+        inputs={value.name: _shape(value) for value in graph.input},
+        outputs={value.name: _shape(value) for value in graph.output},
+        operators=dict(Counter(node.op_type for node in graph.node)),
+        notes=list(made.notes),
+    )
+
+
+def _shape(value: Any) -> list[int | str]:
+    sizes = value.type.tensor_type.shape.dim
+    return [size.dim_value if size.HasField("dim_value") else size.dim_param or "?" for size in sizes]
+
+
+def _verify(made: OnnxFile, report: ExportReport, *, every_node: bool) -> None:
+    exchange = made.model
+    names, scales = exchange.signature.output_names, exchange.output_scales()
+    session = onnxruntime_session(made.content)
+    free = [bool(shape) and isinstance(shape[0], str) for shape in report.inputs.values()]
+    more = other_batch(exchange.inputs, lambda i: i < len(free) and free[i])
+    for tensors in (exchange.inputs, *([] if more is None else [more])):
+        expected, actual = exchange.run(tensors), run_session(session, tensors)
+        for name, own, other, scale in zip(names, actual, expected, scales, strict=True):
+            report.agreement.append(compare_output(name, own, other, scale))
+    if every_node:
+        report.nodes = _compare_every_node(made)
+
+
+def _compare_every_node(made: OnnxFile) -> list[NodeAgreement]:
+    onnx: Any = require("onnx", "export to ONNX", "onnx")
+    taken: set[str] = set()
+    expected = {integers_name(path, taken): q for path, q in made.model.integers(made.model.inputs)}
+    proto = onnx.load_from_string(made.content)
+    made_integers = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    known = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
+    outputs = {value.name for value in proto.graph.output}
+    asked = [name for name in made_integers if name in expected and name in known and name not in outputs]
+    proto.graph.output.extend(known[name] for name in asked)
+    session = onnxruntime_session(proto.SerializeToString())
+    results = run_session(session, made.model.inputs)[-len(asked) :] if asked else []
+    return compare_nodes(dict(zip(asked, results, strict=True)), expected)
