@@ -695,13 +695,15 @@ def measure_all(chosen: list[Entry], rows_file: Path, args: argparse.Namespace) 
 
 
 def read_rows(files: list[Path]) -> list[Row]:
-    """The rows of ``files``, the last one of each model, in order."""
+    """The rows of ``files``, the last one of each model with the peers that an earlier one tried, in order."""
     found: dict[tuple[str, str, str], Row] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             with suppress(ValueError):
                 row = json.loads(line)
-                found[row["family"], row["kind"], row["model"]] = row
+                key = row["family"], row["kind"], row["model"]
+                earlier = {peer: found[key][peer] for peer in PEERS if peer in found.get(key, ())}
+                found[key] = {**earlier, **row}
     order = {family: index for index, family in enumerate(FAMILIES)}
     return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], *key[1:]))]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import FxquantError, Op, Recipe, Scheme
-from fxquant.capture.islands import islands_of, map_graphs
+from fxquant.capture.islands import islands_of, map_graphs, specializations_of
 from fxquant.errors import CalibrationError, ExportError, InputError, LevelError, MissingPackageError
 from fxquant.export import installed, to_onnx
 from fxquant.export.sessions import onnxruntime_session, openvino_session
@@ -404,6 +404,50 @@ def test_static_and_batch_only_files():
         graph = onnx.load_from_string(make_onnx(prepared, torch.rand(4, 1, 8, 8), dynamic=dynamic).content).graph
         dims = graph.input[0].type.tensor_type.shape.dim
         assert [d.dim_param or d.dim_value for d in dims] == shape
+
+
+class HalvesLargeImages(nn.Module):
+    """Its way depends on the size; as an island its weights would not be quantized, so that it is captured for one way."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > self.limit:
+            x = F.max_pool2d(x, 2)
+        return F.relu(F.conv2d(x, self.weight))
+
+
+def test_sizes_stay_fixed_where_the_file_would_be_wrong_for_others(tmp_path):
+    for side, limit, seen in ((16, 24, "24 is False; now it is True"), (16, 1000, "1000 is False (")):
+        prepared = prepared_of(HalvesLargeImages(limit).eval(), torch.rand(1, 3, side, side))
+        report = fxquant.export_onnx(prepared, tmp_path / "m.onnx")
+        assert report.inputs["x"] == ["batch", 3, side, side]
+        assert f"x.shape[-1] > {seen}" in report.notes[0]
+        assert len(report.agreement) == 2 and all(own.equal == 1.0 for own in report.agreement)
+    asked = fxquant.export_onnx(prepared, tmp_path / "m.onnx", dynamic="sizes")
+    assert asked.inputs["x"] == ["batch", 3, "x_2", "x_3"] and "test_onnx.py" in asked.notes[0]
+
+
+class AsksWhatIsSo(nn.Module):
+    """Its question has one answer for every size of at least two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.weight)
+        return x + F.relu(x) if x.shape[1] > 1 else x
+
+
+def test_an_answer_that_always_holds_leaves_sizes_free(tmp_path):
+    prepared = prepared_of(AsksWhatIsSo().eval(), torch.rand(2, 5, 8))
+    assert specializations_of(prepared)
+    report = fxquant.export_onnx(prepared, tmp_path / "m.onnx")
+    assert report.inputs["x"] == ["batch", "x_1", 8] and not report.notes
 
 
 ARGUMENTS = {

@@ -10,15 +10,19 @@ import operator
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxquant.errors import SpecializationError
 
-__all__ = ["Island", "Specialization", "expression", "is_users", "require", "user_line"]
+__all__ = ["Island", "Specialization", "expression", "is_users", "require", "unproven", "user_line"]
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _OWN = (
@@ -88,12 +92,35 @@ class Specialization:
     exact: bool
 
 
+_UNPROVEN: ContextVar[list[str] | None] = ContextVar("unproven", default=None)
+
+
+@contextmanager
+def unproven() -> Iterator[list[str]]:
+    """The answers held for given that do not follow from what is known of symbolic sizes, as graphs run on such."""
+    found: list[str] = []
+    token = _UNPROVEN.set(found)
+    try:
+        yield found
+    finally:
+        _UNPROVEN.reset(token)
+
+
+def _is_known(value: Any, expected: Any) -> bool:
+    if isinstance(value, torch.SymBool):
+        return statically_known_true(value if expected else torch.sym_not(value))
+    return not isinstance(value, (torch.SymInt, torch.SymFloat)) or statically_known_true(value == expected)
+
+
 def require(value: Any, expected: Any, text: str, path: str, source: str | None) -> None:
     """Raise unless ``value`` is still ``expected``.
 
     Raises:
         SpecializationError: names the statement that was answered otherwise when the model was captured.
     """
+    noted = _UNPROVEN.get()
+    if noted is not None and not _is_known(value, expected):
+        noted.append(f"{text} ({source or 'source unknown'})")
     if type(expected) is bool:
         value = bool(value)
     if value != expected:

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.islands import islands_of
+from fxquant.capture.findings import unproven
+from fxquant.capture.islands import islands_of, specializations_of
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nodes, compare_output, other_batch
 from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
+from fxquant.export.free_sizes import contradicted_size
 from fxquant.export.installed import require
 from fxquant.export.program import emit, has_free_batch, integers_name, trace
 from fxquant.export.sessions import onnxruntime_session, run_session
@@ -105,7 +107,8 @@ def export_onnx(
         form: ``qdq``, pairs of QuantizeLinear and DequantizeLinear.
         opset: version of the operator set; None for 18, or 21 where integers of 4 or 16 bits need it.
         dynamic: which sizes stay free: ``sizes`` (every axis whose size the model does not fix), ``batch`` (the first
-            axis), ``none``, or ``auto``: the most that can be had.
+            axis), ``none``, or ``auto``: the most that can be had and for which the file is right, since it cannot
+            refuse a size for which the model was not captured.
         verify: run the file in ONNX Runtime on the example, and on one row more where the batch is free, and compare
             with the frozen model (with the integer model where that was given); ``"nodes"`` compares every rounded
             tensor inside too.
@@ -164,11 +167,17 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
     """The bytes with the most free sizes that can be had, and what could not."""
     signature, notes = exchange.signature, list[str]()
     *attempts, last = ("sizes", "batch", "none") if dynamic == "auto" else (dynamic,)
+    if dynamic == "auto" and specializations_of(exchange.flat.model):
+        held = contradicted_size(exchange.flat, exchange.inputs)
+        if held is not None:
+            notes.append(f"free sizes could not be had: {held}, and a file cannot refuse other sizes")
+            attempts.remove("sizes")
 
     def attempt(which: str) -> bytes:
         try:
             inputs = exchange.inputs if which == "none" else _two_rows(exchange.inputs)
-            program = trace(exchange.flat, inputs, which)
+            with unproven() as given:
+                program = trace(exchange.flat, inputs, which)
         except FxquantError:
             raise
         except Exception as error:  # torch.export lets through whatever the model's own code raises
@@ -177,6 +186,9 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
             notes.append("the batch size is the example's: the model's own code, or an operator in it, fixes it")
             if inputs is not exchange.inputs:  # the second row was ours: what is fixed has to be the user's size
                 raise ExportError("the batch size cannot be free")
+        if given and dynamic == "auto":
+            raise ExportError(f"captured: {given[0]}, and a file cannot refuse other sizes")
+        notes.extend(f"captured: {text}, which nothing in the file checks" for text in given[:1])
         return emit(program, opset, signature.input_names, signature.output_names, narrow_weights(exchange.flat))
 
     for which in attempts:
