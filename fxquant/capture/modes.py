@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from fxquant.capture.findings import require
-
-if TYPE_CHECKING:
-    from fxquant.capture.tracing import Tracer
+from fxquant.capture.tracer_type import Tracing
 
 __all__ = ["by_mode", "merge_modes", "record_of"]
 
@@ -53,7 +51,7 @@ def record_of(result: Any, nodes: list[fx.Node]) -> Record:
     return rows, plain(result)
 
 
-def merge_modes(tracer: Tracer, training: Record, evaluation: Record, nodes: list[fx.Node]) -> bool:
+def merge_modes(tracer: Tracing, training: Record, evaluation: Record, nodes: list[fx.Node]) -> bool:
     """Make ``nodes``, traced in eval mode, follow the mode at run time; False, and nothing done, where they cannot."""
     asked: list[tuple[fx.Node, Any, tuple[Any, Any]]] = []
     if len(training[0]) != len(evaluation[0]):
@@ -97,7 +95,7 @@ def by_mode(training: bool, in_training: Any, in_eval: Any) -> Any:
 
 
 class _Flags:
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracing) -> None:
         self._tracer = tracer
 
     def node(self, in_training: Any, in_eval: Any) -> fx.Node:

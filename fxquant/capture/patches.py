@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -23,9 +23,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from fxquant.capture.proxies import ValueProxy, find_proxy, is_instance
-
-if TYPE_CHECKING:
-    from fxquant.capture.tracing import Tracer
+from fxquant.capture.tracer_type import Tracing
 
 __all__ = ["ATTENTION", "BATCH_NORM", "KEPT_WHOLE", "attention_in_python", "patched"]
 
@@ -56,7 +54,7 @@ KEPT_WHOLE: set[str] = set()
 
 
 @contextmanager
-def patched(tracer: Tracer) -> Iterator[None]:
+def patched(tracer: Tracing) -> Iterator[None]:
     """Inside, Python runs the model on ``tracer``'s proxies."""
     with ExitStack() as stack:
         for owner, name, value in _replacements(tracer):
@@ -113,7 +111,7 @@ def _set(owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
-def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
+def _replacements(tracer: Tracing) -> Iterator[tuple[Any, str, Any]]:
     symbolic_int = _symbolic_int(tracer)
     yield from _of_modules(tracer)
     for name in _MAKERS:
@@ -143,7 +141,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield from _of_checkpoint(tracer)
 
 
-def _of_modules(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
+def _of_modules(tracer: Tracing) -> Iterator[tuple[Any, str, Any]]:
     call, read, write = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__
 
     @functools.wraps(call)
@@ -165,7 +163,7 @@ def _of_modules(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield nn.Module, "__setattr__", write_attribute
 
 
-def _node_maker(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _node_maker(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
         if tracer.paused or (tracer.fake is None and find_proxy((args, kwargs)) is None):
@@ -175,7 +173,7 @@ def _node_maker(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., A
     return make
 
 
-def _joiner(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _joiner(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` of a list of tensors that is one proxy, which not every torch takes for a list."""
 
     @functools.wraps(function)
@@ -187,14 +185,14 @@ def _joiner(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
     return join
 
 
-def _reader(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _reader(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]:
     def read(*args: Any) -> Any:
         return function(*(tracer.concrete(a, None) if issubclass(type(a), ValueProxy) else a for a in args))
 
     return read
 
 
-def _symbolic(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _symbolic(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` of numbers, kept in the graph where one of them is a proxy."""
 
     @functools.wraps(function)
@@ -212,7 +210,7 @@ def _symbolic(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any
     return compute
 
 
-def _symbolic_int(tracer: Tracer) -> type:
+def _symbolic_int(tracer: Tracing) -> type:
     """``int`` as a type and a function; of a number that is a proxy it makes a node."""
 
     class Meta(type):
@@ -237,14 +235,14 @@ def _symbolic_int(tracer: Tracer) -> type:
     return Meta("int", (int,), {})
 
 
-def _length(tracer: Tracer, proxy: ValueProxy) -> Any:
+def _length(tracer: Tracing, proxy: ValueProxy) -> Any:
     """``len(x)`` that may stay symbolic: the first size of a tensor."""
     if type(proxy).__name__ != "ParameterProxy" and isinstance(proxy.value, torch.Tensor):
         return tracer.create_proxy("call_method", "size", (proxy, 0), {})
     return len(proxy)
 
 
-def _wrapped(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return tracer.call_wrapped(function, args, kwargs)
@@ -252,7 +250,7 @@ def _wrapped(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-def _of_checkpoint(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
+def _of_checkpoint(tracer: Tracing) -> Iterator[tuple[Any, str, Any]]:
     space = torch.utils.checkpoint
     reentrant, stepwise = space.CheckpointFunction, space._checkpoint_without_reentrant_generator
 

@@ -12,15 +12,13 @@ import operator
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxquant.capture.tracer_type import Tracing
 from fxquant.capture.values import UNKNOWN
-
-if TYPE_CHECKING:
-    from fxquant.capture.tracing import Tracer
 
 __all__ = ["ModeFlag", "ParameterProxy", "Spoilt", "UntraceableError", "ValueProxy", "find_proxy", "is_instance"]
 
@@ -39,7 +37,7 @@ class UntraceableError(Exception):
 class ModeFlag(int):
     """The value of ``self.training`` while a model is traced: as an argument it stays a question asked at run time."""
 
-    tracer: Tracer
+    tracer: Tracing
 
     def __bool__(self) -> bool:
         return self.tracer.mode(self)
@@ -48,7 +46,7 @@ class ModeFlag(int):
 class ValueProxy(fx.Proxy):
     """A proxy whose value, as far as it is known without data, the tracer keeps."""
 
-    tracer: Tracer
+    tracer: Tracing  # type: ignore[assignment]
     __getitem__: Any  # fx sets the operators
 
     @property
