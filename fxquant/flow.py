@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fxquant.capture.calls import Call
-from fxquant.capture.capture import as_call, capture
+from fxquant.capture.calls import Call, as_call
+from fxquant.capture.capture import capture
 from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule
