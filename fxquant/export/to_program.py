@@ -84,8 +84,9 @@ def _traced(model: nn.Module, call: Call, attempts: tuple[str, ...]) -> torch.ex
     def attempt(which: str) -> torch.export.ExportedProgram:
         example = (call.args, call.kwargs)
         given = example if which == "none" else two_rows(example)
+        args, kwargs = given
         try:
-            program = trace(entered, *given, which)
+            program = trace(entered, args, kwargs, which)
         except FxquantError:
             raise
         except Exception as error:  # torch.export lets through whatever the model's own code raises
