@@ -3,7 +3,7 @@
     captured ──canonical──▶ canonical ──ptq / qat──▶ prepared ──freeze──▶ frozen ──to_integer──▶ integer
      capture                            prepare       calibrate, train     freeze      convert
 
-From an integer graph ``to_exchange`` makes the form that ``export`` writes for other runtimes.
+From an integer graph ``to_exchange`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
 
 Every pass is a pure function from graph module to graph module; after each, the laws of its level are checked.
 """
