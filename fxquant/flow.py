@@ -3,7 +3,7 @@
     captured ──canonical──▶ canonical ──ptq / qat──▶ prepared ──freeze──▶ frozen ──to_integer──▶ integer
      capture                            prepare       calibrate, train     freeze      convert
 
-From an integer graph ``to_exchange`` makes the form that ``export`` writes for other runtimes.
+From an integer graph ``to_exchange`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
 
 Every pass is a pure function from graph module to graph module; after each, the laws of its level are checked.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fxquant.capture.calls import Call
-from fxquant.capture.capture import as_call, capture
+from fxquant.capture.calls import Call, as_call
+from fxquant.capture.capture import capture
 from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule

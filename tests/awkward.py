@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -261,6 +262,39 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (q @ k.transpose(-2, -1) * (c // 2) ** -0.5).softmax(dim=-1)
         return self.out((weights @ v).transpose(1, 2).reshape(b, n, c)) + x
+
+
+class Constant(nn.Module):
+    """Parameters added, multiplied, joined and read by a layer: their integers are constants of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.gain = nn.Parameter(torch.randn(1, 5, 6)), nn.Parameter(torch.randn(6))
+        self.token, self.fc, self.mix = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 3), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.add(x, self.position, alpha=0.5) * self.gain + F.relu(self.mix(self.token))
+        return self.fc(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+
+@dataclass
+class Result:
+    scores: Tensor
+    features: list[Tensor]
+
+
+class Structured(nn.Module):
+    """Takes a tensor, a dict and a flag; returns a dataclass, a dict or a tuple."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.kind = nn.Linear(6, 4), kind
+
+    def forward(self, x: Tensor, extra: dict[str, Tensor], *, double: bool = False) -> Any:
+        y = F.relu(self.fc(x) + extra["shift"])
+        y = y * 2.0 if double else y
+        outputs = {"scores": y, "features": [y + 1.0, y - 1.0]}
+        return Result(**outputs) if self.kind == "dataclass" else outputs if self.kind == "dict" else (y, y + 1.0, None)
 
 
 def images(n: int) -> tuple[Any, ...]:

@@ -28,6 +28,22 @@ COMPUTING = [name for name, e in TABLE.items() if not isinstance(e.behaviour, (F
 ROUNDED = Recipe(quantize_outputs=True)
 
 
+SCHEMES = {
+    "4 bits": Scheme(bits=4),
+    "2 bits": Scheme(bits=2),
+    "5 bits signed": Scheme(bits=5, signed=True, symmetric=True, narrow_range=True),
+    "8 bits symmetric signed narrow": Scheme(signed=True, symmetric=True, narrow_range=True),
+    "8 bits symmetric unsigned": Scheme(symmetric=True),
+    "12 bits": Scheme(bits=12),
+    "16 bits": Scheme(bits=16),
+    "16 bits signed": Scheme(bits=16, signed=True, symmetric=True),
+}
+WEIGHTS = {
+    bits: Scheme(bits=bits, symmetric=True, signed=True, per_channel=True, narrow_range=True) for bits in (2, 4, 6, 16)
+}
+"""Tensors and weights that are not of 8 bits as by default."""
+
+
 def entry_of(name: str) -> OpEntry:
     return TABLE[name]
 
@@ -69,6 +85,17 @@ def calibrated(example: Example, recipe: Recipe = ROUNDED) -> LeveledModule:
     prepared = fxquant.prepare(example.module, example.inputs, recipe=recipe)
     batches = [example.inputs, *(inputs_like(example, 4, seed) for seed in (11, 12, 13))]
     return fxquant.calibrate(prepared, batches, progress=False)
+
+
+def prepared_of(model: nn.Module, example: Any, recipe: Recipe | None = None, qat: bool = False) -> Any:
+    prepared = fxquant.prepare(model, example, recipe=recipe, qat=qat)
+    batch = example if isinstance(example, (tuple, dict)) else (example,)
+    return fxquant.calibrate(prepared, [batch], progress=False)
+
+
+def run(module: Any, inputs: tuple[Any, ...]) -> Any:
+    with torch.no_grad():
+        return module(*copy.deepcopy(inputs))
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from awkward import ReusedConv, TiedWeights
+from awkward import Constant, ReusedConv, Structured, TiedWeights
 from comparisons import assert_same_bits, tensors_of
 from digits import DigitsNet
-from op_cases import COMPUTING, calibrated, example_of, frozen_example, inputs_like, recipe_with, rows_for
+from op_cases import (
+    COMPUTING,
+    SCHEMES,
+    WEIGHTS,
+    calibrated,
+    example_of,
+    frozen_example,
+    inputs_like,
+    prepared_of,
+    recipe_with,
+    rows_for,
+    run,
+)
 from torch import Tensor, nn
 
 import fxquant
@@ -37,19 +47,8 @@ INEXACT = {"softmax": 0.8}
 """Ops that ONNX Runtime computes with an approximation of its own: the least share of equal integers; 0.999 elsewhere."""
 
 
-def prepared_of(model: nn.Module, example: Any, recipe: Recipe | None = None, qat: bool = False) -> Any:
-    prepared = fxquant.prepare(model, example, recipe=recipe, qat=qat)
-    batch = example if isinstance(example, (tuple, dict)) else (example,)
-    return fxquant.calibrate(prepared, [batch], progress=False)
-
-
 def exchange_of(frozen: Any) -> Any:
     return map_graphs(fxquant.convert(frozen), to_exchange).eval()
-
-
-def run(module: Any, inputs: tuple[Any, ...]) -> Any:
-    with torch.no_grad():
-        return module(*copy.deepcopy(inputs))
 
 
 @pytest.mark.parametrize("name", COMPUTING)
@@ -72,21 +71,6 @@ def test_every_op_runs_in_onnxruntime_as_it_is_frozen(name):
         share = float((steps == 0).float().mean())
         print(f"{name}: equal {share:.4%}, largest {steps.max():.0f} LSB")
         assert steps.max() <= 1 and share >= INEXACT.get(name, 0.999), f"{name}: {share:.4%}, {steps.max():.0f} LSB"
-
-
-SCHEMES = {
-    "4 bits": Scheme(bits=4),
-    "2 bits": Scheme(bits=2),
-    "5 bits signed": Scheme(bits=5, signed=True, symmetric=True, narrow_range=True),
-    "8 bits symmetric signed narrow": Scheme(signed=True, symmetric=True, narrow_range=True),
-    "8 bits symmetric unsigned": Scheme(symmetric=True),
-    "12 bits": Scheme(bits=12),
-    "16 bits": Scheme(bits=16),
-    "16 bits signed": Scheme(bits=16, signed=True, symmetric=True),
-}
-WEIGHTS = {
-    bits: Scheme(bits=bits, symmetric=True, signed=True, per_channel=True, narrow_range=True) for bits in (2, 4, 6, 16)
-}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
@@ -203,19 +187,6 @@ def test_batch_norms_trained_behind_weights_are_folded():
     assert "BatchNormalization" not in {n.op_type for n in onnx.load_from_string(made.content).graph.node}
 
 
-class Constant(nn.Module):
-    """Parameters added, multiplied, joined and read by a layer: their integers are constants of the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.position, self.gain = nn.Parameter(torch.randn(1, 5, 6)), nn.Parameter(torch.randn(6))
-        self.token, self.fc, self.mix = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 3), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.add(x, self.position, alpha=0.5) * self.gain + F.relu(self.mix(self.token))
-        return self.fc(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
-
-
 class Passing(nn.Module):
     """Returns an input as it is, a tensor twice, and a number's worth of tensor."""
 
@@ -258,26 +229,6 @@ def test_a_weight_used_twice_is_stored_once():
         constants = onnx.load_from_string(made.content).graph.initializer
         stored = [t.raw_data for t in constants if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
         assert len(stored) == len(set(stored)), type(model).__name__
-
-
-@dataclasses.dataclass
-class Result:
-    scores: Tensor
-    features: list[Tensor]
-
-
-class Structured(nn.Module):
-    """Takes a tensor, a dict and a flag; returns a dataclass, a dict or a tuple."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.fc, self.kind = nn.Linear(6, 4), kind
-
-    def forward(self, x: Tensor, extra: dict[str, Tensor], *, double: bool = False) -> Any:
-        y = F.relu(self.fc(x) + extra["shift"])
-        y = y * 2.0 if double else y
-        outputs = {"scores": y, "features": [y + 1.0, y - 1.0]}
-        return Result(**outputs) if self.kind == "dataclass" else outputs if self.kind == "dict" else (y, y + 1.0, None)
 
 
 STRUCTURES = {

@@ -95,14 +95,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "freeze": (Normalized, IMAGE, True),
     "to_integer": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
     "to_exchange": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
+    "to_decomposed": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
 }
 """For each pass that changes the graph: the model of its docstring, its input, and whether it is trained."""
 
 
+LAST = ("to_exchange", "to_decomposed")
+"""The passes that each take an integer graph."""
+
+
 def steps(*, qat: bool) -> list[tuple[str, Callable[..., LeveledModule]]]:
-    """The whole way from a captured graph to an integer one, and to the form that files are written from."""
+    """The whole way from a captured graph to an integer one, and to the forms that files and programs are written from."""
     way = [(getattr(s, "func", s).__name__, s) for s in passes_of(recipe=Recipe(), qat=qat)]
-    return [*way, *((name, pass_named(name)) for name in ("freeze", "to_integer", "to_exchange"))]
+    return [*way, *((name, pass_named(name)) for name in ("freeze", "to_integer", *LAST))]
 
 
 def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, tuple[LeveledModule, LeveledModule]]:
@@ -113,6 +118,8 @@ def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, 
     for name, step in steps(qat=qat):
         if name == "freeze":
             fxquant.calibrate(module, [x], progress=False)
+        if name in LAST:
+            module = way["to_integer"][1]
         after = levels.check(step(module), by=name)
         way[name] = (module, after)
         module = after
@@ -187,7 +194,7 @@ def test_passes_are_pure(build, qat):
         after = step(module)
         assert_untouched(given, fingerprint(module))
         module = after
-        assert module.training == (qat and name not in ("freeze", "to_integer", "to_exchange"))
+        assert module.training == (qat and name not in ("freeze", "to_integer", *LAST))
 
 
 def test_the_users_model_is_never_touched():
@@ -239,7 +246,7 @@ def given(level: str) -> LeveledModule:
     way = way_of(Lawful().eval(), IMAGE, qat=False)
     takes = {"captured": "canonicalize", "canonical": "drop_noops", "prepared": "freeze", "frozen": "to_integer"}
     takes["integer"] = "to_exchange"
-    module = way[takes[level]][0] if level in takes else way["to_exchange"][1]
+    module = way[takes[level]][0] if level in takes else way[f"to_{level}"][1]
     assert module.level == level
     return copy.deepcopy(module)
 
@@ -324,6 +331,7 @@ BROKEN = [
     ("integer", "integers_between", reads_float, "conv"),
     ("integer", "integers_between", leaves_integers, "output"),
     ("exchange", "nothing_integer", still_integer, "conv"),
+    ("decomposed", "nothing_integer", still_integer, "conv"),
 ]
 
 

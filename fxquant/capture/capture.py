@@ -7,14 +7,12 @@ own code, and the parts of an island that can be traced become graphs inside it,
 from __future__ import annotations
 
 import copy
-import inspect
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from fxquant.capture.calls import Call
+from fxquant.capture.calls import Call, as_call
 from fxquant.capture.findings import Island
 from fxquant.capture.islands import graphs_of, mark_island
 from fxquant.capture.models import check_model, has_weights, nearest, own_copy, same_random_numbers, unwrapped
@@ -26,7 +24,7 @@ from fxquant.capture.witness import Witness
 from fxquant.errors import CaptureError, InputError
 from fxquant.graph.leveled import LeveledModule
 
-__all__ = ["as_call", "capture"]
+__all__ = ["capture"]
 
 _ROUNDS = 12
 _NAMED = "it was named as a leaf"
@@ -56,24 +54,6 @@ def capture(
     call = None if example_inputs is None else as_call(model, example_inputs)
     with same_random_numbers():
         return _Capture(owned, call, for_training=for_training, leaves=tuple(leaves)).whole(type(model).__name__)
-
-
-def as_call(model: nn.Module, example_inputs: Any) -> Call:
-    """The call that ``example_inputs`` stands for.
-
-    A tuple or list holds positional arguments; a dict whose keys are names of forward's parameters holds keyword
-    arguments; anything else is the only argument.
-    """
-    if isinstance(example_inputs, (tuple, list)) and not hasattr(example_inputs, "_fields"):
-        return Call(tuple(example_inputs), {})
-    if isinstance(example_inputs, dict) and type(example_inputs) in (dict, OrderedDict):
-        parameters = inspect.signature(model.forward).parameters.values()
-        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        required = {p.name for p in parameters if p.default is p.empty and p.name in named}
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if required <= set(example_inputs) and (set(example_inputs) <= named or open_ended):
-            return Call((), dict(example_inputs))
-    return Call((example_inputs,), {})
 
 
 class _Capture:

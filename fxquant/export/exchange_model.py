@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.calls import Call
+from fxquant.capture.calls import Call, as_call
 from fxquant.capture.islands import graphs_of, level_of, map_graphs
 from fxquant.errors import InputError, LevelError
-from fxquant.export.signature import FlatModel, Signature, call_of
+from fxquant.export.signature import FlatModel, Signature
 from fxquant.flow import convert, freeze
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import make_inputs
@@ -136,7 +136,7 @@ def example_call(model: Any, example_inputs: Any) -> Call:
         InputError: there are none.
     """
     if example_inputs is not None:
-        return call_of(model, example_inputs)
+        return as_call(model, example_inputs)
     described = next(iter(graphs_of(model).values())).settings.get("inputs")
     if described is None:
         raise InputError(
@@ -145,7 +145,7 @@ def example_call(model: Any, example_inputs: Any) -> Call:
         )
     generator = torch.Generator().manual_seed(0)
     made = make_inputs(described, torch.device("cpu"))
-    return call_of(model, _map(made, lambda x: torch.randn(x.shape, generator=generator).to(x.dtype)))
+    return as_call(model, _map(made, lambda x: torch.randn(x.shape, generator=generator).to(x.dtype)))
 
 
 def _map(value: Any, change: Any) -> Any:

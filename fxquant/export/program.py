@@ -7,45 +7,15 @@ leaves behind (traces of source lines, duplicate constants, 4-bit integers in 8-
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fxquant.errors import ExportError
-from fxquant.export.signature import FlatModel
+from fxquant.export.trace import quiet
 
-__all__ = ["emit", "has_free_batch", "integers_name", "trace"]
-
-Shapes = Sequence[dict[int, Any]]
-
-
-def trace(model: FlatModel, inputs: Sequence[Tensor], dynamic: str) -> torch.export.ExportedProgram:
-    """``model`` as torch.export sees it.
-
-    Args:
-        model: takes and gives tensors.
-        inputs: an example, of at least two rows where the batch is to be free.
-        dynamic: which sizes stay free where the model's code allows: ``sizes`` (all), ``batch`` (axis 0) or ``none``.
-    """
-    free: dict[str, Any] = {"sizes": lambda x: range(x.ndim), "batch": lambda x: range(min(1, x.ndim))}
-    axes = free.get(dynamic, lambda x: ())
-    shapes = tuple({axis: torch.export.Dim.AUTO for axis in axes(x) if x.shape[axis] != 1} for x in inputs)
-    with torch.no_grad(), _quiet():
-        return torch.export.export(model, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
-
-
-def has_free_batch(program: torch.export.ExportedProgram) -> bool:
-    """Whether the first axis of some input may have any size."""
-    inputs = set(program.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    return any(isinstance(x, Tensor) and x.ndim > 0 and not isinstance(x.shape[0], int) for x in values)
+__all__ = ["emit", "integers_name"]
 
 
 def emit(
@@ -65,7 +35,7 @@ def emit(
     import onnx_ir as ir
 
     try:
-        with _quiet():
+        with quiet():
             made = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -82,7 +52,7 @@ def emit(
         ) from error
     assert made is not None
     model = made.model
-    with _quiet():
+    with quiet():
         _separate(model, inputs, outputs)
         _pack(model, narrow)
         _clean(model)
@@ -97,19 +67,6 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own warnings, log and prints, which speak of what the user did not write."""
-    before, nowhere = logging.root.manager.disable, io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _translations() -> dict[Any, Any]:

@@ -7,17 +7,16 @@ is no tensor (a number, a flag, None) is the example's and becomes part of the f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxquant.capture.call_spec import Tree, put_together, take_apart
-from fxquant.capture.calls import Call
+from fxquant.capture.calls import Call, signature_of
 from fxquant.capture.proxies import UntraceableError
 from fxquant.errors import InputError
 
-__all__ = ["FlatModel", "Signature", "call_of"]
+__all__ = ["FlatModel", "Signature"]
 
 
 class Signature:
@@ -33,7 +32,7 @@ class Signature:
     """
 
     def __init__(self, model: nn.Module, call: Call) -> None:
-        self._signature = _signature_of(model)
+        self._signature = signature_of(model)
         self._given = self._bind(call.args, call.kwargs)
         self.input_names: list[str] = []
         self.output_names: list[str] = []
@@ -118,26 +117,6 @@ class FlatModel(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         call = self.signature.call(tensors)
         return self.signature.flatten(self.model(*call.args, **call.kwargs))
-
-
-def call_of(model: nn.Module, example_inputs: Any) -> Call:
-    """The call of ``model`` that ``example_inputs`` stands for: a dict of arguments by name, a tuple, or one argument."""
-    if isinstance(example_inputs, (tuple, list)) and not hasattr(example_inputs, "_fields"):
-        return Call(tuple(example_inputs), {})
-    if isinstance(example_inputs, Mapping):
-        try:
-            _signature_of(model).bind(**example_inputs)
-            return Call((), dict(example_inputs))
-        except TypeError:
-            pass
-    return Call((example_inputs,), {})
-
-
-def _signature_of(model: nn.Module) -> inspect.Signature:
-    spec = getattr(model, "meta", {}).get("call")
-    if spec is None:
-        return inspect.signature(model.forward)
-    return inspect.Signature([inspect.Parameter(n, k, default=d) for n, k, d in spec.parameters])
 
 
 def _apart(value: Any, name: str, leaf: Any) -> tuple[Tree, Any]:

@@ -14,22 +14,18 @@ import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from fxquant.capture.findings import unproven
-from fxquant.capture.islands import islands_of, specializations_of
+from fxquant.capture.islands import specializations_of
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nodes, compare_output, other_batch
 from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
 from fxquant.export.free_sizes import contradicted_size
 from fxquant.export.installed import require
-from fxquant.export.program import emit, has_free_batch, integers_name, trace
+from fxquant.export.program import emit, integers_name
 from fxquant.export.sessions import onnxruntime_session, run_session
-from fxquant.graph.leveled import ISLAND_MARK
+from fxquant.export.trace import first_line, has_free_batch, refusal, trace, two_rows
 
 __all__ = ["ExportReport", "OnnxFile", "export_onnx", "make_onnx"]
 
@@ -175,13 +171,13 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
 
     def attempt(which: str) -> bytes:
         try:
-            inputs = exchange.inputs if which == "none" else _two_rows(exchange.inputs)
+            inputs = exchange.inputs if which == "none" else two_rows(exchange.inputs)
             with unproven() as given:
-                program = trace(exchange.flat, inputs, which)
+                program = trace(exchange.flat, tuple(inputs), {}, which)
         except FxquantError:
             raise
         except Exception as error:  # torch.export lets through whatever the model's own code raises
-            raise _refusal(error, exchange.flat.model) from error
+            raise refusal(error, exchange.flat.model) from error
         if which != "none" and not has_free_batch(program):
             notes.append("the batch size is the example's: the model's own code, or an operator in it, fixes it")
             if inputs is not exchange.inputs:  # the second row was ours: what is fixed has to be the user's size
@@ -195,45 +191,8 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
         try:
             return attempt(which), tuple(notes)
         except FxquantError as error:
-            notes.append(f"free {which} could not be had: {_first_line(error)}")
+            notes.append(f"free {which} could not be had: {first_line(error)}")
     return attempt(last), tuple(notes)
-
-
-def _two_rows(tensors: list[Tensor]) -> list[Tensor]:
-    """The exporter takes an axis of size 1 for fixed: where the example is one row, it is given twice."""
-    if not tensors or not tensors[0].ndim or tensors[0].shape[0] != 1:
-        return tensors
-    return [torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in tensors]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def _refusal(error: BaseException, model: nn.Module) -> ExportError:
-    """Why torch.export cannot follow the model, and in which island."""
-    islands = {island.path: island for island in islands_of(model)}
-    inside = _island_of(error.__traceback__)
-    told = f"torch.export cannot follow the model: {_first_line(error)}"
-    if inside in islands or (inside is None and len(islands) == 1):
-        island = islands[inside] if inside is not None else next(iter(islands.values()))
-        where = f" ({island.source})" if island.source else ""
-        told += f"\n  where: {island.path or 'the top module'}, which runs its own code because {island.cause}{where}"
-        told += f"\n  what to do: {island.advice}; or export the part of the model around it."
-    elif islands:
-        told += f"\n  where: one of the modules that run their own code: {', '.join(p or '(top)' for p in islands)}."
-    return ExportError(told)
-
-
-def _island_of(trace_back: TracebackType | None) -> str | None:
-    """The path of the innermost island whose code was running."""
-    found = None
-    while trace_back is not None:
-        owner = trace_back.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and ISLAND_MARK in owner.__dict__:
-            found = str(owner.__dict__[ISLAND_MARK].path)
-        trace_back = trace_back.tb_next
-    return found
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str:

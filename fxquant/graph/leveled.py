@@ -32,7 +32,7 @@ ISLAND_MARK = "_fxquant_island"
 RUNNER = "_fxquant_runner"
 """The attribute that runs the calls of a graph some other way, or declines; see ``kernels.runner``."""
 
-LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "exchange")
+LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "exchange", "decomposed")
 
 _NAMESPACES = (torch, torch.nn.functional, torch.Tensor, operator, math, torch.linalg, torch.special)
 

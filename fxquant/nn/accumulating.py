@@ -47,7 +47,7 @@ class IntegerWeighted(IntegerOp):
         scale = x_grid.scale.double() * (grid.scale.repeat(groups) if grid.scale.ndim else grid.scale).double()
         bias = site.parameters.get("bias")
         self.register_buffer("bias", None if bias is None else self._quantized_bias(bias, scale))
-        self.register_buffer("in_float32", torch.tensor(self._largest(x_grid, weight_axis) < 2**24))
+        self._set_number("in_float32", torch.tensor(self._largest(x_grid, weight_axis) < 2**24))
         if site.output is not None:
             self._set_multiplier(scale / site.output.scale.double())
         else:
@@ -68,7 +68,7 @@ class IntegerWeighted(IntegerOp):
         return float(reach * magnitudes.max() * groups)
 
     def forward(self, x: Tensor, *operands: Any, **dynamic: Any) -> Tensor:
-        exact = x.device.type == "cpu" and bool(self.in_float32)
+        exact = x.device.type == "cpu" and bool(self.numbers["in_float32"])
         dtype = torch.float32 if exact else torch.float64
         d = self.centred(x, dtype=dtype)
         acc = self.entry.function(d, self.weight.to(dtype), None, **self.attributes, **dynamic).to(torch.int64)

@@ -146,7 +146,7 @@ class Exchanged(nn.Module):
         if self.rounding is not None and isinstance(y, Tensor):
             return self.rounding(y)
         y = y if self.clamp == (None, None) else torch.clamp(y, *self.clamp)
-        return y if self.dtype is None else y.to(self.dtype)
+        return y if self.dtype is None or self.dtype == y.dtype else y.to(self.dtype)
 
     def _parameters_now(self) -> dict[str, Tensor | None]:
         held = {name: getattr(self, f"parameter_{name}") for name in self.parameter_names}

@@ -109,6 +109,7 @@ class IntegerOp(nn.Module):
     """The root of the integer forms: input zero points, the output grid with merged clamps, and the rounding rule.
 
     ``scheme``, ``scale`` and ``zero_point`` say what the integers of the result stand for; ``scale`` is kept for reports.
+    Buffers of one element that steer the code are kept as plain numbers too (``numbers``), which a tracer can follow.
     """
 
     scale: Tensor
@@ -120,7 +121,7 @@ class IntegerOp(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.entry, self.rounding = site.entry, site.rounding
-        self.attributes = dict(site.attributes)
+        self.attributes, self.numbers = dict(site.attributes), dict[str, int]()
         zero_points = [torch.zeros((), dtype=torch.int32) if g is None else g.zero_point for g in site.inputs]
         self.register_buffer("offset", torch.stack(zero_points) if zero_points else torch.zeros(0, dtype=torch.int32))
         self.output_dtype: torch.dtype | None = None
@@ -139,6 +140,14 @@ class IntegerOp(nn.Module):
         self.register_buffer("zero_point", grid.zero_point.clone())
         self.register_buffer("low", torch.tensor(bounds[0], dtype=torch.int32))
         self.register_buffer("high", torch.tensor(bounds[1], dtype=torch.int32))
+
+    def _set_number(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value)
+        self.numbers[name] = int(value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.numbers = {name: int(getattr(self, name)) for name in self.numbers}
 
     def _set_multiplier(self, multiplier: Tensor) -> None:
         q, shift = quantize_multiplier(multiplier.double())
@@ -202,15 +211,14 @@ class IntegerPass(IntegerOp):
         grid = next((g for g in site.inputs if g is not None), None)
         assert grid is not None
         if fill is not None:
-            self.register_buffer("filling", torch.zeros((), dtype=torch.int32))
             real = torch.full_like(grid.scale, float(self.attributes.get(fill) or 0.0))
             q = quantize(real, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-            self.filling = q.to(torch.int32)
+            self._set_number("filling", q.to(torch.int32))
 
     def forward(self, *operands: Any, **dynamic: Any) -> Any:
         attributes = {**self.attributes, **dynamic}
         if self.fill is not None and attributes.get("mode", "constant") == "constant":
-            attributes[self.fill] = int(self.filling)
+            attributes[self.fill] = self.numbers["filling"]
         if not self.carried:
             return self.entry.function(*operands, **attributes)
         dtype = operands[0].dtype

@@ -1,7 +1,7 @@
-"""Six levels, checked: what must hold of a graph at each, and one function that says what does not.
+"""Seven levels, checked: what must hold of a graph at each, and one function that says what does not.
 
-captured → canonical → prepared → frozen → integer → exchange. A level's laws are rows: a name and a function that yields the
-nodes that break it. ``check`` runs after every pass.
+captured → canonical → prepared → frozen → integer → exchange or decomposed. A level's laws are rows: a name and a function
+that yields the nodes that break it. ``check`` runs after every pass.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ LAWS: dict[str, tuple[Law, ...]] = {
     "frozen": (well_formed, knows_its_place, quantized_once, grids_are_sound),
     "integer": (well_formed, knows_its_place, integers_between),
     "exchange": (well_formed, knows_its_place, nothing_integer),
+    "decomposed": (well_formed, knows_its_place, nothing_integer),
 }
 
 

@@ -23,7 +23,7 @@ from fxquant.nn.integer import Dequantize, IntegerEmbedding, IntegerEvaluate, In
 from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import OpEntry
 
-__all__ = ["to_exchange"]
+__all__ = ["real_scales", "to_exchange"]
 
 
 def to_exchange(module: LeveledModule) -> LeveledModule:
@@ -111,15 +111,19 @@ def _rounding(part: IntegerOp) -> Rounding | None:
 
 
 def _weights(part: IntegerWeighted, input_scale: float) -> dict[str, Stored | Tensor | None]:
-    """The weight and bias of a weighted op as stored integers; a bias is on the grid s_x·s_w."""
-    entry = part.entry
-    assert isinstance(entry, OpEntry) and isinstance(entry.behaviour, Weighted)
-    leaves = part.output_dtype is None
-    product = part.output_scale.double() if leaves else _multiplier(part) * float(part.scale)
-    per_slice = product[: part.weight.shape[entry.behaviour.out_axis]] if product.ndim else product
-    weight = Stored(part.weight, per_slice / input_scale, entry.behaviour.out_axis, part.weight_scheme.bits)
-    bias = None if part.bias is None else Stored(part.bias, product, 0, 32)
-    return {"weight": weight, "bias": bias}
+    """The weight and bias of a weighted op as stored integers."""
+    assert isinstance(part.entry, OpEntry) and isinstance(part.entry.behaviour, Weighted)
+    of_weight, of_bias = real_scales(part, input_scale)
+    weight = Stored(part.weight, of_weight, part.entry.behaviour.out_axis, part.weight_scheme.bits)
+    return {"weight": weight, "bias": None if part.bias is None else Stored(part.bias, of_bias, 0, 32)}
+
+
+def real_scales(part: IntegerWeighted, input_scale: float) -> tuple[Tensor, Tensor]:
+    """The scales of a weighted op's weight, float32 and one a slice of its channel axis, and of its bias, s_x·s_w."""
+    assert isinstance(part.entry, OpEntry) and isinstance(part.entry.behaviour, Weighted)
+    product = part.output_scale.double() if part.output_dtype is None else _multiplier(part) * float(part.scale)
+    per_slice = product[: part.weight.shape[part.entry.behaviour.out_axis]] if product.ndim else product
+    return (per_slice / input_scale).float(), product
 
 
 def _multiplier(part: IntegerWeighted) -> Tensor:
