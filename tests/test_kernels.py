@@ -397,6 +397,24 @@ def test_frozen_programs_give_the_programs_bits():
 
 
 @fast
+def test_frozen_programs_of_the_last_shapes_are_kept(monkeypatch):
+    made = []
+    freeze = frozen_module._freeze
+    monkeypatch.setattr(frozen_module, "_freeze", lambda *args: made.append(1) or freeze(*args))
+    integer = converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), signal(4, 3, 8, 8))
+    run = fastest(integer, signal(1, 3, 8, 8))
+    assert isinstance(run, Frozen)
+    for size in (*range(8, 16), 8, 16):  # 8 is used again, so that 9 goes when 16 comes
+        assert_same_bits(run(signal(1, 3, size, size)), integer(signal(1, 3, size, size)))
+    assert len(made) == 9 and len(run._made) == 8
+    for size in (8, 10, 16):
+        run(signal(1, 3, size, size))
+    assert len(made) == 9, "these were kept"
+    assert_same_bits(run(signal(1, 3, 9, 9)), integer(signal(1, 3, 9, 9)))
+    assert len(made) == 10 and len(run._made) == 8
+
+
+@fast
 def test_frozen_programs_keep_the_users_signature():
     class Named(nn.Module):
         def __init__(self) -> None:
