@@ -25,6 +25,7 @@ from fxquant.kernels import choice as choice_module
 from fxquant.kernels import frozen as frozen_module
 from fxquant.kernels import operators as operators_module
 from fxquant.kernels import runner as runner_module
+from fxquant.kernels import weighted as weighted_module
 from fxquant.kernels.agreement import Agreement, agreement
 from fxquant.kernels.forms import Form, convert
 from fxquant.kernels.frozen import Frozen, fastest
@@ -145,6 +146,20 @@ def test_weighted_forms_agree(form, relu):
     reference = {"same", "valid", "reflected", "transposed"}
     assert any(kernel != "reference" for kernel in kernels_used(integer).values())
     assert (kernels_used(integer).get("_2") == "reference") == (form in reference)
+
+
+@fast
+@pytest.mark.parametrize("form", ["padded", "strided", "dilated", "grouped", "one dimension"])
+def test_a_border_is_written_where_weights_are_many(form, monkeypatch):
+    monkeypatch.setattr(weighted_module, "_MANY_WEIGHTS", -(2**30))
+    borders = []
+    behind = weighted_module._behind_border
+    monkeypatch.setattr(weighted_module, "_behind_border", lambda *args: borders.append(1) or behind(*args))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), WEIGHTED[form](), nn.ReLU6())
+    integer = converted(model, signal(2, 3, 9, 7), recipe=ROUNDED)
+    for batch in (1, 3):
+        require_agreement(agreement(integer, signal(batch, 3, 9, 7, seed=batch)), share=0.998)
+    assert borders
 
 
 @fast
