@@ -132,7 +132,7 @@ def test_a_pair_that_saturates_is_told_from_one_that_does_not():
     assert 255 * 129 > 2**15 - 1 >= 255 * 128
     assert fxquant.coverage(over).audit.saturating == ("0",)
     assert fxquant.coverage(under).audit.saturating == ()
-    assert "without VNNI 1 of 1 layers" in str(fxquant.coverage(over))
+    assert "without VNNI runs 1 of 1 layers" in str(fxquant.coverage(over))
     assert "VNNI" not in str(fxquant.coverage(under))
     assert not findings(over), "where this machine adds in 32 bits, nothing is wrong"
 

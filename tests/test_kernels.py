@@ -163,6 +163,28 @@ def test_a_border_is_written_where_weights_are_many(form, monkeypatch):
 
 
 @fast
+@pytest.mark.parametrize("clamp", [nn.Identity(), nn.Hardtanh(-0.2, 0.4)], ids=["open", "clamped"])
+@pytest.mark.parametrize("form", [name for name in WEIGHTED if not name.startswith("linear")])
+def test_a_convolution_that_leaves_as_float_agrees(form, clamp):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), WEIGHTED[form](), clamp)
+    integer = converted(model, signal(2, 3, 9, 7))
+    require_agreement(agreement(integer, signal(3, 3, 9, 7, seed=8)))
+    x = signal(2, 3, 9, 7, seed=9)
+    expected = fxquant.coverage(integer).kernels
+    got, want = integer(x), of_reference(integer)(x)
+    assert got.is_contiguous() and got.dtype == want.dtype
+    assert_close_to_scale(got, want, 0.02)
+    assert list(kernels_used(integer).values())[-1] == list(expected.values())[-1] == "float32 inside"
+
+
+@fast
+def test_a_transposed_and_grouped_one_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 3, stride=2, groups=4, output_padding=1))
+    integer = converted(model, signal(2, 3, 9, 7))
+    require_agreement(agreement(integer, signal(3, 3, 9, 7, seed=8)))
+
+
+@fast
 def test_one_layer_without_a_batch_takes_the_reference():
     integer = converted(nn.Conv2d(3, 8, 3, padding=1), signal(3, 9, 9), recipe=ROUNDED)
     x = signal(3, 9, 9, seed=4)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.choice import expected_kernel
-from fxquant.kernels.saturation import INT32, channels_first, largest_pair, largest_sum, weight_rows
+from fxquant.kernels.saturation import INT32, channels_first, largest_pair, largest_sum, one_sided_sums, weight_rows
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 
@@ -112,7 +112,8 @@ class Audit:
         if zero:
             facts.append(f"{zero} output channel{'s' if zero > 1 else ''} with weights all 0, which is sound")
         if self.saturating:
-            facts.append(f"on x86 without VNNI {len(self.saturating)} of {len(self.layers)} layers need 7-bit weights")
+            share = f"{len(self.saturating)} of {len(self.layers)} layers"
+            facts.append(f"x86 without VNNI runs {share} by the reference, for want of 7-bit weights")
         return f"audit: {', '.join(facts)}"
 
 
@@ -154,11 +155,10 @@ def _layer(graph: LeveledModule, node: fx.Node, part: Any, path: str) -> LayerAu
 
 def _reach(part: IntegerWeighted, low: int, high: int) -> int:
     """The largest magnitude of ``b + Σ d w`` for any ``d`` within the bounds, and 0 where a border is padded."""
-    rows = weight_rows(part).double()
     low, high = min(low, 0), max(high, 0)
-    up, down = rows.clamp(min=0).sum(1), rows.clamp(max=0).sum(1)
-    bias = torch.zeros_like(up) if part.bias is None else part.bias.double()
-    most, least = high * up + low * down + bias, low * up + high * down + bias
+    up, down = one_sided_sums(part)
+    bias = torch.zeros_like(up) if part.bias is None else part.bias.to(torch.int64)
+    most, least = high * up - low * down + bias, low * up - high * down + bias
     return int(torch.maximum(most.abs(), least.abs()).max())
 
 

@@ -21,6 +21,7 @@ from fxquant.nn.integer import Quantize
 from fxquant.ops.behaviour import ChannelAffine
 
 __all__ = [
+    "FLOAT32",
     "dequantize_step",
     "evaluate_step",
     "linear_map_step",

@@ -171,6 +171,6 @@ def _is_exact(found: Operators, engine: Engine, groups: int, largest: int) -> bo
     flat = q.flatten(1)[:, : rows.shape[1]].contiguous()
     packed = found.pack("linear", engine, quantized_weight(rows, scale), bias)
     products = flat.double() @ rows.double().t() * float(scale[0]) + bias.double()
-    line = found.linear(torch._make_per_tensor_quantized_tensor(flat, 1.0, 0), packed, 1.0, 0).int_repr()
-    pairs.append((line, products))
+    line = found.linear(torch._make_per_tensor_quantized_tensor(flat, 1.0, 0), packed, 1.0, 3).int_repr()
+    pairs.append((line, products + 3))
     return all(torch.equal(a, torch.round(b).clamp(0, 255).to(torch.uint8)) for a, b in pairs)

@@ -20,6 +20,7 @@ __all__ = [
     "channels_first",
     "largest_pair",
     "largest_sum",
+    "one_sided_sums",
     "saturating_layers",
     "weight_rows",
 ]
@@ -43,10 +44,15 @@ def weight_rows(part: IntegerWeighted) -> Tensor:
     return channels_first(part).flatten(1)
 
 
+def one_sided_sums(part: IntegerWeighted) -> tuple[Tensor, Tensor]:
+    """Of each output channel, the sum of its positive weights, and that of its negative ones' magnitudes."""
+    rows = weight_rows(part)
+    return rows.clamp(min=0).sum(1, dtype=torch.int64), -rows.clamp(max=0).sum(1, dtype=torch.int64)
+
+
 def largest_sum(part: IntegerWeighted) -> int:
     """The largest magnitude that the sum of products with unsigned bytes reaches, before a zero point is taken off."""
-    rows = weight_rows(part).double()
-    return int(255 * torch.maximum(rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)).max())
+    return 255 * int(torch.maximum(*one_sided_sums(part)).max())
 
 
 def largest_pair(weight: Tensor) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxquant.kernels.elementwise import FLOAT32
 from fxquant.kernels.forms import Form, convert
 from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
@@ -72,7 +73,7 @@ def unfit(part: IntegerWeighted) -> str | None:
     if largest_sum(part) > INT32 or (part.bias is not None and part.bias.dtype != torch.int32):
         return "its sums could overflow 32 bits"
     if part.output_dtype is None:
-        return None if behaviour.channels_last else "its result is float"
+        return None
     if part.output_dtype not in (torch.uint8, torch.int8):
         return f"its result is {part.output_dtype}"
     if not bool((part.multiplier > 0).all()):
@@ -91,12 +92,17 @@ def weighted_step(place: Place) -> Step | None:
     if x is None or taken is None or unfit(part) is not None or place.node.kwargs or x.sample.numel() == 0:
         return None
     if not _behaviour(part).channels_last:
-        return _convolution(place, x, taken)
+        return _convolution(place, x, taken) if part.output_dtype is not None else _float_convolution(place, taken)
     return _float_linear(place, taken) if part.output_dtype is None else _linear(place, x, taken)
 
 
 def expected_engine(part: IntegerWeighted, operators: Operators) -> str | None:
-    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow."""
+    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow.
+
+    A convolution whose accumulator leaves as a float is computed in float32, for want of an operator that gives one.
+    """
+    if part.output_dtype is None and not _behaviour(part).channels_last:
+        return FLOAT32
     names = ENGINES if part.output_dtype is not None else ("fbgemm",)
     return next((name for name in names if _right(part, operators, name) is not None), None)
 
@@ -221,3 +227,21 @@ def _float_linear(place: Place, told: Form) -> Step | None:
     source = place.node.args[0]
     assert isinstance(source, fx.Node)
     return Step(run, None, engine.name, {source: told}, packed)
+
+
+def _float_convolution(place: Place, told: Form) -> Step:
+    """A convolution whose accumulator leaves as a float: of integers, with weights in units of the result."""
+    part, taken, source = place.part, Form(1.0, told.zero_point), place.node.args[0]
+    shape = [-1] + [1] * (part.weight.ndim - 1)
+    scale, weight = part.output_scale.double(), channels_first(part).double()
+    each = scale if scale.ndim == 0 else scale[: weight.shape[0]].reshape(shape)
+    weight = (weight * each).transpose(0, _behaviour(part).out_axis).float().contiguous()
+    bias = None if part.bias is None else (part.bias.double() * scale).float()
+    bounds, dtype = part.clamp, part.real_dtype
+
+    def run(q: Tensor) -> Tensor:
+        y = part.entry.function(q.dequantize(), weight, bias, **part.attributes).contiguous().to(dtype)
+        return y if bounds == (None, None) else torch.clamp(y, *bounds)
+
+    assert isinstance(source, fx.Node)
+    return Step(run, None, FLOAT32, {source: taken})
