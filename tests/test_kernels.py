@@ -25,6 +25,7 @@ from fxquant.kernels import choice as choice_module
 from fxquant.kernels import frozen as frozen_module
 from fxquant.kernels import operators as operators_module
 from fxquant.kernels import runner as runner_module
+from fxquant.kernels import weighted as weighted_module
 from fxquant.kernels.agreement import Agreement, agreement
 from fxquant.kernels.forms import Form, convert
 from fxquant.kernels.frozen import Frozen, fastest
@@ -145,6 +146,42 @@ def test_weighted_forms_agree(form, relu):
     reference = {"same", "valid", "reflected", "transposed"}
     assert any(kernel != "reference" for kernel in kernels_used(integer).values())
     assert (kernels_used(integer).get("_2") == "reference") == (form in reference)
+
+
+@fast
+@pytest.mark.parametrize("form", ["padded", "strided", "dilated", "grouped", "one dimension"])
+def test_a_border_is_written_where_weights_are_many(form, monkeypatch):
+    monkeypatch.setattr(weighted_module, "_MANY_WEIGHTS", -(2**30))
+    borders = []
+    behind = weighted_module._behind_border
+    monkeypatch.setattr(weighted_module, "_behind_border", lambda *args: borders.append(1) or behind(*args))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), WEIGHTED[form](), nn.ReLU6())
+    integer = converted(model, signal(2, 3, 9, 7), recipe=ROUNDED)
+    for batch in (1, 3):
+        require_agreement(agreement(integer, signal(batch, 3, 9, 7, seed=batch)), share=0.998)
+    assert borders
+
+
+@fast
+@pytest.mark.parametrize("clamp", [nn.Identity(), nn.Hardtanh(-0.2, 0.4)], ids=["open", "clamped"])
+@pytest.mark.parametrize("form", [name for name in WEIGHTED if not name.startswith("linear")])
+def test_a_convolution_that_leaves_as_float_agrees(form, clamp):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), WEIGHTED[form](), clamp)
+    integer = converted(model, signal(2, 3, 9, 7))
+    require_agreement(agreement(integer, signal(3, 3, 9, 7, seed=8)))
+    x = signal(2, 3, 9, 7, seed=9)
+    expected = fxquant.coverage(integer).kernels
+    got, want = integer(x), of_reference(integer)(x)
+    assert got.is_contiguous() and got.dtype == want.dtype
+    assert_close_to_scale(got, want, 0.02)
+    assert list(kernels_used(integer).values())[-1] == list(expected.values())[-1] == "float32 inside"
+
+
+@fast
+def test_a_transposed_and_grouped_one_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 3, stride=2, groups=4, output_padding=1))
+    integer = converted(model, signal(2, 3, 9, 7))
+    require_agreement(agreement(integer, signal(3, 3, 9, 7, seed=8)))
 
 
 @fast
@@ -394,6 +431,24 @@ def test_frozen_programs_give_the_programs_bits():
     x = signal(2, 3, 32, 32)
     for _ in range(2):
         assert_same_bits(run(x), integer(x))
+
+
+@fast
+def test_frozen_programs_of_the_last_shapes_are_kept(monkeypatch):
+    made = []
+    freeze = frozen_module._freeze
+    monkeypatch.setattr(frozen_module, "_freeze", lambda *args: made.append(1) or freeze(*args))
+    integer = converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), signal(4, 3, 8, 8))
+    run = fastest(integer, signal(1, 3, 8, 8))
+    assert isinstance(run, Frozen)
+    for size in (*range(8, 16), 8, 16):  # 8 is used again, so that 9 goes when 16 comes
+        assert_same_bits(run(signal(1, 3, size, size)), integer(signal(1, 3, size, size)))
+    assert len(made) == 9 and len(run._made) == 8
+    for size in (8, 10, 16):
+        run(signal(1, 3, size, size))
+    assert len(made) == 9, "these were kept"
+    assert_same_bits(run(signal(1, 3, 9, 9)), integer(signal(1, 3, 9, 9)))
+    assert len(made) == 10 and len(run._made) == 8
 
 
 @fast

@@ -8,6 +8,7 @@ between two integers. A table is compared with the reference's, entry by entry, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from fxquant.kernels.forms import Form, convert
 from fxquant.kernels.operators import unary_operator
 from fxquant.kernels.place import Place, Step, clamped, zero_point_held
 from fxquant.nn.integer import Quantize
+from fxquant.ops.behaviour import ChannelAffine
 
 __all__ = [
+    "FLOAT32",
     "dequantize_step",
     "evaluate_step",
     "linear_map_step",
@@ -224,6 +227,9 @@ def evaluate_step(place: Place) -> Step | None:
     if given is None or _repeats(place) or any(want and form is None for want, form in zip(wanted, forms, strict=True)):
         return None
     named = {name: getattr(part, f"parameter_{name}").float() for name in part.parameter_names}
+    affine, first = place.operators.affine, place.integers(operands[0])
+    if affine is not None and isinstance(part.entry.behaviour, ChannelAffine) and first and first.sample.ndim == 4:
+        return Step(_channel_affine(place, affine, given, **named), given, ATEN, _takes(place, *forms))
     function = part.function or part.entry.function
 
     def evaluated(*values: Any, **dynamic: Any) -> Tensor:
@@ -231,6 +237,18 @@ def evaluate_step(place: Place) -> Step | None:
         return function(*real, **named, **part.attributes, **dynamic)
 
     return Step(_quantized(place, evaluated, given), given, FLOAT32, _takes(place, *forms))
+
+
+def _channel_affine(place: Place, operator: Any, given: Form, gain: Tensor, offset: Tensor) -> Callable[..., Tensor]:
+    """torch's batch norm of integers, whose mean is 0 and variance 1."""
+    mean, variance, (scale, zero_point) = torch.zeros_like(gain), torch.ones_like(gain), given
+    run = partial(_normed, operator, (gain, offset, mean, variance, 0.0, scale, zero_point))
+    return clamped(place.part, given, run)
+
+
+def _normed(operator: Any, numbers: tuple[Any, ...], q: Tensor, **_: Any) -> Tensor:
+    y: Tensor = operator(q, *numbers)
+    return y
 
 
 def _real(value: Any, quantized: bool) -> Any:

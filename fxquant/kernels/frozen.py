@@ -7,6 +7,7 @@ program, the model itself is called.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from fxquant.kernels.runner import Runner, input_key
 
 __all__ = ["Frozen", "fastest"]
 
-_SHAPES = 4
+_SHAPES = 8
+"""Shapes of inputs that are kept, fewer than a runner keeps."""
 _WARM_UP = 3
 """Calls after which TorchScript has done its own specializing."""
 
@@ -37,7 +39,7 @@ they may (one program, one shape). Where data could become a constant nothing is
 def fastest(model: nn.Module, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """The fastest callable for an integer model and calls like this one, which is made once to prepare it.
 
-    Inputs of up to four shapes get a program of their own, each when it is first seen; further ones call the model.
+    Inputs of each shape get a program of their own when they are first seen; the eight that were used last are kept.
 
     Args:
         model: what ``convert`` returned; not changed, and read again if its numbers change.
@@ -67,12 +69,12 @@ def follows_data(graph: LeveledModule) -> bool:
 
 
 class Frozen:
-    """An integer model behind frozen programs, one for each shape of inputs."""
+    """An integer model behind frozen programs by the shapes of their inputs, the least recently used one dropped first."""
 
     def __init__(self, model: LeveledModule) -> None:
         self.model = model
         self.runner: Runner = model.__dict__[RUNNER]
-        self._made: dict[Any, tuple[Program, Callable[[Sequence[Any]], Any] | None]] = {}
+        self._made: OrderedDict[Any, tuple[Program, Callable[[Sequence[Any]], Any] | None]] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -80,18 +82,25 @@ class Frozen:
         inputs = list(args) if spec is None else spec.bind(args, kwargs)
         key = input_key(inputs)
         program = None if key is None else self.runner.current(key)
-        if program is None:
-            result = self.model(*args, **kwargs)
-            program = None if key is None else self.runner.current(key)
-            if program is not None and len(self._made) < _SHAPES:
-                self._made[key] = program, _freeze(program, inputs)
-            return result
         made, run = self._made.get(key, (None, None))
-        if made is not program or run is None:
-            self._made.pop(key, None) if made is not program else None
+        if program is None or made is not program:
+            return self._first_call(key, inputs, args, kwargs)
+        self._made.move_to_end(key)
+        if run is None:
             return self.model(*args, **kwargs)
         result = run(inputs)
         return result if spec is None else spec.restore(result)
+
+    def _first_call(self, key: Any, inputs: Sequence[Any], args: Any, kwargs: Any) -> Any:
+        """Call the model, and freeze the program that it has made for such inputs."""
+        result = self.model(*args, **kwargs)
+        program = None if key is None else self.runner.current(key)
+        if program is not None:
+            self._made[key] = program, _freeze(program, inputs)
+            self._made.move_to_end(key)
+            while len(self._made) > _SHAPES:
+                self._made.popitem(last=False)
+        return result
 
 
 class _Lines(nn.Module):

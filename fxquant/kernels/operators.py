@@ -1,9 +1,9 @@
 """torch's int8 CPU operators, looked up by name and schema, and whether they compute right on this machine.
 
 ``quantized::*`` take tensors that carry a scale and a zero point (``torch.quint8``) and packed weights. Two engines pack:
-``onednn`` is the faster one for zero point 0, of input and output, and keeps what it compiled for the first shape it saw;
-``fbgemm`` costs less to call and takes any zero point. The names are torch's own and may go: whatever is missing, has
-another signature or fails the check below is not used, and the reference takes its place.
+``onednn`` is the faster one, and keeps what it compiled for the first shape it saw; ``fbgemm`` costs less to call. The
+names are torch's own and may go: whatever is missing, has another signature or fails the check below is not used, and the
+reference takes its place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -53,6 +53,8 @@ class Operators:
         conv2d, linear: ``(input, packed, output_scale, output_zero_point)``.
         linear_float: ``(float input, scale, zero_point, packed by fbgemm)``, a float result; None where torch has none.
         add, mul: ``(a, b, output_scale, output_zero_point)``, for equal shapes.
+        affine: ``(input, gain, offset, mean, variance, eps, output_scale, output_zero_point)``, for four dimensions; None
+            where torch has none.
     """
 
     conv2d: Callable[..., Tensor]
@@ -62,6 +64,7 @@ class Operators:
     linear_float: Callable[..., Tensor] | None
     add: Callable[..., Tensor]
     mul: Callable[..., Tensor]
+    affine: Callable[..., Tensor] | None
     engines: tuple[Engine, ...]
 
     def pack(self, kind: str, engine: Engine, weight: Tensor, bias: Tensor, *geometry: Any) -> Any:
@@ -118,13 +121,15 @@ def operators() -> Operators | None:
     linear_float = _find("quantized::linear_with_input_q_dq_qweight_dq_output_fp32", "default", *scaled)
     add = _find("quantized::add", "default", "qa", "qb", "scale", "zero_point")
     mul = _find("quantized::mul", "default", "qa", "qb", "scale", "zero_point")
+    norm = ("qx", "weight", "bias", "mean", "var", "eps", *output)
+    affine = _find("quantized::batch_norm2d", "default", *norm)
     if None in (conv2d, conv2d_pack, linear, linear_pack, add, mul):
         return None
-    found = Operators(conv2d, conv2d_pack, linear, linear_pack, linear_float, add, mul, ())
+    found = Operators(conv2d, conv2d_pack, linear, linear_pack, linear_float, add, mul, affine, ())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_DEPRECATED, category=UserWarning)
         engines = tuple(e for name in ENGINES if (e := _checked(found, name)) is not None)
-    return Operators(conv2d, conv2d_pack, linear, linear_pack, linear_float, add, mul, engines) if engines else None
+    return replace(found, engines=engines) if engines else None
 
 
 def engine_named(found: Operators, name: str) -> Engine | None:
@@ -154,14 +159,18 @@ def _is_exact(found: Operators, engine: Engine, groups: int, largest: int) -> bo
     weight[: 16 // 2] = weight[: 16 // 2].abs()
     scale = torch.full((16,), 2.0 ** -(13 if largest > 64 else 6))
     bias = torch.full((16,), 0.001)  # no sum lies half way between integers
-    packed = found.pack("conv2d", engine, quantized_weight(weight, scale), bias, [1, 1], [1, 1], [1, 1], groups)
-    x = torch._make_per_tensor_quantized_tensor(q.contiguous(memory_format=torch.channels_last), 1.0, 0)
-    sums = F.conv2d(q.double(), weight.double() * float(scale[0]), bias.double(), padding=1, groups=groups)
-    got = found.conv2d(x, packed, 1.0, 0).int_repr()
+    x, packed_weight = q.contiguous(memory_format=torch.channels_last), quantized_weight(weight, scale)
+    pairs = []
+    for z_x, z_y in ((0, 0), (5, 3)):
+        packed = found.pack("conv2d", engine, packed_weight, bias, [1, 1], [1, 1], [1, 1], groups)
+        real = q.double() - z_x
+        sums = F.conv2d(real, weight.double() * float(scale[0]), bias.double(), padding=1, groups=groups)
+        got = found.conv2d(torch._make_per_tensor_quantized_tensor(x, 1.0, z_x), packed, 1.0, z_y).int_repr()
+        pairs.append((got, sums + z_y))
     rows = weight.flatten(1)
     flat = q.flatten(1)[:, : rows.shape[1]].contiguous()
     packed = found.pack("linear", engine, quantized_weight(rows, scale), bias)
     products = flat.double() @ rows.double().t() * float(scale[0]) + bias.double()
-    line = found.linear(torch._make_per_tensor_quantized_tensor(flat, 1.0, 0), packed, 1.0, 0).int_repr()
-    pairs = ((got, sums), (line, products))
+    line = found.linear(torch._make_per_tensor_quantized_tensor(flat, 1.0, 0), packed, 1.0, 3).int_repr()
+    pairs.append((line, products + 3))
     return all(torch.equal(a, torch.round(b).clamp(0, 255).to(torch.uint8)) for a, b in pairs)

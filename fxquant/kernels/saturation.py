@@ -1,8 +1,9 @@
-"""Which weights could overflow where products of bytes are added in pairs in 16 bits: x86 without VNNI.
+"""Which weights could overflow sums of products: in 32 bits anywhere, and where pairs are added in 16 bits first.
 
-There ``vpmaddubsw`` computes ``u0·s0 + u1·s1`` of unsigned bytes ``u`` and signed bytes ``s`` and saturates the sum at
-``[-2^15, 2^15 - 1]``. With ``u ≤ 255`` no pair can reach that as long as ``s0 + s1`` stays within ``[-128, 128]``. Which
-weights meet is the kernel's own choice, so the two largest and the two smallest of an output channel are taken.
+x86 without VNNI does that: ``vpmaddubsw`` computes ``u0·s0 + u1·s1`` of unsigned bytes ``u`` and signed bytes ``s`` and
+saturates the sum at ``[-2^15, 2^15 - 1]``. With ``u ≤ 255`` no pair can reach that as long as ``s0 + s1`` stays within
+``[-128, 128]``. Which weights meet is the kernel's own choice, so the two largest and the two smallest of an output channel
+are taken.
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW.
 """
 
@@ -13,8 +14,18 @@ from torch import Tensor, nn
 
 from fxquant.nn.accumulating import IntegerWeighted
 
-__all__ = ["can_saturate", "channels_first", "largest_pair", "saturating_layers"]
+__all__ = [
+    "INT32",
+    "can_saturate",
+    "channels_first",
+    "largest_pair",
+    "largest_sum",
+    "one_sided_sums",
+    "saturating_layers",
+    "weight_rows",
+]
 
+INT32 = 2**31 - 1
 _LIMIT = 128
 
 
@@ -22,6 +33,26 @@ def channels_first(part: IntegerWeighted) -> Tensor:
     """A layer's integer weights with output channels as axis 0."""
     axis = part.entry.behaviour.out_axis  # type: ignore[attr-defined]
     return part.weight.transpose(0, axis).contiguous() if axis else part.weight
+
+
+def weight_rows(part: IntegerWeighted) -> Tensor:
+    """All weights that an output channel adds up, one channel a row."""
+    groups = int(part.attributes.get("groups", 1))
+    if part.entry.behaviour.out_axis and groups > 1:  # type: ignore[attr-defined]
+        each = part.weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        return each.flatten(0, 1).flatten(1)
+    return channels_first(part).flatten(1)
+
+
+def one_sided_sums(part: IntegerWeighted) -> tuple[Tensor, Tensor]:
+    """Of each output channel, the sum of its positive weights, and that of its negative ones' magnitudes."""
+    rows = weight_rows(part)
+    return rows.clamp(min=0).sum(1, dtype=torch.int64), -rows.clamp(max=0).sum(1, dtype=torch.int64)
+
+
+def largest_sum(part: IntegerWeighted) -> int:
+    """The largest magnitude that the sum of products with unsigned bytes reaches, before a zero point is taken off."""
+    return 255 * int(torch.maximum(*one_sided_sums(part)).max())
 
 
 def largest_pair(weight: Tensor) -> int:

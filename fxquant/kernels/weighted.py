@@ -1,12 +1,13 @@
 """Convolutions and linear layers with torch's packed int8 operators.
 
-With integers ``q`` held, zero points ``z`` and real scales ``s``, and a form that tells the operator zero points 0,
+With integers ``q`` held, zero points ``z`` and real scales ``s``, the operator computes
 
-    q_y = clamp(round((Σ q_x · q_w) · s_x s_w / s_y + b / s_y), 0, 255)
-    b   = s_x s_w · (q_b - z_x Σ q_w) + s_y z_y                     Σ q_w over all weights of an output channel
+    q_y = clamp(round((Σ (q_x - z_x) · q_w) · s_x s_w / s_y + b / s_y) + z_y, 0, 255)         b = s_x s_w · q_b
 
-is the reference's result: zero points move into the bias, and a ReLU is the bound of an unsigned byte. Where an input is
-padded, the padding has to be ``z_x`` itself, so the border is written before.
+which is the reference's result; a ReLU is the bound of an unsigned byte. Telling a convolution the zero points costs
+nothing as long as nothing is padded. What the padding misses of ``z_x Σ q_w`` is summed up in each call: where that is much,
+the operator is told ``z_x = 0``, ``b`` has ``- s_x s_w · z_x Σ q_w`` in it, and the border, which is ``z_x`` itself, is
+written before. So is a linear layer of onednn, which has no kernel for another zero point of the input.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxquant.kernels.elementwise import FLOAT32
 from fxquant.kernels.forms import Form, convert
 from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
-from fxquant.kernels.saturation import can_saturate, channels_first
+from fxquant.kernels.saturation import INT32, can_saturate, channels_first, largest_sum
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.ops.behaviour import Weighted
 
 __all__ = ["Geometry", "expected_engine", "geometry_of", "unfit", "weighted_step"]
 
 _FEW_ROWS = 16
+_MANY_WEIGHTS = 2**18
+"""More weights than an input's values and that: summing them up for the padding takes longer than writing a border."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,10 @@ def unfit(part: IntegerWeighted) -> str | None:
     behaviour = _behaviour(part)
     if part.weight.dtype != torch.int8:
         return f"its weights are {part.weight.dtype}"
+    if largest_sum(part) > INT32 or (part.bias is not None and part.bias.dtype != torch.int32):
+        return "its sums could overflow 32 bits"
     if part.output_dtype is None:
-        return None if behaviour.channels_last else "its result is float"
+        return None
     if part.output_dtype not in (torch.uint8, torch.int8):
         return f"its result is {part.output_dtype}"
     if not bool((part.multiplier > 0).all()):
@@ -86,12 +92,17 @@ def weighted_step(place: Place) -> Step | None:
     if x is None or taken is None or unfit(part) is not None or place.node.kwargs or x.sample.numel() == 0:
         return None
     if not _behaviour(part).channels_last:
-        return _convolution(place, x, taken)
+        return _convolution(place, x, taken) if part.output_dtype is not None else _float_convolution(place, taken)
     return _float_linear(place, taken) if part.output_dtype is None else _linear(place, x, taken)
 
 
 def expected_engine(part: IntegerWeighted, operators: Operators) -> str | None:
-    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow."""
+    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow.
+
+    A convolution whose accumulator leaves as a float is computed in float32, for want of an operator that gives one.
+    """
+    if part.output_dtype is None and not _behaviour(part).channels_last:
+        return FLOAT32
     names = ENGINES if part.output_dtype is not None else ("fbgemm",)
     return next((name for name in names if _right(part, operators, name) is not None), None)
 
@@ -108,16 +119,16 @@ def _right(part: IntegerWeighted, operators: Operators, name: str) -> Engine | N
     return None if engine is None or (kind in engine.saturates and can_saturate(weight)) else engine
 
 
-def _folded(part: IntegerWeighted, x_scale: float, zero_point: int, emitted: Form) -> tuple[Tensor, Tensor]:
-    """The weight with its scales, and the real bias that holds the zero points that the operator is not told of."""
-    real = torch.ldexp(part.multiplier.double(), part.shift - 31) * emitted.scale
+def _folded(part: IntegerWeighted, x_scale: float, hidden: int, y_scale: float) -> tuple[Tensor, Tensor]:
+    """The weight with its scales, and the real bias; ``hidden`` is what the operator is not told of the zero point."""
+    real = torch.ldexp(part.multiplier.double(), part.shift - 31) * y_scale
     weight = channels_first(part)
     real = real.expand(weight.shape[0])
-    sums = weight.double().flatten(1).sum(1)
-    bias = -zero_point * sums if part.bias is None else part.bias.double() - zero_point * sums
-    hidden = zero_point_held(part) - emitted.zero_point
+    bias = torch.zeros_like(real) if part.bias is None else part.bias.double()
+    if hidden:
+        bias = bias - hidden * weight.double().flatten(1).sum(1)
     weight = weight.unsqueeze(2) if weight.ndim == 3 else weight
-    return quantized_weight(weight, real / x_scale), (bias * real + hidden * emitted.scale).float()
+    return quantized_weight(weight, real / x_scale), (bias * real).float()
 
 
 def _step(place: Place, run: Callable[..., Tensor], taken: Form, given: Form, kernel: str, packed: Any) -> Step:
@@ -130,22 +141,19 @@ def _convolution(place: Place, x: Known, told: Form) -> Step | None:
     part, geometry = place.part, geometry_of(place.part)
     if geometry is None or x.sample.ndim != part.weight.ndim:
         return None
-    padded = told.zero_point != 0 and any(geometry.padding)
     engine = _engine_for_convolution(place, x.sample)
     if engine is None:
         return None
-    scale, padding = told.scale, geometry.padding
-    if engine.name == "fbgemm":
-        taken, given = told, Form(float(part.scale), zero_point_held(part))
-    else:
-        taken, given = Form(scale, 0), Form(float(part.scale), 0)
-        padding = [0, 0] if padded else padding
-    weight, bias = _folded(part, scale, told.zero_point - taken.zero_point, given)
-    arguments = (geometry.stride, padding, geometry.dilation, geometry.groups)
+    given, padding = Form(float(part.scale), zero_point_held(part)), geometry.padding
+    many = part.weight.numel() > _MANY_WEIGHTS + x.sample.numel()
+    bordered = engine.name == "onednn" and told.zero_point != 0 and any(padding) and many
+    taken = Form(told.scale, 0) if bordered else told
+    weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given.scale)
+    arguments = (geometry.stride, [0, 0] if bordered else padding, geometry.dilation, geometry.groups)
     packed = place.pack("conv2d", engine, weight, bias, *arguments)
     run = _operator(place.operators.conv2d, packed, given)
-    if taken.zero_point == 0 and padded:
-        run = _behind_border(run, geometry.padding, told)
+    if bordered:
+        run = _behind_border(run, padding, told)
     return _step(place, _flat(run) if part.weight.ndim == 3 else run, taken, given, engine.name, packed)
 
 
@@ -193,10 +201,9 @@ def _linear(place: Place, x: Known, told: Form) -> Step | None:
     engine = (fbgemm or onednn) if few or onednn is None else onednn
     if engine is None:
         return None
-    taken, given = Form(told.scale, 0), Form(float(part.scale), 0)
-    if engine.name == "fbgemm":
-        taken, given = told, Form(given.scale, zero_point_held(part))
-    weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given)
+    taken = told if engine.name == "fbgemm" else Form(told.scale, 0)
+    given = Form(float(part.scale), zero_point_held(part))
+    weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given.scale)
     packed = place.pack("linear", engine, weight, bias)
     return _step(place, _operator(place.operators.linear, packed, given), taken, given, engine.name, packed)
 
@@ -220,3 +227,21 @@ def _float_linear(place: Place, told: Form) -> Step | None:
     source = place.node.args[0]
     assert isinstance(source, fx.Node)
     return Step(run, None, engine.name, {source: told}, packed)
+
+
+def _float_convolution(place: Place, told: Form) -> Step:
+    """A convolution whose accumulator leaves as a float: of integers, with weights in units of the result."""
+    part, taken, source = place.part, Form(1.0, told.zero_point), place.node.args[0]
+    shape = [-1] + [1] * (part.weight.ndim - 1)
+    scale, weight = part.output_scale.double(), channels_first(part).double()
+    each = scale if scale.ndim == 0 else scale[: weight.shape[0]].reshape(shape)
+    weight = (weight * each).transpose(0, _behaviour(part).out_axis).float().contiguous()
+    bias = None if part.bias is None else (part.bias.double() * scale).float()
+    bounds, dtype = part.clamp, part.real_dtype
+
+    def run(q: Tensor) -> Tensor:
+        y = part.entry.function(q.dequantize(), weight, bias, **part.attributes).contiguous().to(dtype)
+        return y if bounds == (None, None) else torch.clamp(y, *bounds)
+
+    assert isinstance(source, fx.Node)
+    return Step(run, None, FLOAT32, {source: taken})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 from torch import fx, nn
 
-from fxquant.capture.islands import Specialization, islands_of, level_of, specializations_of
+from fxquant.capture.islands import Specialization, graphs_of, islands_of, level_of, specializations_of
 from fxquant.errors import FxquantError, InputError
 from fxquant.graph.leveled import LeveledModule
+from fxquant.kernels.audit import Audit, audit
 from fxquant.kernels.runner import kernel_of
 from fxquant.report.census import (
     Share,
@@ -109,6 +110,7 @@ class Coverage:
         kernels: on integer models, the kernel of each op, by path.
         islands: every module that runs its author's own code.
         specializations: every answer about the example that the graphs hold for given, and check.
+        audit: on integer models, what could overflow, saturate or vanish, layer by layer.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Coverage:
     kernels: dict[str, str]
     islands: tuple[IslandReport, ...] = ()
     specializations: tuple[Specialization, ...] = ()
+    audit: Audit = field(default_factory=Audit)
 
     @property
     def macs_share(self) -> float | None:
@@ -157,7 +160,8 @@ class Coverage:
         shares += uncounted(self.macs)
         title = f"{self.name}, {self.level}: in integers {', '.join([*shares, f'{self.weights} of weights'])}"
         capture = capture_text(self.islands, self.specializations)
-        return "\n\n".join([title, self._ops_text(), *self._float_text(), *self._folds_text(), *capture])
+        audited = [text] if (text := str(self.audit)) else []
+        return "\n\n".join([title, self._ops_text(), *self._float_text(), *self._folds_text(), *capture, *audited])
 
     def _ops_text(self) -> str:
         header = ["op", "integer", "float", "MACs", "kernel"]
@@ -220,6 +224,7 @@ def coverage(module: nn.Module) -> Coverage:
             IslandReport(i.path, i.cause, i.source, i.advice, own[i.path], i.is_named) for i in islands_of(module)
         ),
         specializations=specializations_of(module),
+        audit=audit(graphs_of(module).values()),
     )
 
 
