@@ -6,6 +6,7 @@ int8 = fxquant.convert(prepared)
 print(fxquant.diff(model, prepared))
 """
 
+from fxquant.benchmark.bench import bench
 from fxquant.checkpoint import load, save
 from fxquant.errors import FxquantError
 from fxquant.export.runtimes import compile
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "Scheme",
     "Setting",
+    "bench",
     "calibrate",
     "compile",
     "convert",

@@ -17,7 +17,7 @@ from fxquant.capture.calls import Call
 from fxquant.capture.proxies import UntraceableError
 from fxquant.errors import InputError
 
-__all__ = ["FlatModel", "Signature", "call_of"]
+__all__ = ["FlatModel", "Signature", "call_of", "tensors_of"]
 
 
 class Signature:
@@ -157,6 +157,15 @@ def _leaves(value: Any) -> tuple[Tree, list[Any]]:
 
     tree, _ = _apart(value, "", keep)
     return tree, found
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors in what a model returned, in order.
+
+    Raises:
+        InputError: it holds an object of a class that has no known structure.
+    """
+    return [value for value in _leaves(result)[1] if isinstance(value, Tensor)]
 
 
 def _same_structure(a: Tree, b: Tree) -> bool:
