@@ -17,6 +17,7 @@ from fxquant.recipe import Op, Recipe, Setting
 from fxquant.report.coverage import coverage
 from fxquant.report.diff import diff
 from fxquant.training import freeze_batchnorm, reestimate_batchnorm
+from fxquant.tuning.placement import tune_placement
 
 __all__ = [
     "FxquantError",
@@ -39,6 +40,7 @@ __all__ = [
     "quantizers_off",
     "reestimate_batchnorm",
     "save",
+    "tune_placement",
 ]
 
 __version__ = "0.1.0"
