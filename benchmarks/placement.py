@@ -35,7 +35,7 @@ def row_of(name: str, prepared: Any, x: torch.Tensor, runtime: str, args: argpar
     times = {title: seconds(found.milliseconds[title]) for title in found.milliseconds}
     row |= {title: times.get(title) for title in ("all float", "all int8", "tuned")}
     plain = min(value for title, value in times.items() if title != "tuned")
-    row |= {"chosen": found.chosen, "gain": f"{1 - found.milliseconds[found.chosen] / plain:.1%}"}
+    row |= {"chosen": found.chosen, "gain": f"{max(0.0, 1 - times[found.chosen] / plain):.1%}"}
     row |= {"in float": f"{len(found.kept_float)} of {found.quantizable}", "steps": len(found.steps)}
     return row | {"stopped": found.out_of_time, "seconds": seconds(found.seconds), "paths": list(found.kept_float)}
 

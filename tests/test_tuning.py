@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_noise_does_not_decide(gain, taken):
     )
     _, quiet = Runtime(additive(a=-0.19, b=2.0, c=2.0, d=2.0)).search()  # 1.9 %, and no noise at all
     assert quiet == INT8
+
+
+def test_the_fastest_rounds_have_to_agree_with_the_middle_ones():
+    disturbed = Turns((0.010, *(0.030,) * 8))  # something else ran in most of the rounds of all-int8
+    runtime = Runtime(additive(a=2.0, b=2.0, c=2.0, d=2.0))
+    measure = runtime.measure
+    runtime.measure = lambda kept, final: {**measure(kept, final), **({} if final else {INT8: disturbed})}
+    search, chosen = runtime.search()
+    assert chosen == INT8 and not search.steps[0].kept and search.steps[0].after < search.steps[0].before
 
 
 def test_a_gain_that_the_confirmation_does_not_see_is_given_up():
@@ -320,6 +330,11 @@ def test_a_mixed_placement_runs_and_is_saved(example, tmp_path, monkeypatch):
     assert "every Hardswish in float" in str(tuned.placement) and "in float: 2 of 10 ops: block.1, dw" in str(
         tuned.placement
     )
+    with torch.no_grad():
+        expected = fxquant.freeze(tuned)(example)
+    for runtime in (name for name in ("onnxruntime", "openvino") if find_spec(name)):
+        actual = fxquant.compile(tuned, example, runtime=runtime, threads=1)(example)
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.02 * float(expected.abs().max()))
     integer = fxquant.convert(tuned)
     fxquant.save(integer, tmp_path / "int8.pt")
     assert torch.equal(fxquant.load(model_of(), tmp_path / "int8.pt")(example), integer(example))

@@ -140,6 +140,11 @@ class Search:
 
 
 def _gain(before: Turns, after: Turns) -> tuple[float, float]:
-    """How much less a call takes, as a share, in paired rounds; and what it has to exceed not to be noise."""
+    """How much less a call takes, as a share, and what that has to exceed not to be noise.
+
+    The median of paired rounds and the fastest rounds both have to say so: on a machine that others use too, the one is
+    shifted by what comes and goes between turns, and the other by a lucky moment.
+    """
     ratios = [new / old for old, new in zip(before.seconds, after.seconds, strict=True)]
-    return 1.0 - statistics.median(ratios), max(_LEAST_GAIN, Turns(tuple(ratios)).spread)
+    gain = 1.0 - max(statistics.median(ratios), min(after.seconds) / min(before.seconds))
+    return gain, max(_LEAST_GAIN, Turns(tuple(ratios)).spread)
