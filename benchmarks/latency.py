@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torchvision
-from latency_contenders import CONTENDERS, OURS, Run, integer_model, new_row
+from latency_contenders import CONTENDERS, ON_REQUEST, OURS, Run, integer_model, new_row
 from record import add_output_option, publish
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -225,8 +225,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
     parser.add_argument("--fastest", action="store_true", help="keep the fastest call of a turn, not its median")
-    names = list(CONTENDERS)
-    parser.add_argument("--contenders", nargs="+", choices=names, default=names, help=f"default: {', '.join(names)}")
+    names = [name for name in CONTENDERS if name not in ON_REQUEST]
+    told = f"default: {', '.join(names)}; on request: {', '.join(ON_REQUEST)}"
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=names, help=told)
     limit = "seconds a contender may take to build and to run once (default: 600)"
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help=limit)
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has, and go on after them")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peers import Peer, fx_x86
 from torch import Tensor, nn
 
-__all__ = ["CONTENDERS", "OURS", "Run", "integer_model", "new_row"]
+__all__ = ["CONTENDERS", "ON_REQUEST", "OURS", "Run", "integer_model", "new_row"]
 
 Run = Callable[[Tensor], Any]
 _WARM_UP = 3
@@ -112,7 +113,7 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
     return lambda x: session.run(None, {"x": x.numpy()})
 
 
-def _openvino(model: nn.Module, x: Tensor, threads: int) -> Run:
+def _openvino(model: nn.Module, x: Tensor, threads: int, precision: str | None = None) -> Run:
     import nncf
     import openvino
 
@@ -121,7 +122,9 @@ def _openvino(model: nn.Module, x: Tensor, threads: int) -> Run:
     converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
     kind = nncf.ModelType.TRANSFORMER if is_transformer else None
     quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]), model_type=kind, subset_size=1)
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    if precision is not None:  # by default bf16 where the processor has it
+        settings["INFERENCE_PRECISION_HINT"] = precision
     request = openvino.compile_model(quantized, "CPU", settings).create_infer_request()
     return lambda x: request.infer([x.numpy()], share_inputs=True, share_outputs=True)
 
@@ -142,8 +145,11 @@ CONTENDERS = {
     "PT2E": Peer("PT2E", "torchao", _pt2e_inductor),
     "ORT": Peer("ORT", "onnxruntime", _onnxruntime),
     "OpenVINO": _Both("OpenVINO", "nncf", _openvino),
+    "OpenVINO f32": _Both("OpenVINO f32", "nncf", partial(_openvino, precision="f32")),
     "fxquant": Peer("fxquant", "fxquant", integer_model),
     "fxquant frozen": Peer("fxquant frozen", "fxquant", _frozen),
     "fxquant auto": Peer("fxquant auto", "fxquant", _auto),
 }
+ON_REQUEST = ("OpenVINO f32",)
+"""Contenders that differ from another in a setting."""
 OURS = tuple(name for name, peer in CONTENDERS.items() if peer.package == "fxquant")
