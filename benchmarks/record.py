@@ -76,20 +76,32 @@ def add_output_option(parser: ArgumentParser, name: str) -> None:
     parser.add_argument("--output", type=Path, default=default, help=f"JSON file (default: results/{name}.json)")
 
 
-def publish(rows: Sequence[Mapping[str, Any]], args: Namespace, *, quiet: bool = False, **more: Any) -> None:
+def publish(
+    rows: Sequence[Mapping[str, Any]],
+    args: Namespace,
+    *,
+    quiet: bool = False,
+    columns: Sequence[Sequence[str]] = (),
+    **more: Any,
+) -> None:
     """Print ``rows`` as an aligned table, and write them, the options and the machine's facts to ``args.output``.
 
-    With ``quiet`` they are only written: what a long run has so far.
+    With ``quiet`` they are only written: what a long run has so far. ``columns`` splits a wide table into several.
     """
     facts = machine(heap_kept=getattr(args, "keep_heap", False))
     if not quiet:
-        shown = [{name: _cell(value) for name, value in row.items()} for row in rows]
-        print(tabulate(shown, headers="keys", disable_numparse=True, stralign="right"))
-        print("\n" + " · ".join(f"{name} {value}" if name != "cpu" else value for name, value in facts.items()))
+        for names in columns or [None]:
+            shown = [
+                {name: _cell(value) for name, value in row.items() if names is None or name in names} for row in rows
+            ]
+            print(tabulate(shown, headers="keys", disable_numparse=True, stralign="right", missingval="–") + "\n")
+        print(" · ".join(f"{name} {value}" if name != "cpu" else value for name, value in facts.items()))
     settings = {name: value for name, value in vars(args).items() if name not in FOLDER_OPTIONS}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": facts, "settings": settings, "rows": list(rows), **more}
-    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part = args.output.with_name(args.output.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(args.output)  # all of it or nothing, should the run be stopped here
 
 
 def seconds(value: float) -> float:

@@ -6,6 +6,7 @@ int8 = fxquant.convert(prepared)
 print(fxquant.diff(model, prepared))
 """
 
+from fxquant.benchmark.bench import bench
 from fxquant.checkpoint import load, save
 from fxquant.errors import FxquantError
 from fxquant.export.runtimes import compile
@@ -16,6 +17,7 @@ from fxquant.recipe import Op, Recipe, Setting
 from fxquant.report.coverage import coverage
 from fxquant.report.diff import diff
 from fxquant.training import freeze_batchnorm, reestimate_batchnorm
+from fxquant.tuning.placement import tune_placement
 
 __all__ = [
     "FxquantError",
@@ -23,6 +25,7 @@ __all__ = [
     "Recipe",
     "Scheme",
     "Setting",
+    "bench",
     "calibrate",
     "compile",
     "convert",
@@ -37,6 +40,7 @@ __all__ = [
     "quantizers_off",
     "reestimate_batchnorm",
     "save",
+    "tune_placement",
 ]
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: ``fxquant demo``, ``fxquant diff``, ``fxquant quantize``, ``fxquant ops``.
+"""The command line: ``fxquant demo``, ``fxquant diff``, ``fxquant quantize``, ``fxquant bench``, ``fxquant ops``.
 
 Exit codes: 0 it worked; 1 fxquant says what is wrong, in one message; 2 the command was not understood.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 it worked; 1 fxquant says what is wrong, in one message; 2 the com
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import __version__
+from fxquant.benchmark.bench import bench
 from fxquant.checkpoint import save
 from fxquant.errors import FxquantError, InputError
 from fxquant.flow import calibrate, convert, prepare
@@ -32,6 +34,7 @@ _EXAMPLES = """examples:
   fxquant demo                                            trains a small network and quantizes it, in seconds
   fxquant diff torchvision:resnet18                       what prepare makes of a model, node by node
   fxquant quantize torchvision:resnet18 --weights r18.pth --data photos/ --out int8.pt
+  fxquant bench torchvision:resnet18 --batch 1 8          how fast, large and accurate int8 is, in each runtime
   fxquant ops                                             which ops are quantized, and how
 """
 _DIFF_EXAMPLES = """examples:
@@ -46,6 +49,13 @@ _QUANTIZE_EXAMPLES = """examples:
 
 FOLDER holds images, or subfolders of images. Read the result back with:
   int8 = fxquant.load(model, "int8.pt")
+"""
+_BENCH_EXAMPLES = """examples:
+  fxquant bench torchvision:resnet18 --batch 1 8 --threads 1 2
+  fxquant bench torchvision:resnet18 --weights r18.pth --data photos/ --json r18.json
+  fxquant bench nets/tiny.py:TinyNet --shape 1,1,28,28 --runtimes torch,onnxruntime --compiled
+
+Without --data the inputs are noise: times, sizes and memory mean something, SQNR does not.
 """
 
 
@@ -75,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_diff(commands)
     _add_quantize(commands)
+    _add_bench(commands)
     _add_ops(commands)
     return parser
 
@@ -105,18 +116,44 @@ def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "quantize", help=text, description=text, epilog=_QUANTIZE_EXAMPLES, formatter_class=raw
     )
     _add_model(parser)
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="images, flat or in subfolders")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the integer model")
+    _add_images(parser, required=True, batch_size=32)
+    parser.add_argument("--diff", action="store_true", help="also print the diff of the integer model")
+    parser.set_defaults(run=_run_quantize)
+
+
+def _add_images(parser: argparse.ArgumentParser, *, required: bool, batch_size: int) -> None:
+    parser.add_argument("--data", required=required, metavar="FOLDER", help="images, flat or in subfolders")
     parser.add_argument("--images", type=_positive, default=512, metavar="N", help="how many (default %(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default %(default)s")
+    parser.add_argument("--batch-size", type=_positive, default=batch_size, metavar="N", help="default %(default)s")
     parser.add_argument("--resize", type=_positive, default=256, metavar="N", help="short side (default %(default)s)")
     parser.add_argument("--crop", type=_positive, default=224, metavar="N", help="centre square (default %(default)s)")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="grey or colour (default %(default)s)")
     imagenet = "a channel, or one number for all; default ImageNet's"
     parser.add_argument("--mean", type=_numbers, default=(0.485, 0.456, 0.406), metavar="R,G,B", help=imagenet)
     parser.add_argument("--std", type=_numbers, default=(0.229, 0.224, 0.225), metavar="R,G,B", help=imagenet)
-    parser.add_argument("--diff", action="store_true", help="also print the diff of the integer model")
-    parser.set_defaults(run=_run_quantize)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    text = "Time a model in float and in int8, in every runtime, and print sizes, memory and SQNR too."
+    parser = commands.add_parser("bench", help=text, description=text, epilog=_BENCH_EXAMPLES, formatter_class=raw)
+    _add_model(parser)
+    shape = "of noise inputs (default 1,3,224,224); with --data, its channels and side are those of the images"
+    parser.add_argument("--shape", type=_shape, metavar="N,C,H,W", help=shape)
+    parser.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="sizes (default 1)")
+    threads = "numbers of threads (default: each runtime's own choice)"
+    parser.add_argument("--threads", type=_positive, nargs="+", default=[None], metavar="N", help=threads)
+    names = "some of torch,onnxruntime,openvino (default: all)"
+    parser.add_argument("--runtimes", type=lambda text: text.split(","), default="auto", metavar="A,B", help=names)
+    parser.add_argument("--compiled", action="store_true", help="also the float model behind torch.compile")
+    limit = "seconds that compiling may take (default %(default)s)"
+    parser.add_argument("--compile-limit", type=_positive, default=120, metavar="S", help=limit)
+    parser.add_argument("--rounds", type=_positive, default=9, metavar="N", help="turns (default %(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="leave memory out, which takes a process each")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    _add_images(parser, required=False, batch_size=8)
+    parser.set_defaults(run=_run_bench)
 
 
 def _add_ops(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -164,16 +201,7 @@ def _run_diff(options: argparse.Namespace) -> None:
 def _run_quantize(options: argparse.Namespace) -> None:
     _require_folder_of(options.out)
     model = build_model(options.spec, weights=options.weights)
-    images = ImageFolder(
-        options.data,
-        limit=options.images,
-        resize=options.resize,
-        crop=options.crop,
-        channels=options.channels,
-        mean=options.mean,
-        std=options.std,
-        batch_size=options.batch_size,
-    )
+    images = _images(options)
     example = torch.zeros(1, options.channels, options.crop, options.crop)
     prepared = prepare(model, example, recipe=_recipe(options))
     calibrate(prepared, images)
@@ -187,6 +215,49 @@ def _run_quantize(options: argparse.Namespace) -> None:
     print(f"{options.out}: {size / 1e6:.2f} MB, from {before / 1e6:.2f} MB")
     if options.weights is None and options.spec.startswith(("torchvision:", "timm:")):
         print("note: these are random weights; give trained ones with --weights FILE", file=sys.stderr)
+
+
+def _images(options: argparse.Namespace) -> ImageFolder:
+    return ImageFolder(
+        options.data,
+        limit=options.images,
+        resize=options.resize,
+        crop=options.crop,
+        channels=options.channels,
+        mean=options.mean,
+        std=options.std,
+        batch_size=options.batch_size,
+    )
+
+
+def _run_bench(options: argparse.Namespace) -> None:
+    if options.json is not None:
+        _require_folder_of(options.json)
+    model = build_model(options.spec, weights=options.weights)
+    if options.data is not None and options.shape is not None:
+        if len(options.shape) != 4 or options.shape[1] not in (1, 3) or options.shape[2] != options.shape[3]:
+            raise InputError(f"--shape {options.shape}: with --data it is that of images, as 1,3,224,224.")
+        options.channels, options.crop = options.shape[1], options.shape[3]
+        options.resize = max(options.resize, options.crop)
+    noise = torch.randn(_example(model, options.shape).shape, generator=torch.Generator().manual_seed(0))
+    found = bench(
+        model,
+        noise if options.data is None else None,
+        calibration=None if options.data is None else _images(options),
+        recipe=_recipe(options),
+        runtimes=options.runtimes,
+        threads=options.threads,
+        batches=options.batch,
+        compiled=options.compiled,
+        compile_limit=options.compile_limit,
+        memory=not options.no_memory,
+        noise=options.data is None,
+        rounds=options.rounds,
+    )
+    if options.json is not None:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"spec": options.spec, **found.as_dict()}, file, indent=1)
+    print(found)
 
 
 def _require_folder_of(path: str) -> None:

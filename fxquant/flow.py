@@ -56,6 +56,13 @@ def passes_of(*, recipe: Recipe, qat: bool) -> tuple[Pass, ...]:
         canonicalize,
         partial(drop_noops, keep_dropout=qat),
         *(() if qat else (fold_batchnorm,)),
+        *placing_passes(recipe),
+    )
+
+
+def placing_passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """The part of that way that decides what is quantized, and puts quantizers there."""
+    return (
         partial(apply_recipe, recipe=recipe),
         choose_regions,
         merge_clamps,
@@ -116,12 +123,12 @@ def prepare(
         check(graph, by="capture").settings.update(
             qat=qat, batch_norm=batch_norm, recipe=recipe, inputs=inputs, leaves=named
         )
-    prepared = _through(captured, passes_of(recipe=recipe, qat=qat), call if verify else None)
+    prepared = run_passes(captured, passes_of(recipe=recipe, qat=qat), call if verify else None)
     require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__)
     return _ready_to_train(prepared, batch_norm) if qat else prepared.eval()
 
 
-def _through(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
+def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
     """``model`` after ``steps``, with the laws of every graph checked, and on request its outputs."""
     for step in steps:
         changed = map_graphs(model, partial(_checked, step))
@@ -178,7 +185,7 @@ def calibrate(
         CalibrationError: the loader is empty, or NaN or infinity was seen; then all ranges are as they were before.
         LevelError: the model is not a prepared one.
     """
-    _require_level(prepared, ("prepared",), "calibrate")
+    require_level(prepared, ("prepared",), "calibrate")
     quantizers = _activation_quantizers(prepared)
     saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
     modes = {part: part.training for part in prepared.modules()}
@@ -282,7 +289,7 @@ def freeze(prepared: Any) -> Any:
     Raises:
         CalibrationError: some quantizers have no range yet; names them.
     """
-    _require_level(prepared, ("prepared",), "freeze")
+    require_level(prepared, ("prepared",), "freeze")
     missing = [n for n, q in _activation_quantizers(prepared).items() if not q.ready]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -291,7 +298,7 @@ def freeze(prepared: Any) -> Any:
             "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch "
             "reaches needs data that reaches it, or a recipe that keeps it in float."
         )
-    return _through(prepared, (freeze_graph,), None)
+    return run_passes(prepared, (freeze_graph,), None)
 
 
 def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -> Any:
@@ -313,9 +320,9 @@ def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -
         raise InputError(f"rounding={rounding!r} is not known. Choose one of {', '.join(ROUNDINGS)}.")
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not known. Choose one of {', '.join(KERNELS)}.")
-    _require_level(prepared, ("prepared", "frozen"), "convert")
+    require_level(prepared, ("prepared", "frozen"), "convert")
     frozen = prepared if level_of(prepared) == "frozen" else freeze(prepared)
-    integer = _through(frozen, (partial(to_integer, rounding=rounding),), None).eval()
+    integer = run_passes(frozen, (partial(to_integer, rounding=rounding),), None).eval()
     for graph in graphs_of(integer).values():
         graph.meta["settings"] = {**graph.settings, "rounding": rounding, "kernels": kernels}
         use_kernels(graph, kernels)
@@ -379,7 +386,8 @@ def quantizers_off(prepared: nn.Module) -> Iterator[None]:
             part.enabled = enabled
 
 
-def _require_level(module: Any, levels: tuple[str, ...], verb: str) -> None:
+def require_level(module: Any, levels: tuple[str, ...], verb: str) -> None:
+    """Raise ``LevelError`` unless ``module`` is at one of ``levels``; ``verb`` is who asks."""
     level = level_of(module) if isinstance(module, nn.Module) else None
     if level in levels:
         return

@@ -122,7 +122,7 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     assert "usage: fxquant" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["quantize", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["quantize", "--help"], ["bench", "--help"]])
 def test_help_has_examples(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

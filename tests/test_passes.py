@@ -92,6 +92,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "drop_noops": (Idle, (2, 3), False),
     "fold_batchnorm": (Normalized, IMAGE, False),
     "place_quantizers": (partial(Classifier, pools=True), IMAGE, False),
+    "drop_quantizers": (partial(Classifier, pools=True), IMAGE, False),
     "freeze": (Normalized, IMAGE, True),
     "to_integer": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
     "to_exchange": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
@@ -123,6 +124,8 @@ def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, 
         after = levels.check(step(module), by=name)
         way[name] = (module, after)
         module = after
+        if name == "place_quantizers":  # the way back
+            way["drop_quantizers"] = (module, levels.check(pass_named("drop_quantizers")(module), by="drop_quantizers"))
     return way
 
 
@@ -191,6 +194,8 @@ def test_passes_are_pure(build, qat):
                 for parameter in module.parameters():
                     parameter.mul_(1.5)  # as an optimizer's step would, after ranges were read
         given = fingerprint(module)
+        if module.level == "prepared":
+            pass_named("drop_quantizers")(module)
         after = step(module)
         assert_untouched(given, fingerprint(module))
         module = after

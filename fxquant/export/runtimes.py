@@ -5,11 +5,10 @@ The file for ONNX Runtime and OpenVINO is made in memory and never written.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +20,15 @@ from fxquant.export.installed import is_installed, require
 from fxquant.export.sessions import Session, onnxruntime_session, openvino_session, run_session
 from fxquant.export.signature import Signature
 from fxquant.export.to_onnx import OnnxFile, make_onnx
+from fxquant.export.turns import take_turns
 from fxquant.kernels.frozen import fastest
 
-__all__ = ["Compiled", "Timing", "compile"]
+__all__ = ["EXTRA", "RUNTIMES", "Compiled", "Timing", "compile", "compile_file", "torch_threads"]
 
 RUNTIMES = ("torch", "onnxruntime", "openvino")
 _OPEN: dict[str, Callable[..., Session]] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
-_EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
-_ROUNDS, _LEAST_SECONDS = 9, 0.02
+EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""The extra of fxquant that brings a runtime."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
         return _fastest(model, example_inputs, threads)
     if runtime == "torch":
         return Compiled("torch", _in_torch(model, example_inputs, threads))
-    require(runtime, f"runtime={runtime!r}", _EXTRA[runtime])
-    return _in_file(runtime, make_onnx(model, example_inputs), threads)
+    require(runtime, f"runtime={runtime!r}", EXTRA[runtime])
+    return compile_file(runtime, make_onnx(model, example_inputs), threads)
 
 
 def _in_torch(model: Any, example_inputs: Any, threads: int | None) -> Callable[..., Any]:
@@ -98,18 +98,19 @@ def _in_torch(model: Any, example_inputs: Any, threads: int | None) -> Callable[
         if example_inputs is not None:
             raise
     else:
-        with torch.no_grad(), _torch_threads(threads):
+        with torch.no_grad(), torch_threads(threads):
             run = fastest(run, *example.args, **example.kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _torch_threads(threads):
+        with torch.no_grad(), torch_threads(threads):
             return run(*args, **kwargs)
 
     return call
 
 
 @contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Inside, torch uses that many threads; as many as ever where None."""
     before = torch.get_num_threads()
     if threads is None or threads == before:
         yield
@@ -121,7 +122,13 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _in_file(runtime: str, made: OnnxFile, threads: int | None) -> Compiled:
+def compile_file(runtime: str, made: OnnxFile, threads: int | None) -> Compiled:
+    """A file in ONNX Runtime or OpenVINO, called as the model that it was made from.
+
+    Raises:
+        MissingPackageError: the runtime is not installed.
+        ExportError: it refuses the file, or computes it wrongly.
+    """
     if runtime == "openvino" and 16 in needed_bits(made.model.flat)[0]:
         raise ExportError(
             "OpenVINO computes tensors of more than 8 bits wrongly on the CPU (measured: off by a quarter of the largest "
@@ -150,35 +157,17 @@ def _fastest(model: Any, example_inputs: Any, threads: int | None) -> Compiled:
             failed += [Timing(name, None, f"cannot: {str(error).splitlines()[0]}") for name in _OPEN]
     for name in _OPEN:
         if not is_installed(name):
-            failed.append(Timing(name, None, f"is not installed (pip install 'fxquant[{_EXTRA[name]}]')"))
+            failed.append(Timing(name, None, f"is not installed (pip install 'fxquant[{EXTRA[name]}]')"))
         elif made is not None:
             try:
-                found[name] = _in_file(name, made, threads)
+                found[name] = compile_file(name, made, threads)
             except FxquantError as error:
                 failed.append(Timing(name, None, f"cannot: {str(error).splitlines()[0]}"))
     found["torch"] = Compiled("torch", _in_torch(model, example_inputs, threads))
     if made is None:
         return Compiled("torch", found["torch"], (Timing("torch", None, "is all there is"), *failed))
     call = made.model.signature.call(tuple(made.model.inputs))
-    medians = _measure(found, lambda own: own(*call.args, **call.kwargs))
-    order = sorted(medians, key=medians.__getitem__)
-    report = (*(Timing(name, 1e3 * medians[name]) for name in order), *failed)
+    turns = take_turns({name: partial(own, *call.args, **call.kwargs) for name, own in found.items()})
+    order = sorted(turns, key=lambda name: turns[name].median)
+    report = (*(Timing(name, 1e3 * turns[name].median) for name in order), *failed)
     return Compiled(order[0], found[order[0]], report)
-
-
-def _measure(found: dict[str, Compiled], run: Callable[[Compiled], Any]) -> dict[str, float]:
-    """Median seconds of a call of each, in turns, so that what disturbs one disturbs all."""
-    repeats = {}
-    for name, own in found.items():
-        run(own)
-        start = time.perf_counter()
-        run(own)
-        repeats[name] = max(1, int(_LEAST_SECONDS / max(time.perf_counter() - start, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(_ROUNDS):
-        for name, own in found.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                run(own)
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(own) for name, own in times.items()}

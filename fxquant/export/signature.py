@@ -16,7 +16,7 @@ from fxquant.capture.calls import Call, signature_of
 from fxquant.capture.proxies import UntraceableError
 from fxquant.errors import InputError
 
-__all__ = ["FlatModel", "Signature"]
+__all__ = ["FlatModel", "Signature", "tensors_of"]
 
 
 class Signature:
@@ -136,6 +136,15 @@ def _leaves(value: Any) -> tuple[Tree, list[Any]]:
 
     tree, _ = _apart(value, "", keep)
     return tree, found
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors in what a model returned, in order.
+
+    Raises:
+        InputError: it holds an object of a class that has no known structure.
+    """
+    return [value for value in _leaves(result)[1] if isinstance(value, Tensor)]
 
 
 def _same_structure(a: Tree, b: Tree) -> bool:

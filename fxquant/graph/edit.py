@@ -98,7 +98,9 @@ class Edit:
 
     def note(self, node: fx.Node, text: str) -> None:
         """Write down, for the diff and the report, what was done or declined at ``node``."""
-        node.meta.setdefault("notes", []).append(text)
+        notes = node.meta.setdefault("notes", [])
+        if text not in notes:
+            notes.append(text)
 
     def absorb(self, node: fx.Node, gone: fx.Node, how: str) -> None:
         """Take ``gone`` out, which ``node`` now does too; ``how`` is ``folded`` or ``merged``. Its users read its input.

@@ -26,6 +26,7 @@ __all__ = [
     "QuantParametric",
     "QuantWeighted",
     "QuantWeightedOp",
+    "float_class_of",
     "quant_class_of",
 ]
 
@@ -251,3 +252,8 @@ _CLASSES: dict[type[nn.Module], type[_Quantized]] = {
 def quant_class_of(module: nn.Module) -> type[_Quantized] | None:
     """The fake-quant subclass of ``module``'s own class, if there is one."""
     return _CLASSES.get(type(module))
+
+
+def float_class_of(module: nn.Module) -> type[nn.Module] | None:
+    """The float class of a fake-quant module with parameters; None for any other module."""
+    return next((base for base, cls in _CLASSES.items() if type(module) is cls), None)

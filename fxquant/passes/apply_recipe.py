@@ -13,7 +13,7 @@ from fxquant.ops.behaviour import FloatOnly, Measuring
 from fxquant.ops.calls import behaviour_of
 from fxquant.recipe import Recipe, Site
 
-__all__ = ["apply_recipe", "op_path", "require_fit"]
+__all__ = ["apply_recipe", "op_path", "require_fit", "site_of"]
 
 
 def op_path(node: fx.Node) -> str:
@@ -35,15 +35,11 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
     """
     edit = Edit(module, by="apply_recipe")
     sites: list[Site] = []
-    prefix = f"{module.meta['path']}." if module.meta.get("path") else ""
     for node in edit.nodes:
         behaviour = behaviour_of(node)
         if behaviour is None or isinstance(behaviour, Measuring):
             continue
-        part = edit.module(node)
-        layer = module.meta.get("layer")
-        kind = layer or (type(part) if part is not None else node.meta.get("was_module"))
-        site = Site(module.meta["path"] if layer else f"{prefix}{op_path(node)}", node.meta["entry"].name, kind)
+        site = site_of(module, node)
         sites.append(site)
         if isinstance(behaviour, FloatOnly):
             continue
@@ -52,6 +48,16 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
         if setting is None:
             node.meta["reason"] = "the recipe keeps it in float"
     return edit.done(sites=sites)
+
+
+def site_of(module: LeveledModule, node: fx.Node) -> Site:
+    """What selectors are held against for an op of a canonical graph."""
+    part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    layer, path = module.meta.get("layer"), str(module.meta.get("path") or "")
+    if layer:
+        return Site(path, node.meta["entry"].name, layer)
+    kind = type(part) if part is not None else node.meta.get("was_module")
+    return Site(f"{path}.{op_path(node)}" if path else op_path(node), node.meta["entry"].name, kind)
 
 
 def require_fit(graphs: Iterable[LeveledModule], recipe: Recipe, *, name: str) -> None:

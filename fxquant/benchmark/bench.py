@@ -1,0 +1,251 @@
+"""bench: a model's latency, size, memory and accuracy in int8, runtime by runtime, beside float."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from fxquant.benchmark.contenders import Contender, UnavailableError, contenders_of
+from fxquant.benchmark.memory import peak_memory
+from fxquant.benchmark.table import Benchmark, Row
+from fxquant.capture.calls import Call, as_call
+from fxquant.capture.islands import level_of
+from fxquant.errors import CalibrationError, FxquantError, InputError
+from fxquant.export.exchange_model import example_call
+from fxquant.export.runtimes import RUNTIMES
+from fxquant.export.signature import tensors_of
+from fxquant.export.turns import take_turns
+from fxquant.flow import calibrate, convert, freeze, prepare
+from fxquant.inputs import arguments_of
+from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.recipe import Recipe
+
+__all__ = ["bench"]
+
+_NOISE = "calibrated on noise: its SQNR is that of noise, and says nothing about real data"
+_EXAMPLE = "calibrated on the example inputs, and its SQNR is of those: an optimistic one"
+
+
+def bench(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    recipe: Recipe | None = None,
+    reference: nn.Module | None = None,
+    runtimes: str | Sequence[str] = "auto",
+    threads: int | Sequence[int] | None = None,
+    batches: int | Sequence[int] | None = None,
+    compiled: bool = False,
+    compile_limit: float = 120.0,
+    memory: bool = True,
+    noise: bool = False,
+    rounds: int = 9,
+    progress: bool = True,
+) -> Benchmark:
+    """Measure a model in float and in int8, in every runtime, in turns within one process.
+
+    Args:
+        model: a float model, unmodified, which is prepared and calibrated here; or what ``prepare``, ``freeze`` or
+            ``convert`` returned. Not touched.
+        example_inputs: as for ``prepare``. None for the first batch of ``calibration``, or for noise of the shapes that
+            the model was prepared with.
+        calibration: batches to calibrate on, as for ``calibrate``; the example inputs where None.
+        recipe: how a float model is quantized, as for ``prepare``.
+        reference: the float model to compare a converted one with.
+        runtimes: ``auto`` for all, or the names of some: ``torch``, ``onnxruntime``, ``openvino``. One that is not
+            installed gets a row that says so.
+        threads: how many threads, one number or several; None for the runtimes' own choice.
+        batches: batch sizes, one or several: the rows of the example, repeated or cut off. None for the example as it is.
+        compiled: also time the float model behind ``torch.compile``.
+        compile_limit: seconds that compiling may take.
+        memory: also measure what each needs in a process of its own, which takes some seconds each.
+        noise: the example inputs are noise, and the table shall say so.
+        rounds: turns of each contender.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InputError: an argument does not fit, or there are no inputs.
+        CaptureError, CalibrationError: as for ``prepare`` and ``calibrate``.
+    """
+    wanted = _runtimes(runtimes)
+    every_threads, sizes = _numbers(threads, "threads"), _numbers(batches, "batches")
+    if rounds < 1:
+        raise InputError(f"rounds={rounds}: give 1 or more.")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"bench takes an nn.Module, and was given a {type(model).__name__}.")
+    float_model, int8, example, notes = _made_ready(
+        model, example_inputs, calibration, recipe, reference, noise, progress
+    )
+    found = contenders_of(float_model, int8, example, wanted, compile_limit if compiled else None)
+    cases = [(size, count) for size in sizes for count in every_threads]
+    expected = _outputs(float_model, example)
+    with tqdm(total=len(cases) * len(found) * rounds, desc="bench", disable=not progress or None) as bar:
+        rows = [_case(found, _with_rows(example, size), count, rounds, memory, bar) for size, count in cases]
+    errors = {f"{c.name} {c.runtime}": _sqnr_of(c, example, every_threads[0], expected) for c in found}
+    return Benchmark(type(model).__name__, tuple(_with_sqnr(row, errors) for row in chain(*rows)), tuple(notes))
+
+
+def _runtimes(asked: str | Sequence[str]) -> tuple[str, ...]:
+    names = RUNTIMES if asked == "auto" else (asked,) if isinstance(asked, str) else tuple(asked)
+    for name in names:
+        if name not in RUNTIMES:
+            raise InputError(f"runtimes: {name!r} is not known. Choose among {', '.join(RUNTIMES)}, or 'auto'.")
+    return names
+
+
+def _numbers(given: int | Sequence[int] | None, what: str) -> tuple[int | None, ...]:
+    numbers = (given,) if given is None or isinstance(given, int) else tuple(given)
+    if not numbers or any(number is not None and number < 1 for number in numbers):
+        raise InputError(f"{what}={given!r}: give a positive number, or several.")
+    return numbers
+
+
+def _made_ready(
+    model: nn.Module,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None,
+    recipe: Recipe | None,
+    reference: nn.Module | None,
+    noise: bool,
+    progress: bool,
+) -> tuple[nn.Module | None, Any, Call, list[str]]:
+    """The float model, the int8 model, the example, and what has to be said of them."""
+    level = level_of(model)
+    if example_inputs is None and calibration is not None:
+        calibration = iter(calibration)
+        first = next(calibration, None)
+        if first is None:
+            raise CalibrationError("calibration is empty: no range can be set.")
+        args, kwargs = arguments_of(model, first)
+        example_inputs, calibration = kwargs or args, chain([first], calibration)
+    if example_inputs is None and level is None:
+        raise InputError(
+            "bench needs inputs to run on.\n  what to do: give example_inputs, as for fxquant.prepare, or calibration."
+        )
+    noise = noise or example_inputs is None
+    example = as_call(model, example_inputs) if example_inputs is not None else example_call(model, None)
+    given = example.kwargs or example.args
+    notes: list[str] = []
+    float_model = None if reference is None else copy.deepcopy(reference).eval()
+    if level is None:
+        float_model = float_model or copy.deepcopy(model).eval()
+    if level in (None, "prepared"):
+        prepared = prepare(model, given, recipe=recipe) if level is None else copy.deepcopy(model).eval()
+        if level == "prepared" and float_model is None:
+            float_model = _without_quantizers(prepared)
+            notes.append("float is the prepared graph with its quantizers off, batch norms folded")
+        if level is None or calibration is not None or not _is_calibrated(prepared):
+            calibrate(prepared, [given] if calibration is None else calibration, progress=progress)
+            if calibration is None:
+                notes.append(_NOISE if noise else _EXAMPLE)
+        int8 = convert(prepared)
+    else:
+        int8 = convert(model) if level == "frozen" else model
+    if noise and _NOISE not in notes and float_model is not None:
+        notes.append("its inputs are noise: so SQNR is of noise, and says nothing about real data")
+    return float_model, int8, example, notes
+
+
+def _is_calibrated(prepared: Any) -> bool:
+    try:
+        freeze(prepared)
+    except CalibrationError:
+        return False
+    return True
+
+
+def _without_quantizers(prepared: Any) -> nn.Module:
+    twin: nn.Module = copy.deepcopy(prepared)
+    for part in twin.modules():
+        if isinstance(part, FakeQuantize):
+            part.enabled = False
+    return twin
+
+
+def _with_rows(example: Call, size: int | None) -> Call:
+    """``example`` with ``size`` rows in every tensor that has as many as the first."""
+    rows = _rows(example)
+    if size is None or size == rows:
+        return example
+
+    def change(x: Tensor) -> Tensor:
+        return x[torch.arange(size) % rows].contiguous() if x.ndim and x.shape[0] == rows else x
+
+    args, kwargs = pytree.tree_map_only(Tensor, change, (example.args, example.kwargs))
+    return Call(args, kwargs)
+
+
+def _rows(call: Call) -> int:
+    tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.ndim]
+    return int(tensors[0].shape[0]) if tensors else 1
+
+
+def _case(
+    found: list[Contender], call: Call, threads: int | None, rounds: int, memory: bool, bar: Any
+) -> list[tuple[Contender, Row]]:
+    """Every contender on one call, in turns."""
+    runs, notes = {}, dict[str, str]()
+    for contender in found:
+        key = f"{contender.name} {contender.runtime}"
+        bar.set_postfix_str(key)
+        try:
+            runs[key] = partial(contender.build(call, threads), *call.args, **call.kwargs)
+            runs[key]()
+        except (UnavailableError, FxquantError) as error:
+            runs.pop(key, None)
+            notes[key] = str(error).splitlines()[0]
+            bar.update(rounds)
+    bar.set_postfix_str("")
+    turns = take_turns(runs, rounds=rounds, done=bar.update)
+    base, rows = turns.get("float torch"), []
+    for contender in found:
+        key = f"{contender.name} {contender.runtime}"
+        row: dict[str, Any] = {"batch": _rows(call), "threads": threads, "note": notes.get(key, "")}
+        if (own := turns.get(key)) is not None:
+            row |= {"milliseconds": 1e3 * own.median, "spread": 1e3 * own.spread, "size": contender.size()}
+            row |= {} if base is None else {"speedup": base.median / own.median}
+            carried = contender.carried(call) if memory else None
+            peak = None if carried is None else peak_memory(carried, threads)
+            row |= {"note": peak} if isinstance(peak, str) else {"memory": peak}
+        rows.append((contender, Row(contender.name, contender.runtime, **row)))
+    return rows
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module | None, call: Call) -> list[Tensor] | None:
+    if model is None:
+        return None
+    return [y.detach().double() for y in tensors_of(model(*call.args, **call.kwargs)) if y.is_floating_point()]
+
+
+def _sqnr_of(contender: Contender, call: Call, threads: int | None, expected: list[Tensor] | None) -> float | None:
+    """Decibels over all floating outputs together; None where there is nothing to compare."""
+    if expected is None or contender.name != "int8":
+        return None
+    try:
+        result = contender.build(call, threads)(*call.args, **call.kwargs)
+    except (UnavailableError, FxquantError):
+        return None
+    own = [y.detach().double() for y in tensors_of(result) if y.is_floating_point()]
+    if [y.shape for y in own] != [y.shape for y in expected] or not own:
+        return None
+    noise = sum(float((a - b).square().sum()) for a, b in zip(own, expected, strict=True))
+    signal = sum(float(b.square().sum()) for b in expected)
+    return math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _with_sqnr(measured: tuple[Contender, Row], errors: dict[str, float | None]) -> Row:
+    contender, row = measured
+    if row.milliseconds is None:
+        return row
+    return Row(**{**row.__dict__, "sqnr": errors[f"{contender.name} {contender.runtime}"]})

@@ -1,0 +1,1 @@
+"""What is decided about a calibrated model by measuring it."""

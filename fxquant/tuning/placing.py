@@ -1,0 +1,82 @@
+"""Other regions of a calibrated model in integers, with the ranges that it has."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from fxquant.capture.islands import graphs_of
+from fxquant.flow import placing_passes, run_passes
+from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.modules import QuantInput
+from fxquant.passes.drop_quantizers import drop_quantizers
+from fxquant.recipe import Recipe
+
+__all__ = ["canonical_of", "place_again"]
+
+
+def canonical_of(prepared: Any) -> Any:
+    """The float graph that a prepared one was made of, with the same names of nodes."""
+    return run_passes(prepared, (drop_quantizers,), None)
+
+
+def place_again(prepared: Any, recipe: Recipe) -> Any:
+    """A prepared model quantized as ``recipe`` says, from the same float graph; nothing is shared with ``prepared``.
+
+    A tensor that was quantized and still is, be it where a region now begins, keeps its range.
+    """
+    source = copy.deepcopy(prepared)
+    made = run_passes(source, (drop_quantizers, *placing_passes(recipe)), None)
+    before = graphs_of(source)
+    for path, graph in graphs_of(made).items():
+        graph.meta.pop("sites", None)
+        graph.meta["settings"] = {**graph.settings, "recipe": recipe}
+        _keep_ranges(graph, before[path])
+    return made
+
+
+def _keep_ranges(graph: LeveledModule, before: LeveledModule) -> None:
+    known = {tensor: quantizer for quantizer, tensors in _quantizers(before) for tensor in tensors}
+    for quantizer, tensors in _quantizers(graph):
+        if quantizer.fixed_range is not None:
+            continue
+        candidates = [known[tensor] for tensor in tensors if tensor in known]
+        alike = [own for own in candidates if own.scheme == quantizer.scheme]
+        if alike:
+            _take(quantizer, alike[0])
+        elif candidates and candidates[0].ready:
+            grid = candidates[0].grid
+            quantizer.set_range(*((end - grid.zero_point) * grid.scale for end in (grid.qmin, grid.qmax)))
+            quantizer.tracking = candidates[0].tracking
+    weights = {node.name: _part(before, node) for node in before.graph.nodes}
+    for node in graph.graph.nodes:
+        own, other = (getattr(p, "weight_quantizer", None) for p in (_part(graph, node), weights.get(node.name)))
+        if isinstance(own, FakeQuantize) and isinstance(other, FakeQuantize) and own.scheme == other.scheme:
+            _take(own, other)
+
+
+def _take(quantizer: FakeQuantize, other: FakeQuantize) -> None:
+    for name, buffer in other.named_buffers(recurse=False):
+        if name in quantizer._buffers:
+            quantizer._buffers[name] = buffer.clone()
+    for flag in ("ready", "tracking", "enabled", "frozen"):
+        if flag in quantizer.__dict__ and flag in other.__dict__:
+            quantizer.__dict__[flag] = other.__dict__[flag]
+
+
+def _quantizers(graph: LeveledModule) -> list[tuple[FakeQuantize, list[str]]]:
+    """Every activation quantizer with the tensors that it rounds, by the names of the nodes that make them."""
+    found: dict[FakeQuantize, list[str]] = {}
+    for node in graph.graph.nodes:
+        part = _part(graph, node)
+        quantizer = getattr(part, "output_quantizer", None)
+        if isinstance(quantizer, FakeQuantize):
+            found.setdefault(quantizer, []).append(node.args[0].name if isinstance(part, QuantInput) else node.name)
+    return list(found.items())
+
+
+def _part(graph: LeveledModule, node: Any) -> nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
