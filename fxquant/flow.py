@@ -29,12 +29,14 @@ from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.requantize import ROUNDINGS
+from fxquant.ops.table import TABLE
 from fxquant.passes.apply_recipe import apply_recipe, require_fit
 from fxquant.passes.canonicalize import canonicalize
 from fxquant.passes.choose_regions import choose_regions
 from fxquant.passes.drop_noops import drop_noops
 from fxquant.passes.fold_batchnorm import fold_batchnorm
 from fxquant.passes.freeze import freeze as freeze_graph
+from fxquant.passes.keep_accumulators import keep_accumulators
 from fxquant.passes.levels import check
 from fxquant.passes.merge_clamps import merge_clamps
 from fxquant.passes.place_quantizers import place_quantizers
@@ -42,6 +44,8 @@ from fxquant.passes.scale_groups import scale_groups
 from fxquant.passes.to_integer import to_integer
 from fxquant.passes.verification import verify_against
 from fxquant.recipe import Recipe
+from fxquant.targets import X86, Target
+from fxquant.targets.fitting import fit_target
 
 __all__ = ["calibrate", "convert", "freeze", "prepare", "quantize", "quantizers_off"]
 
@@ -50,17 +54,18 @@ Pass = Callable[[LeveledModule], LeveledModule]
 BATCH_NORM_MODES = ("late", "frozen")
 
 
-def passes_of(*, recipe: Recipe, qat: bool) -> tuple[Pass, ...]:
+def passes_of(*, recipe: Recipe, qat: bool, target: Target = X86) -> tuple[Pass, ...]:
     """The way from a captured graph to a prepared one, in order."""
     return (
         canonicalize,
         partial(drop_noops, keep_dropout=qat),
         *(() if qat else (fold_batchnorm,)),
-        partial(apply_recipe, recipe=recipe),
+        partial(apply_recipe, recipe=recipe, target=target),
         choose_regions,
         merge_clamps,
-        partial(scale_groups, recipe=recipe),
-        partial(place_quantizers, recipe=recipe),
+        partial(keep_accumulators, target=target),
+        partial(scale_groups, recipe=recipe, target=target),
+        partial(place_quantizers, recipe=recipe, target=target),
     )
 
 
@@ -70,6 +75,7 @@ def prepare(
     *,
     qat: bool = False,
     recipe: Recipe | None = None,
+    target: str | Target = X86,
     batch_norm: str = "late",
     verify: bool = False,
     leaves: Iterable[str | type] = (),
@@ -88,7 +94,9 @@ def prepare(
             Optional; answers Python's questions about shapes, adds shapes to the reports, and lets integer tensors be
             told from real ones.
         qat: make it trainable with quantizers that follow the ranges.
-        recipe: what is quantized how; 8-bit weights per channel and 8-bit activations by default.
+        recipe: what is quantized how; by default, and where it leaves something open, as the target has it.
+        target: where the model will run: ``"x86"`` (PyTorch on a CPU), ``"onnxruntime"``, ``"openvino"``,
+            ``"tensorrt"``, ``"xnnpack"``, ``"tflite"``, or a ``fxquant.targets.Target`` of your own.
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
             scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
         verify: run the model and the graph after every pass on ``example_inputs`` and compare, quantizers off.
@@ -101,22 +109,23 @@ def prepare(
     Raises:
         InputError: the model or ``example_inputs`` cannot be used.
         CaptureError: no part of the model can be traced; says where and why.
-        RecipeError: the recipe does not fit the model.
+        RecipeError: the recipe does not fit the model, or asks for what the target does not have.
     """
     if batch_norm not in BATCH_NORM_MODES:
         raise InputError(f"batch_norm={batch_norm!r} is not known. Choose one of {', '.join(BATCH_NORM_MODES)}.")
     if verify and example_inputs is None:
         raise InputError("verify=True compares outputs: give example_inputs to run on.")
-    recipe = _with_default_estimator(recipe or Recipe(), qat=qat)
+    recipe = recipe or Recipe()
+    target = fit_target(target, recipe, ops=TABLE, estimator="moving_average" if qat else None)
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
     named = [island.path for island in islands_of(captured) if island.is_named]
     call = None if example_inputs is None else as_call(captured, example_inputs)
     inputs = describe_inputs(call)
     for graph in graphs_of(captured).values():
         check(graph, by="capture").settings.update(
-            qat=qat, batch_norm=batch_norm, recipe=recipe, inputs=inputs, leaves=named
+            qat=qat, batch_norm=batch_norm, recipe=recipe, target=target, inputs=inputs, leaves=named
         )
-    prepared = _through(captured, passes_of(recipe=recipe, qat=qat), call if verify else None)
+    prepared = _through(captured, passes_of(recipe=recipe, qat=qat, target=target), call if verify else None)
     require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__)
     return _ready_to_train(prepared, batch_norm) if qat else prepared.eval()
 
@@ -133,14 +142,6 @@ def _through(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) ->
 
 def _checked(step: Pass, graph: LeveledModule) -> LeveledModule:
     return check(step(graph), by=_name(step))
-
-
-def _with_default_estimator(recipe: Recipe, *, qat: bool) -> Recipe:
-    """In training, ranges follow a moving average unless the recipe asks for another estimator by name."""
-    default = Recipe().default
-    if qat and recipe.default == default:
-        return recipe.with_activation_estimator("moving_average")
-    return recipe
 
 
 def _ready_to_train(module: nn.Module, batch_norm: str) -> nn.Module:
@@ -294,13 +295,13 @@ def freeze(prepared: Any) -> Any:
     return _through(prepared, (freeze_graph,), None)
 
 
-def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -> Any:
+def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto") -> Any:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
 
     Args:
         prepared: a calibrated or trained model; not touched.
         rounding: how accumulators are requantized: ``single`` (one fixed-point rounding), ``double`` (TFLite's and
-            gemmlowp's two), or ``float`` (multiply and round half to even).
+            gemmlowp's two), or ``float`` (multiply and round half to even); None for the target's own, ``single`` on x86.
         kernels: what computes the model when it is called. ``auto``: torch's int8 operators for this machine, within one
             integer step of the reference at each op (``print(fxquant.coverage(model))`` names them), the reference
             for the rest. ``reference``: the exact one everywhere. Neither changes the graph, its numbers or what is saved.
@@ -309,12 +310,14 @@ def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -
         CalibrationError: some quantizers have no range yet; names them.
         LevelError: the model is not a prepared or frozen one.
     """
-    if rounding not in ROUNDINGS:
+    if rounding is not None and rounding not in ROUNDINGS:
         raise InputError(f"rounding={rounding!r} is not known. Choose one of {', '.join(ROUNDINGS)}.")
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not known. Choose one of {', '.join(KERNELS)}.")
     _require_level(prepared, ("prepared", "frozen"), "convert")
     frozen = prepared if level_of(prepared) == "frozen" else freeze(prepared)
+    settings = next(iter(graphs_of(frozen).values())).settings
+    rounding = rounding or settings.get("target", X86).rounding
     integer = _through(frozen, (partial(to_integer, rounding=rounding),), None).eval()
     for graph in graphs_of(integer).values():
         graph.meta["settings"] = {**graph.settings, "rounding": rounding, "kernels": kernels}
@@ -328,6 +331,7 @@ def quantize(
     *,
     example_inputs: Any = None,
     recipe: Recipe | None = None,
+    target: str | Target = X86,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
@@ -343,7 +347,7 @@ def quantize(
     if example_inputs is None and forward is None:
         args, kwargs = arguments_of(model, move_to(model, first))
         example_inputs = kwargs or args
-    prepared = prepare(model, example_inputs, recipe=recipe)
+    prepared = prepare(model, example_inputs, recipe=recipe, target=target)
     every = _Counted(itertools.chain([first], iterator), _length(loader))
     calibrate(prepared, every, forward=forward, batches=batches, progress=progress)
     return convert(prepared)

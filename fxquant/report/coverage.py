@@ -28,7 +28,8 @@ from fxquant.report.census import (
 )
 from fxquant.report.findings_text import capture_text
 from fxquant.report.own_work import own_macs
-from fxquant.report.rows import op_text, path_of, source_line, told
+from fxquant.report.rows import op_text, path_of, source_line, target_of, told
+from fxquant.targets import X86
 
 __all__ = ["Coverage", "FloatOp", "IslandReport", "OpCount", "SkippedFold", "coverage"]
 
@@ -109,6 +110,7 @@ class Coverage:
         kernels: on integer models, the kernel of each op, by path.
         islands: every module that runs its author's own code.
         specializations: every answer about the example that the graphs hold for given, and check.
+        target: the name of the runtime that it was prepared for.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Coverage:
     kernels: dict[str, str]
     islands: tuple[IslandReport, ...] = ()
     specializations: tuple[Specialization, ...] = ()
+    target: str = X86.name
 
     @property
     def macs_share(self) -> float | None:
@@ -155,7 +158,8 @@ class Coverage:
     def __str__(self) -> str:
         shares = [f"{self.macs} of MACs"] if self.macs else ["MACs unknown without example_inputs"]
         shares += uncounted(self.macs)
-        title = f"{self.name}, {self.level}: in integers {', '.join([*shares, f'{self.weights} of weights'])}"
+        made_for = "" if self.target == X86.name else f" for {self.target}"
+        title = f"{self.name}, {self.level}{made_for}: in integers {', '.join([*shares, f'{self.weights} of weights'])}"
         capture = capture_text(self.islands, self.specializations)
         return "\n\n".join([title, self._ops_text(), *self._float_text(), *self._folds_text(), *capture])
 
@@ -220,6 +224,7 @@ def coverage(module: nn.Module) -> Coverage:
             IslandReport(i.path, i.cause, i.source, i.advice, own[i.path], i.is_named) for i in islands_of(module)
         ),
         specializations=specializations_of(module),
+        target=target_of(module).name,
     )
 
 
