@@ -69,7 +69,10 @@ def _op(node: fx.Node) -> str:
 def _keep(edit: Edit, groups: _Groups, node: fx.Node) -> None:
     """The result of an op that rounds to the grid it reads."""
     head = head_of(node)
-    source = next(operand for operand in call_of(head, edit.module(head)).operands if operand in groups.parent)
+    source = next((operand for operand in call_of(head, edit.module(head)).operands if operand in groups.parent), None)
+    if source is None:
+        groups.start(node)
+        return
     groups.parent[node] = groups.find(source)
     node.meta["keeps_scale"] = True
 
@@ -83,7 +86,8 @@ def _follow(edit: Edit, groups: _Groups, node: fx.Node) -> None:
     if any(groups.grid(other) != groups.grid(first) for other in others):
         groups.start(node)
         node.meta["requantizes"] = True
-        edit.note(node, "its inputs have different schemes: it has a quantizer of its own")
+        differ = "different schemes" if len({groups.grid(n)[0] for n in (first, *others)}) > 1 else "prescribed grids"
+        edit.note(node, f"its inputs have {differ}: it has a quantizer of its own")
         return
     for other in others:
         groups.join(first, other)

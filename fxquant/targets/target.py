@@ -67,6 +67,12 @@ class Target:
             raise SchemeError(
                 f"target {self.name!r}: rounding={self.rounding!r}. Choose one of {', '.join(ROUNDINGS)}."
             )
+        both = self.keeps_scale & (self.reads_accumulators | set(self.fixed_grids))
+        if both:
+            raise SchemeError(
+                f"target {self.name!r} contradicts itself: {', '.join(sorted(both))} is in keeps_scale, and what reads an "
+                "accumulator or lies on a prescribed grid has no input's scale to keep."
+            )
         for scheme, of in ((self.activation, "activation"), (self.weight, "weight")):
             refused = self.refuses_activation(scheme) if of == "activation" else self.refuses_weight(scheme)
             if refused:
@@ -87,7 +93,7 @@ class Target:
         if scheme.signed not in self.activation_signs:
             return f"{self.title} takes {'signed' if self.activation_signs[0] else 'unsigned'} tensors"
         if not self.affine and (not scheme.symmetric or not scheme.signed):
-            return f"{self.title} takes tensors with zero point 0: symmetric and signed"
+            return f"{self.title} takes tensors with zero point 0: symmetric=True, signed=True"
         return None
 
     def refuses_weight(self, scheme: Scheme) -> str | None:

@@ -12,7 +12,6 @@ from fxquant.targets.target import Target
 __all__ = ["TFLITE"]
 
 _AVERAGES = frozenset({"avg_pool2d", "adaptive_avg_pool2d"})
-_RESIZES = frozenset({"interpolate", "interpolate_nearest"})
 
 TFLITE = Target(
     name="tflite",
@@ -27,12 +26,12 @@ TFLITE = Target(
         CLAMPS
         | MOVES
         | _AVERAGES
-        | _RESIZES
+        | {"interpolate", "interpolate_nearest"}
         | {"conv1d", "conv2d", "conv_transpose2d", "linear", "addmm", "matmul", "bmm", "max_pool1d", "max_pool2d"}
         | {"adaptive_max_pool2d", "add", "sub", "mul", "mean", "sum", "softmax", "log_softmax", "sigmoid", "tanh"}
         | {"hardswish", "leaky_relu", "prelu", "abs", "embedding"}
     ),
-    keeps_scale=_AVERAGES | _RESIZES,
+    keeps_scale=_AVERAGES | {"interpolate"},
     fixed_grids={
         "softmax": (1 / 256, -128),
         "sigmoid": (1 / 256, -128),
