@@ -20,6 +20,7 @@ from fxquant.inputs import make_inputs
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Op, Recipe, Setting
+from fxquant.targets import TARGETS, X86, Target
 
 __all__ = ["load", "save"]
 
@@ -45,6 +46,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "rounding": settings.get("rounding", "single"),
         "kernels": settings.get("kernels", "auto"),
         "recipe": _recipe_to_plain(settings["recipe"]),
+        "target": _target_to_plain(settings.get("target", X86)),
         "inputs": settings["inputs"],
         "leaves": list(settings["leaves"]),
         "constants": {key: node.meta["grid"] for key, node in _constants(module).items()},
@@ -114,7 +116,8 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
     recipe = _recipe_from_plain(content["recipe"], model)
     inputs = make_inputs(content["inputs"], device)
     leaves, mode = content.get("leaves", ()), content["batch_norm"]
-    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=mode, recipe=recipe, leaves=leaves)
+    target = _target_from_plain(content.get("target", X86.name))
+    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=mode, recipe=recipe, target=target, leaves=leaves)
     if content["level"] == "prepared":
         return prepared
     for part in prepared.modules():
@@ -137,6 +140,24 @@ def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
 
 def _setting_to_plain(setting: Setting | None) -> dict[str, Any] | None:
     return None if setting is None else asdict(setting)
+
+
+def _target_to_plain(target: Target) -> str | dict[str, Any]:
+    """A target by its name where it is one of ours; else all it says."""
+    known = TARGETS.get(target.name)
+    if known is not None and target in (known, known.with_estimator(target.activation.estimator)):
+        return target.name
+    plain = asdict(target)
+    return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in plain.items()}
+
+
+def _target_from_plain(plain: str | dict[str, Any]) -> Target | str:
+    if isinstance(plain, str):
+        return plain
+    sets = {"integer_ops", "per_channel", *(key for key, value in vars(X86).items() if isinstance(value, frozenset))}
+    made: dict[str, Any] = dict(plain)
+    made.update({key: frozenset(plain[key]) for key in sets & set(plain) if plain[key] is not None})
+    return Target(**{**made, "activation": Scheme(**plain["activation"]), "weight": Scheme(**plain["weight"])})
 
 
 def _selector_to_plain(selector: Any) -> dict[str, str]:
@@ -162,7 +183,9 @@ def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
         return classes[value["type"]]
 
     def setting(value: dict[str, Any] | None) -> Setting | None:
-        return None if value is None else Setting(**{name: Scheme(**scheme) for name, scheme in value.items()})
+        if value is None:
+            return None
+        return Setting(**{name: scheme and Scheme(**scheme) for name, scheme in value.items()})
 
     pairs = [(selector(s), setting(v)) for s, v in plain["settings"]]
     return Recipe(pairs, default=setting(plain["default"]), quantize_outputs=plain["quantize_outputs"])

@@ -25,6 +25,7 @@ from fxquant.recipe import Recipe
 from fxquant.report.coverage import coverage
 from fxquant.report.diff import diff
 from fxquant.report.op_table import op_table
+from fxquant.targets import TARGETS, X86
 
 __all__ = ["main"]
 
@@ -41,6 +42,7 @@ _DIFF_EXAMPLES = """examples:
   fxquant diff torchvision:mobilenet_v3_large
   fxquant diff torchvision:vit_b_16 --coverage            and what stayed in float, and why
   fxquant diff nets/tiny.py:TinyNet --shape 1,1,28,28     a model of your own, given one input of that shape
+  fxquant diff torchvision:resnet18 --target tensorrt     what becomes of it on another runtime
   fxquant diff timm:resnet50 --qat --keep-float 'layer4.*' --out diff.txt
 """
 _QUANTIZE_EXAMPLES = """examples:
@@ -166,6 +168,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC", help=_SPEC)
     parser.add_argument("--weights", metavar="FILE", help="a state dict for the model; nothing is ever downloaded")
     parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        default=X86.name,
+        metavar="NAME",
+        help=f"where it will run: {', '.join(TARGETS)} (default %(default)s)",
+    )
+    parser.add_argument(
         "--keep-float",
         action="append",
         default=[],
@@ -188,7 +197,8 @@ def _run_diff(options: argparse.Namespace) -> None:
     if options.out is not None:
         _require_folder_of(options.out)
     model = build_model(options.spec, weights=options.weights)
-    prepared = prepare(model, _example(model, options.shape), qat=options.qat, recipe=_recipe(options))
+    example, recipe = _example(model, options.shape), _recipe(options)
+    prepared = prepare(model, example, qat=options.qat, recipe=recipe, target=options.target)
     compared = diff(model, prepared, width=options.width)
     counted = [str(coverage(prepared))] if options.coverage else []
     if options.out is None:
@@ -203,7 +213,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     model = build_model(options.spec, weights=options.weights)
     images = _images(options)
     example = torch.zeros(1, options.channels, options.crop, options.crop)
-    prepared = prepare(model, example, recipe=_recipe(options))
+    prepared = prepare(model, example, recipe=_recipe(options), target=options.target)
     calibrate(prepared, images)
     integer = convert(prepared)
     save(integer, options.out)

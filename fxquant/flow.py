@@ -11,15 +11,15 @@ Every pass is a pure function from graph module to graph module; after each, the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from fxquant.calibration import Counted, activation_quantizers, length_of, observing, read_weights, run_batches
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.capture import capture
 from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
@@ -29,12 +29,14 @@ from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.requantize import ROUNDINGS
+from fxquant.ops.table import TABLE
 from fxquant.passes.apply_recipe import apply_recipe, require_fit
 from fxquant.passes.canonicalize import canonicalize
 from fxquant.passes.choose_regions import choose_regions
 from fxquant.passes.drop_noops import drop_noops
 from fxquant.passes.fold_batchnorm import fold_batchnorm
 from fxquant.passes.freeze import freeze as freeze_graph
+from fxquant.passes.keep_accumulators import keep_accumulators
 from fxquant.passes.levels import check
 from fxquant.passes.merge_clamps import merge_clamps
 from fxquant.passes.place_quantizers import place_quantizers
@@ -42,6 +44,8 @@ from fxquant.passes.scale_groups import scale_groups
 from fxquant.passes.to_integer import to_integer
 from fxquant.passes.verification import verify_against
 from fxquant.recipe import Recipe
+from fxquant.targets import X86, Target
+from fxquant.targets.fitting import fit_target
 
 __all__ = ["calibrate", "convert", "freeze", "prepare", "quantize", "quantizers_off"]
 
@@ -50,24 +54,25 @@ Pass = Callable[[LeveledModule], LeveledModule]
 BATCH_NORM_MODES = ("late", "frozen")
 
 
-def passes_of(*, recipe: Recipe, qat: bool) -> tuple[Pass, ...]:
+def passes_of(*, recipe: Recipe, qat: bool, target: Target = X86) -> tuple[Pass, ...]:
     """The way from a captured graph to a prepared one, in order."""
     return (
         canonicalize,
         partial(drop_noops, keep_dropout=qat),
         *(() if qat else (fold_batchnorm,)),
-        *placing_passes(recipe),
+        *placing_passes(recipe, target),
     )
 
 
-def placing_passes(recipe: Recipe) -> tuple[Pass, ...]:
+def placing_passes(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     """The part of that way that decides what is quantized, and puts quantizers there."""
     return (
-        partial(apply_recipe, recipe=recipe),
+        partial(apply_recipe, recipe=recipe, target=target),
         choose_regions,
         merge_clamps,
-        partial(scale_groups, recipe=recipe),
-        partial(place_quantizers, recipe=recipe),
+        partial(keep_accumulators, target=target),
+        partial(scale_groups, recipe=recipe, target=target),
+        partial(place_quantizers, recipe=recipe, target=target),
     )
 
 
@@ -77,6 +82,7 @@ def prepare(
     *,
     qat: bool = False,
     recipe: Recipe | None = None,
+    target: str | Target = X86,
     batch_norm: str = "late",
     verify: bool = False,
     leaves: Iterable[str | type] = (),
@@ -95,7 +101,9 @@ def prepare(
             Optional; answers Python's questions about shapes, adds shapes to the reports, and lets integer tensors be
             told from real ones.
         qat: make it trainable with quantizers that follow the ranges.
-        recipe: what is quantized how; 8-bit weights per channel and 8-bit activations by default.
+        recipe: what is quantized how; by default, and where it leaves something open, as the target has it.
+        target: where the model will run: ``"x86"`` (PyTorch on a CPU), ``"onnxruntime"``, ``"openvino"``,
+            ``"tensorrt"``, ``"xnnpack"``, ``"tflite"``, or a ``fxquant.targets.Target`` of your own.
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
             scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
         verify: run the model and the graph after every pass on ``example_inputs`` and compare, quantizers off.
@@ -108,22 +116,23 @@ def prepare(
     Raises:
         InputError: the model or ``example_inputs`` cannot be used.
         CaptureError: no part of the model can be traced; says where and why.
-        RecipeError: the recipe does not fit the model.
+        RecipeError: the recipe does not fit the model, or asks for what the target does not have.
     """
     if batch_norm not in BATCH_NORM_MODES:
         raise InputError(f"batch_norm={batch_norm!r} is not known. Choose one of {', '.join(BATCH_NORM_MODES)}.")
     if verify and example_inputs is None:
         raise InputError("verify=True compares outputs: give example_inputs to run on.")
-    recipe = _with_default_estimator(recipe or Recipe(), qat=qat)
+    recipe = recipe or Recipe()
+    target = fit_target(target, recipe, ops=TABLE, estimator="moving_average" if qat else None)
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
     named = [island.path for island in islands_of(captured) if island.is_named]
     call = None if example_inputs is None else as_call(captured, example_inputs)
     inputs = describe_inputs(call)
     for graph in graphs_of(captured).values():
         check(graph, by="capture").settings.update(
-            qat=qat, batch_norm=batch_norm, recipe=recipe, inputs=inputs, leaves=named
+            qat=qat, batch_norm=batch_norm, recipe=recipe, target=target, inputs=inputs, leaves=named
         )
-    prepared = run_passes(captured, passes_of(recipe=recipe, qat=qat), call if verify else None)
+    prepared = run_passes(captured, passes_of(recipe=recipe, qat=qat, target=target), call if verify else None)
     require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__)
     return _ready_to_train(prepared, batch_norm) if qat else prepared.eval()
 
@@ -140,14 +149,6 @@ def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) 
 
 def _checked(step: Pass, graph: LeveledModule) -> LeveledModule:
     return check(step(graph), by=_name(step))
-
-
-def _with_default_estimator(recipe: Recipe, *, qat: bool) -> Recipe:
-    """In training, ranges follow a moving average unless the recipe asks for another estimator by name."""
-    default = Recipe().default
-    if qat and recipe.default == default:
-        return recipe.with_activation_estimator("moving_average")
-    return recipe
 
 
 def _ready_to_train(module: nn.Module, batch_norm: str) -> nn.Module:
@@ -186,13 +187,13 @@ def calibrate(
         LevelError: the model is not a prepared one.
     """
     require_level(prepared, ("prepared",), "calibrate")
-    quantizers = _activation_quantizers(prepared)
+    quantizers = activation_quantizers(prepared)
     saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
     modes = {part: part.training for part in prepared.modules()}
     try:
-        with _observing(quantizers.values()), torch.no_grad():
+        with observing(quantizers.values()), torch.no_grad():
             prepared.eval()
-            _run_batches(prepared, quantizers, loader, forward, batches, progress)
+            run_batches(prepared, quantizers, loader, forward, batches, progress)
     except BaseException:
         for name, quantizer in quantizers.items():
             for key, value in quantizer.range_state().items():
@@ -203,82 +204,8 @@ def calibrate(
             part.training = mode
     for quantizer in quantizers.values():
         quantizer.update_scale()
-    _read_weights(prepared)
+    read_weights(prepared)
     return prepared
-
-
-def _run_batches(
-    prepared: Any,
-    quantizers: dict[str, FakeQuantize],
-    loader: Iterable[Any],
-    forward: Callable[[Any, Any], Any] | None,
-    batches: int | None,
-    progress: bool,
-) -> None:
-    count = 0
-    total = batches if batches is not None else _length(loader)
-    for batch in tqdm(itertools.islice(loader, batches), total=total, desc="calibrate", disable=not progress or None):
-        if forward is not None:
-            forward(prepared, batch)
-        else:
-            args, kwargs = arguments_of(prepared, move_to(prepared, batch))
-            prepared(*args, **kwargs)
-        count += 1
-        _require_finite(quantizers, count)
-    if not count:
-        raise CalibrationError(
-            "calibrate was given an empty loader: no range can be set. Check that the data set is not empty and that a "
-            "generator was not used up before."
-        )
-
-
-def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
-    observed = {name: q.range_state() for name, q in quantizers.items() if q.fixed_range is None}
-    if not observed:
-        return
-    low = torch.stack([state["low"] for state in observed.values()])
-    high = torch.stack([state["high"] for state in observed.values()])
-    bad = torch.isnan(low) | torch.isnan(high) | torch.isneginf(low) | torch.isposinf(high)
-    if not bool(bad.any()):
-        return
-    names = [name for name, wrong in zip(observed, bad.tolist(), strict=True) if wrong]
-    raise CalibrationError(
-        f"calibration batch {batch} gave NaN or infinite activations, first at {names[0]!r}"
-        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Ranges are as they were before.\n"
-        "  what to do: check this batch's inputs for NaN, and whether the float model gives finite outputs on it."
-    )
-
-
-@contextmanager
-def _observing(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
-    quantizers = list(quantizers)
-    for quantizer in quantizers:
-        quantizer.observing = True
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.observing = False
-
-
-def _activation_quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
-    """Every activation quantizer once, by the name of the first module that holds it, in the order of execution."""
-    found: dict[FakeQuantize, str] = {}
-    for path, graph in graphs_of(module).items():
-        for node in graph.graph.nodes:
-            part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            quantizer = getattr(part, "output_quantizer", None)
-            if isinstance(quantizer, FakeQuantize):
-                found.setdefault(quantizer, f"{path}.{node.target}" if path else str(node.target))
-    return {name: quantizer for quantizer, name in found.items()}
-
-
-def _read_weights(module: nn.Module) -> None:
-    """Let every weight quantizer of a module know its weight, so that reports show scales."""
-    for part in module.modules():
-        quantizer = getattr(part, "weight_quantizer", None)
-        if isinstance(quantizer, WeightQuantize) and isinstance(getattr(part, "weight", None), torch.Tensor):
-            quantizer.refresh(part.weight)  # type: ignore[arg-type]
 
 
 def freeze(prepared: Any) -> Any:
@@ -290,7 +217,7 @@ def freeze(prepared: Any) -> Any:
         CalibrationError: some quantizers have no range yet; names them.
     """
     require_level(prepared, ("prepared",), "freeze")
-    missing = [n for n, q in _activation_quantizers(prepared).items() if not q.ready]
+    missing = [n for n, q in activation_quantizers(prepared).items() if not q.ready]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise CalibrationError(
@@ -301,13 +228,13 @@ def freeze(prepared: Any) -> Any:
     return run_passes(prepared, (freeze_graph,), None)
 
 
-def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -> Any:
+def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto") -> Any:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
 
     Args:
         prepared: a calibrated or trained model; not touched.
         rounding: how accumulators are requantized: ``single`` (one fixed-point rounding), ``double`` (TFLite's and
-            gemmlowp's two), or ``float`` (multiply and round half to even).
+            gemmlowp's two), or ``float`` (multiply and round half to even); None for the target's own, ``single`` on x86.
         kernels: what computes the model when it is called. ``auto``: torch's int8 operators for this machine, within one
             integer step of the reference at each op (``print(fxquant.coverage(model))`` names them), the reference
             for the rest. ``reference``: the exact one everywhere. Neither changes the graph, its numbers or what is saved.
@@ -316,12 +243,14 @@ def convert(prepared: Any, *, rounding: str = "single", kernels: str = "auto") -
         CalibrationError: some quantizers have no range yet; names them.
         LevelError: the model is not a prepared or frozen one.
     """
-    if rounding not in ROUNDINGS:
+    if rounding is not None and rounding not in ROUNDINGS:
         raise InputError(f"rounding={rounding!r} is not known. Choose one of {', '.join(ROUNDINGS)}.")
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not known. Choose one of {', '.join(KERNELS)}.")
     require_level(prepared, ("prepared", "frozen"), "convert")
     frozen = prepared if level_of(prepared) == "frozen" else freeze(prepared)
+    settings = next(iter(graphs_of(frozen).values())).settings
+    rounding = rounding or settings.get("target", X86).rounding
     integer = run_passes(frozen, (partial(to_integer, rounding=rounding),), None).eval()
     for graph in graphs_of(integer).values():
         graph.meta["settings"] = {**graph.settings, "rounding": rounding, "kernels": kernels}
@@ -335,6 +264,7 @@ def quantize(
     *,
     example_inputs: Any = None,
     recipe: Recipe | None = None,
+    target: str | Target = X86,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
@@ -350,27 +280,10 @@ def quantize(
     if example_inputs is None and forward is None:
         args, kwargs = arguments_of(model, move_to(model, first))
         example_inputs = kwargs or args
-    prepared = prepare(model, example_inputs, recipe=recipe)
-    every = _Counted(itertools.chain([first], iterator), _length(loader))
+    prepared = prepare(model, example_inputs, recipe=recipe, target=target)
+    every = Counted(itertools.chain([first], iterator), length_of(loader))
     calibrate(prepared, every, forward=forward, batches=batches, progress=progress)
     return convert(prepared)
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    return len(loader) if isinstance(loader, Sized) else None
-
-
-class _Counted:
-    """An iterable with the length of another, for the progress bar."""
-
-    def __init__(self, items: Iterable[Any], length: int | None) -> None:
-        self._items, self._length = items, length
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return self._length or 0
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from fxquant.errors import RecipeError
-from fxquant.numerics.scheme import ACTIVATION, WEIGHT, Scheme
+from fxquant.numerics.scheme import Scheme
 
 __all__ = ["Op", "Recipe", "Setting", "Site"]
 
@@ -20,23 +20,23 @@ class Setting:
     """How an op is quantized: its weight, if it has one, and its output.
 
     Args:
-        weight: the weight's scheme.
-        activation: the output's scheme.
+        weight: the weight's scheme; None for the target's own.
+        activation: the output's scheme; None for the target's own.
     """
 
-    weight: Scheme = WEIGHT
-    activation: Scheme = ACTIVATION
+    weight: Scheme | None = None
+    activation: Scheme | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight", "activation"):
             value = getattr(self, name)
-            if not isinstance(value, Scheme):
+            if value is not None and not isinstance(value, Scheme):
                 raise RecipeError(f"{name}={value!r}: give a fxquant.Scheme, for example fxquant.Scheme(bits=8).")
-        if not self.weight.symmetric:
+        if self.weight is not None and not self.weight.symmetric:
             raise RecipeError(f"weight scheme {self.weight}: weights need zero point 0. Set symmetric=True.")
-        if not self.weight.signed:
+        if self.weight is not None and not self.weight.signed:
             raise RecipeError(f"weight scheme {self.weight}: weights take both signs. Set signed=True.")
-        if self.activation.per_channel:
+        if self.activation is not None and self.activation.per_channel:
             raise RecipeError(
                 f"activation scheme {self.activation}: an activation has one scale. Set per_channel=False."
             )
@@ -117,13 +117,6 @@ class Recipe:
                 raise RecipeError(
                     f"the recipe's selector {selector!r} matches nothing in this model.{_nearest(selector, sites)}"
                 )
-
-    def with_activation_estimator(self, estimator: str) -> Recipe:
-        """The same recipe with another range estimator for the activations of its default setting."""
-        if self.default is None:
-            return self
-        activation = replace(self.default.activation, estimator=estimator)
-        return replace(self, default=replace(self.default, activation=activation))
 
 
 def _selects(selector: Selector, site: Site) -> bool:

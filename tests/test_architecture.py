@@ -11,6 +11,7 @@ import pytest
 
 import fxquant
 from fxquant.ops.table import TABLE
+from fxquant.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fxquant"
@@ -25,8 +26,9 @@ STOREYS = (
     ("benchmark", "tuning"),
     ("checkpoint", "export"),
     ("flow", "training"),
-    ("report",),
+    ("calibration", "report"),
     ("passes",),
+    ("targets",),
     ("inputs", "recipe", "kernels"),
     ("ops",),
     ("nn",),
@@ -92,6 +94,25 @@ def test_imports_point_down(path):
         if other == room or (room, other) in NEIGHBOURS:
             continue
         assert storey_of(other) > storey_of(room), f"{module_name(path)} imports {name}, which is above or beside it"
+
+
+def test_targets_are_data():
+    """A target names ops and sees schemes and recipes; that the names are those of the table is for ``test_targets``."""
+    for path in FILES:
+        if name_of(path) == "targets":
+            rooms = {room_of_import(n) for n in imports_of(TREES[path])}
+            assert rooms <= {"targets", "recipe", "numerics", "errors"}, module_name(path)
+    runtimes = [p for p in FILES if name_of(p) == "targets" and p.stem not in ("__init__", "target", "fitting")]
+    for path in runtimes:
+        assert not [n for n in ast.walk(TREES[path]) if isinstance(n, (ast.FunctionDef, ast.If, ast.ClassDef))], path
+
+
+def test_passes_know_no_runtime():
+    """What a runtime wants stands in its target; a pass reads the fields."""
+    for path in FILES:
+        if name_of(path) in ("passes", "flow", "report", "nn", "graph", "ops"):
+            texts = {n.value for n in ast.walk(TREES[path]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            assert not texts & set(TARGETS), module_name(path)
 
 
 def test_recipes_know_numbers_only():
@@ -197,7 +218,19 @@ PLAIN_WORDS = {
     "clone",
 }
 """Entries whose names are ordinary words or attributes too."""
-FREE_OF_OPS = ("passes", "report", "export", "graph", "capture", "flow", "checkpoint", "training", "inputs", "recipe")
+FREE_OF_OPS = (
+    "passes",
+    "report",
+    "export",
+    "graph",
+    "capture",
+    "flow",
+    "calibration",
+    "checkpoint",
+    "training",
+    "inputs",
+    "recipe",
+)
 NAMED_FOR_A_REASON = {
     ("checkpoint.py", "batch_norm"): "the argument of prepare, as it is saved",
     (

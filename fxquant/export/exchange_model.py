@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxquant.inputs import make_inputs
 from fxquant.nn.exchange import Exchanged, Rounding, Stored
 from fxquant.passes.levels import check
 from fxquant.passes.to_exchange import to_exchange
+from fxquant.targets import X86, Target
 
 __all__ = ["ExchangeModel", "example_call", "integer_model", "narrow_weights", "needed_bits"]
 
@@ -33,6 +35,7 @@ class ExchangeModel:
         flat: the exchange form, from tensors to a tuple of tensors.
         reference: the frozen model, likewise; the integer model where that was given.
         inputs: the example's tensors.
+        target: what it was prepared for.
 
     Raises:
         LevelError, CalibrationError: the model is not ready.
@@ -43,7 +46,9 @@ class ExchangeModel:
         model = _at_rest(model)
         frozen = freeze(model) if level_of(model) == "prepared" else model
         integer = frozen if level_of(frozen) == "integer" else convert(frozen)
-        exchange = map_graphs(integer, lambda graph: check(to_exchange(graph), by="to_exchange")).eval()
+        self.target: Target = next(iter(graphs_of(integer).values())).settings.get("target", X86)
+        into = partial(to_exchange, integer_biases=self.target.integer_biases)
+        exchange = map_graphs(integer, lambda graph: check(into(graph), by="to_exchange")).eval()
         call = _on_cpu(example_call(model, example_inputs))
         self.signature = Signature(exchange, call)
         self.flat = FlatModel(_on_cpu(exchange), self.signature)

@@ -13,6 +13,7 @@ import contextlib
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +26,17 @@ from fxquant.export.free_sizes import contradicted_size
 from fxquant.export.installed import require
 from fxquant.export.program import emit, integers_name
 from fxquant.export.sessions import onnxruntime_session, run_session
+from fxquant.export.tensorrt_rules import Violation, tensorrt_violations
 from fxquant.export.trace import first_line, has_free_batch, refusal, trace, two_rows
+from fxquant.targets import Target
 
 __all__ = ["ExportReport", "OnnxFile", "export_onnx", "make_onnx"]
 
 DYNAMIC = ("auto", "sizes", "batch", "none")
 SMALLEST_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 21
 _LARGEST_FILE = 2**31
+_RULES: dict[str, Callable[[bytes], list[Violation]]] = {"tensorrt": tensorrt_violations}
+"""What a target's ``file_rules`` names."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def export_onnx(
         LevelError, CalibrationError: the model is not ready.
         MissingPackageError: onnx or onnxscript, or for ``verify`` onnxruntime, is not installed.
         InputError: an argument or the example does not fit.
-        ExportError: a part of the model has no ONNX form; says which and why.
+        ExportError: a part of the model has no ONNX form, or the file breaks a rule of the target that the model was
+            prepared for; says which and why.
     """
     target = _checked_path(path)
     if form != "qdq":
@@ -156,6 +162,7 @@ def make_onnx(model: Any, example_inputs: Any = None, *, opset: int | None = Non
         raise ExportError(
             f"what was exported is no valid ONNX: {error}\n  This is a defect; please report it."
         ) from error
+    notes += _broken_rules(content, exchange.target)
     return OnnxFile(content, exchange, opset or needed, notes)
 
 
@@ -193,6 +200,28 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
         except FxquantError as error:
             notes.append(f"free {which} could not be had: {first_line(error)}")
     return attempt(last), tuple(notes)
+
+
+def _broken_rules(content: bytes, target: Target) -> tuple[str, ...]:
+    """Hold a file against the rules of the runtime that it is for: raise if that refuses it, tell what it runs slower."""
+    if not target.file_rules:
+        return ()
+    if target.file_rules not in _RULES:
+        raise InputError(
+            f"target {target.name!r} asks for the rules {target.file_rules!r}, which are not known. "
+            f"Choose one of {', '.join(_RULES)}, or leave file_rules out."
+        )
+    violations = _RULES[target.file_rules](content)
+    broken = [violation for violation in violations if violation.refused]
+    if broken:
+        shown = "".join(f"\n    {violation}" for violation in broken[:8])
+        more = f"\n    and {len(broken) - 8} more" if len(broken) > 8 else ""
+        raise ExportError(
+            f"{target.title} would refuse the file:{shown}{more}\n"
+            "  what to do: leave to the target what the recipe or your own Target overrides; if neither does, this is a "
+            "defect, please report it with the model."
+        )
+    return tuple(f"{target.title} would run this in float: {violation}" for violation in violations)
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str:

@@ -54,6 +54,7 @@ class FakeQuantize(nn.Module):
         axis: channel axis where ``scheme.per_channel``.
         channels: number of channels along ``axis``.
         fixed_range: ``(low, high)`` known in advance; then nothing is ever observed.
+        fixed_grid: ``(scale, zero_point)`` prescribed, likewise.
 
     Buffers:
         scale: float32, ``()`` or ``(channels,)``; 0 as long as no range is known.
@@ -71,8 +72,11 @@ class FakeQuantize(nn.Module):
         axis: int | None = None,
         channels: int | None = None,
         fixed_range: tuple[float, float] | None = None,
+        fixed_grid: tuple[float, int] | None = None,
     ) -> None:
         super().__init__()
+        if fixed_grid is not None:
+            fixed_range = tuple((q - fixed_grid[1]) * fixed_grid[0] for q in (scheme.qmin, scheme.qmax))  # type: ignore[assignment]
         self.scheme, self.axis, self.channels, self.fixed_range = scheme, axis, channels, fixed_range
         shape = () if channels is None else (channels,)
         self.register_buffer("scale", torch.zeros(shape))
@@ -81,6 +85,8 @@ class FakeQuantize(nn.Module):
         self.enabled, self.observing, self.tracking, self.ready = True, False, False, False
         if fixed_range is not None:
             self.set_range(*(torch.full(shape, float(bound)) for bound in fixed_range))
+            if fixed_grid is not None:
+                self.set_grid(torch.tensor(fixed_grid[0]), torch.tensor(fixed_grid[1]))
             return
         for name, value in ESTIMATOR[scheme.estimator].initial_state(channels).items():
             self.register_buffer(f"range_{name}", value)
@@ -100,13 +106,19 @@ class FakeQuantize(nn.Module):
         return {name: self._buffers[f"range_{name}"] for name in self._state_names}  # type: ignore[misc]
 
     def forward(
-        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
+        self,
+        x: Tensor,
+        lower: float | None = None,
+        upper: float | None = None,
+        inplace: bool = False,
+        observes: bool = True,
     ) -> Tensor:
         """Fake-quantize ``x`` clamped to ``[lower, upper]``; see ``numerics.gradients.fake_quantize``.
 
         While no rounding happens the clamp does not happen either: it is the caller's, who merged it into this call.
+        With ``observes=False`` the range is left alone: it is another tensor's.
         """
-        if self.enabled and (self.observing or (self.training and self.tracking)):
+        if observes and self.enabled and (self.observing or (self.training and self.tracking)):
             self.observe(x, lower=lower, upper=upper)
         if not self.active or not x.is_floating_point():
             return x
@@ -184,7 +196,12 @@ class WeightQuantize(FakeQuantize):
         self.frozen = False
 
     def forward(
-        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
+        self,
+        x: Tensor,
+        lower: float | None = None,
+        upper: float | None = None,
+        inplace: bool = False,
+        observes: bool = True,
     ) -> Tensor:
         if self.enabled and not self.frozen:
             self.refresh(x)

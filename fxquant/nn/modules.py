@@ -49,21 +49,25 @@ class _Quantized(nn.Module):
     output_quantizer: FakeQuantize | None
     applies: bool
     inplace: bool
+    observes = True
 
-    def attach(self, quantizer: FakeQuantize | None, *, applies: bool = True, inplace: bool = False) -> None:
+    def attach(
+        self, quantizer: FakeQuantize | None, *, applies: bool = True, inplace: bool = False, observes: bool = True
+    ) -> None:
         """Set the output quantizer.
 
         Args:
             quantizer: the quantizer of this module's output, or None.
             applies: whether this module rounds; False where the values are on the grid already.
             inplace: whether the value to round is a buffer that nobody else reads.
+            observes: whether the quantizer's range follows this module's values; False where it follows its input's.
         """
-        self.output_quantizer, self.applies, self.inplace = quantizer, applies, inplace
+        self.output_quantizer, self.applies, self.inplace, self.observes = quantizer, applies, inplace, observes
 
     def _quantize(self, y: Any) -> Any:
         if self.output_quantizer is None or not self.applies:
             return y
-        return self.output_quantizer(y, inplace=self.inplace)
+        return self.output_quantizer(y, inplace=self.inplace, observes=self.observes)
 
 
 class QuantInput(_Quantized):
@@ -99,7 +103,7 @@ class QuantOp(_Quantized):
         quantizer = self.output_quantizer
         if quantizer is None or not self.applies:
             return self.entry.function(*operands, **self.attributes)
-        y = quantizer(operands[0], *self.clamp, inplace=self.inplace)
+        y = quantizer(operands[0], *self.clamp, inplace=self.inplace, observes=self.observes)
         return y if quantizer.active else self.entry.function(y, **self.attributes)
 
     def extra_repr(self) -> str:

@@ -9,9 +9,11 @@ from torch import fx
 from fxquant.errors import InputError
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import FloatOnly, Measuring
+from fxquant.ops.behaviour import ChannelAffine, FloatOnly, Measuring, Weighted
 from fxquant.ops.calls import behaviour_of
 from fxquant.recipe import Recipe, Site
+from fxquant.targets import X86, Target
+from fxquant.targets.fitting import filled
 
 __all__ = ["apply_recipe", "op_path", "require_fit", "site_of"]
 
@@ -27,11 +29,16 @@ def op_path(node: fx.Node) -> str:
     return f"{inside}.{entry.name}" if inside else entry.name
 
 
-def apply_recipe(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
+def apply_recipe(module: LeveledModule, *, recipe: Recipe, target: Target = X86) -> LeveledModule:
     """Give each op its setting; selectors see the model's own paths, module classes and the table's op names.
 
+    Args:
+        module: a canonical graph.
+        recipe: what is quantized how.
+        target: fills in what the recipe leaves open, and keeps in float what it has no integers for.
+
     Law:
-        The graph is unchanged; an op that the recipe leaves in float carries the reason.
+        The graph is unchanged; an op that the recipe or the target leaves in float carries the reason.
     """
     edit = Edit(module, by="apply_recipe")
     sites: list[Site] = []
@@ -44,10 +51,23 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
         if isinstance(behaviour, FloatOnly):
             continue
         setting = recipe.setting(recipe.choose(site))
-        node.meta["setting"] = setting
-        if setting is None:
-            node.meta["reason"] = "the recipe keeps it in float"
+        reason = "the recipe keeps it in float" if setting is None else _lacks(node, target)
+        node.meta["setting"] = None
+        if setting is None or reason is not None:
+            node.meta["reason"] = reason
+        else:
+            has_weight = isinstance(behaviour, Weighted)
+            node.meta["setting"] = filled(setting, target, site.op, path=site.path, has_weight=has_weight)
     return edit.done(sites=sites)
+
+
+def _lacks(node: fx.Node, target: Target) -> str | None:
+    """Why the target leaves ``node`` in float; a batch norm behind a weighted op is that op's, and no op of its own."""
+    before = node.args[0] if node.args else None
+    if isinstance(behaviour_of(node), ChannelAffine) and isinstance(before, fx.Node):
+        if isinstance(behaviour_of(before), Weighted) and len(before.users) == 1:
+            node = before
+    return target.lacks(node.meta["entry"].name)
 
 
 def site_of(module: LeveledModule, node: fx.Node) -> Site:

@@ -14,15 +14,17 @@ __all__ = ["choose_regions", "quantized_operands"]
 
 
 def quantized_operands(call: Call) -> list[fx.Node]:
-    """The operands of a quantized op that have to be quantized tensors themselves."""
+    """The operands of a quantized op that have to be quantized tensors themselves; one that comes wide does not."""
+    wide = call.node.meta.get("wide_operand")
     behaviour = call.entry.behaviour
     if isinstance(behaviour, Passing):
         return call.operands
     if isinstance(behaviour, Rescaling):
         names = call.entry.operand_names if behaviour.inputs is None else behaviour.inputs
-        return [node for name in names if (node := call.operand(name)) is not None]
-    first = call.operand(call.entry.operand_names[0])
-    return [] if first is None else [first]
+        return [node for name in names if name != wide and (node := call.operand(name)) is not None]
+    name = call.entry.operand_names[0]
+    first = call.operand(name)
+    return [] if first is None or name == wide else [first]
 
 
 def choose_regions(module: LeveledModule) -> LeveledModule:

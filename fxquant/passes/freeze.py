@@ -145,7 +145,7 @@ class _Freezer:
             part = clone_module(part)
             part.attach(last.output_quantizer, applies=True, inplace=True)
             self.edit.set_module(node, part)
-            for key in ("continues", "group", "quantized", "leaves_as_float"):
+            for key in ("continues", "group", "quantized", "leaves_as_float", "stays_wide"):
                 node.meta[key] = batch_norm.meta.get(key)
         self.edit.absorb(node, batch_norm, "folded")
 

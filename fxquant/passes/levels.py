@@ -97,13 +97,15 @@ def _reads_integers(node: fx.Node) -> bool:
 
 
 def integers_between(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
-    """Between quantize and dequantize no tensor is float: integer ops read integers, float ops read floats."""
+    """Between quantize and dequantize no tensor is float but an accumulator on its way into the op that rounds it: integer
+    ops read integers, float ops read floats."""
     integer: set[fx.Node] = set()
     for node in module.graph.nodes:
         part = _module(module, node)
         if isinstance(part, IntegerOp):
             first = next((a for a in nodes_in(node.args) if a.meta.get("is_tensor")), None)
-            if first is not None and first not in integer and _reads_integers(node):
+            wide = node.meta.get("wide_operand") and first is not None and first.meta.get("stays_wide")
+            if first is not None and first not in integer and _reads_integers(node) and not wide:
                 yield node, f"an integer op reads {first.name}, which is float"
             if part.output_dtype is not None or isinstance(behaviour_of(node), Passing):
                 integer.add(node)

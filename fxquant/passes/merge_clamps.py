@@ -16,7 +16,7 @@ from fxquant.graph.pattern import Skip, next_in_chain
 from fxquant.ops.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 
-__all__ = ["clamp_bounds", "merge_clamps"]
+__all__ = ["clamp_bounds", "head_of", "merge_clamps"]
 
 
 def merge_clamps(module: LeveledModule) -> LeveledModule:
@@ -75,6 +75,15 @@ def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
 
 def _clamp(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
     return clamp_bounds(edit, node) is not None
+
+
+def head_of(last: fx.Node) -> fx.Node:
+    """The first link of the chain that ends in ``last``; itself where it is in none."""
+    for _ in last.meta.get("chain", ())[1:]:
+        before = last.args[0]
+        assert isinstance(before, fx.Node)
+        last = before
+    return last
 
 
 def clamp_bounds(edit: Edit, node: fx.Node) -> tuple[float | None, float | None] | None:

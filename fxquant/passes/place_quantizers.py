@@ -16,20 +16,26 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantInput, QuantOp, QuantWeighted, QuantWeightedOp, quant_class_of
-from fxquant.numerics.scheme import ACTIVATION, Scheme
 from fxquant.ops.behaviour import Bounded, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 from fxquant.ops.table import quant_op_class
 from fxquant.passes.apply_recipe import op_path
-from fxquant.passes.merge_clamps import clamp_bounds
+from fxquant.passes.merge_clamps import clamp_bounds, head_of
+from fxquant.passes.scale_groups import scheme_of
 from fxquant.recipe import Recipe
+from fxquant.targets import X86, Target
 
 __all__ = ["place_quantizers"]
 
 
-def place_quantizers(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
+def place_quantizers(module: LeveledModule, *, recipe: Recipe, target: Target = X86) -> LeveledModule:
     """Replace each quantized op by its fake-quant module and quantize what enters.
+
+    Args:
+        module: a canonical graph with its groups.
+        recipe: the scheme of what enters.
+        target: likewise, and the grids that it prescribes.
 
     Before:
         x = input
@@ -52,7 +58,7 @@ def place_quantizers(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
         With quantizers off, outputs are the canonical graph's, bit for bit.
     """
     edit = Edit(module, by="place_quantizers")
-    placer = _Placer(edit, recipe)
+    placer = _Placer(edit, recipe, target)
     for node in edit.nodes:
         if "setting" in node.meta and node.meta["setting"] is not None and "reason" not in node.meta:
             if node.meta.get("quantized") or node.meta.get("leaves_as_float"):
@@ -63,8 +69,8 @@ def place_quantizers(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
 
 
 class _Placer:
-    def __init__(self, edit: Edit, recipe: Recipe) -> None:
-        self.edit, self.recipe = edit, recipe
+    def __init__(self, edit: Edit, recipe: Recipe, target: Target) -> None:
+        self.edit, self.recipe, self.target = edit, recipe, target
         self.members: dict[str, list[fx.Node]] = {}
         for node in edit.nodes:
             if node.meta.get("group"):
@@ -79,17 +85,20 @@ class _Placer:
             return None
         if group not in self.quantizers:
             root = next(member for member in self.members[group] if member.name == group)
-            made = FakeQuantize(self._scheme(root), fixed_range=self._fixed_range(group)).to(self._device())
-            self.quantizers[group] = made.train(self.edit.training)
+            scheme = scheme_of(root, self.recipe, self.target)
+            made = FakeQuantize(scheme, fixed_range=self._fixed_range(group), fixed_grid=self._fixed_grid(root))
+            self.quantizers[group] = made.to(self._device()).train(self.edit.training)
         return self.quantizers[group]
 
-    def _scheme(self, node: fx.Node) -> Scheme:
-        setting = node.meta.get("setting") or self.recipe.default
-        return ACTIVATION if setting is None else setting.activation
+    def _fixed_grid(self, root: fx.Node) -> tuple[float, int] | None:
+        """The grid that the target prescribes for what the group's first tensor is made by."""
+        entry = head_of(root).meta.get("entry")
+        return None if entry is None else self.target.fixed_grids.get(entry.name)
 
     def _fixed_range(self, group: str) -> tuple[float, float] | None:
         """Known in advance where every tensor of the group comes from ops with the same bounds."""
-        makers = [m for m in self.members[group] if not isinstance(behaviour_of(m), Passing)]
+        members = [m for m in self.members[group] if not m.meta.get("keeps_scale")]
+        makers = [m for m in members if not isinstance(behaviour_of(m), Passing)]
         ranges = {(b.low, b.high) if isinstance(b := behaviour_of(m), Bounded) else None for m in makers}
         return next(iter(ranges)) if len(ranges) == 1 else None
 
@@ -105,7 +114,12 @@ class _Placer:
         behaviour = behaviour_of(node)
         passes = isinstance(behaviour, Passing) and not node.meta.get("requantizes")
         chained = len(node.meta.get("chain", ())) > 1
-        part.attach(self.quantizer(node), applies=not passes, inplace=self._may_overwrite(node, call, chained))
+        part.attach(
+            self.quantizer(node),
+            applies=not passes,
+            inplace=self._may_overwrite(node, call, chained),
+            observes=not node.meta.get("keeps_scale"),
+        )
         part.training = bool(getattr(self.edit.module(node), "training", self.edit.training))
 
     def _may_overwrite(self, node: fx.Node, call: Call, chained: bool) -> bool:

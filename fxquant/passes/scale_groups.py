@@ -9,30 +9,42 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.numerics.scheme import Scheme
 from fxquant.ops.behaviour import Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.passes.merge_clamps import head_of
 from fxquant.recipe import Recipe
+from fxquant.targets import X86, Target
 
-__all__ = ["scale_groups"]
+__all__ = ["scale_groups", "scheme_of"]
 
 
-def scale_groups(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
+def scale_groups(module: LeveledModule, *, recipe: Recipe, target: Target = X86) -> LeveledModule:
     """Write on each quantized tensor its ``group``: the name of the node whose quantizer it has.
 
     Values that pass through keep the group of what they came from; where several tensors are joined, their groups become
-    one, as far as their schemes agree: otherwise the join gets a group of its own and rounds once more. Where the last
-    result of a weighted op only leaves the model, it has no group: its accumulator leaves as a float.
+    one, as far as their schemes agree: otherwise the join gets a group of its own and rounds once more. What a target
+    computes on the grid of its input is in that input's group. Where the last result of a weighted op only leaves the
+    model, or goes on wide, it has no group: its accumulator leaves as a float.
+
+    Args:
+        module: a canonical graph with its regions and chains.
+        recipe: whether outputs are rounded.
+        target: which ops keep their input's scale, and which lie on a grid of the target's own.
 
     Law:
         The graph is unchanged; a tensor and what it passes through are in one group.
     """
     edit = Edit(module, by="scale_groups")
-    groups = _Groups(recipe)
+    groups = _Groups(recipe, target)
     for node in edit.nodes:
         if not node.meta.get("quantized"):
             continue
         behaviour = behaviour_of(node)
         if isinstance(behaviour, Passing):
-            _follow(edit, groups, node, behaviour)
-        elif not node.meta.get("continues") and (recipe.quantize_outputs or not _leaves_as_float(node)):
+            _follow(edit, groups, node)
+        elif node.meta.get("continues") or node.meta.get("stays_wide"):
+            continue
+        elif _op(head_of(node)) in target.keeps_scale:
+            _keep(edit, groups, node)
+        elif recipe.quantize_outputs or not _leaves_as_float(node, target):
             groups.start(node)
     for node in edit.nodes:
         if node.meta.get("quantized") and node in groups.parent:
@@ -43,30 +55,48 @@ def scale_groups(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
     return edit.done()
 
 
-def _follow(edit: Edit, groups: _Groups, node: fx.Node, behaviour: Passing) -> None:
+def scheme_of(node: fx.Node, recipe: Recipe, target: Target) -> Scheme:
+    """The scheme of a tensor: its op's, or for what enters the quantized region that of the recipe's default."""
+    setting = node.meta.get("setting") or recipe.default
+    scheme: Scheme | None = None if setting is None else setting.activation
+    return scheme or target.activation
+
+
+def _op(node: fx.Node) -> str:
+    return node.meta["entry"].name if "entry" in node.meta else ""
+
+
+def _keep(edit: Edit, groups: _Groups, node: fx.Node) -> None:
+    """The result of an op that rounds to the grid it reads."""
+    head = head_of(node)
+    source = next((operand for operand in call_of(head, edit.module(head)).operands if operand in groups.parent), None)
+    if source is None:
+        groups.start(node)
+        return
+    groups.parent[node] = groups.find(source)
+    node.meta["keeps_scale"] = True
+
+
+def _follow(edit: Edit, groups: _Groups, node: fx.Node) -> None:
     operands = [operand for operand in call_of(node, edit.module(node)).operands if operand in groups.parent]
     if not operands:
         return
     first = groups.find(operands[0])
     others = [groups.find(operand) for operand in operands[1:]]
-    if any(groups.scheme(other) != groups.scheme(first) for other in others):
+    if any(groups.grid(other) != groups.grid(first) for other in others):
         groups.start(node)
         node.meta["requantizes"] = True
-        edit.note(node, "its inputs have different schemes: it has a quantizer of its own")
+        differ = "different schemes" if len({groups.grid(n)[0] for n in (first, *others)}) > 1 else "prescribed grids"
+        edit.note(node, f"its inputs have {differ}: it has a quantizer of its own")
         return
     for other in others:
         groups.join(first, other)
     groups.parent[node] = first
 
 
-def _leaves_as_float(node: fx.Node) -> bool:
-    """Whether ``node`` is the accumulator of a weighted op and nothing but the model's output sees it."""
-    head = node
-    for _ in node.meta.get("chain", ())[1:]:
-        before = head.args[0]
-        assert isinstance(before, fx.Node)
-        head = before
-    if not isinstance(behaviour_of(head), Weighted):
+def _leaves_as_float(node: fx.Node, target: Target) -> bool:
+    """Whether ``node`` is the accumulator of a weighted op and nothing but floats are made of it."""
+    if not isinstance(behaviour_of(head_of(node)), Weighted):
         return False
     todo, seen = list(node.users), set[fx.Node]()
     while todo:
@@ -74,6 +104,8 @@ def _leaves_as_float(node: fx.Node) -> bool:
         if user in seen or user.op == "output":
             continue
         seen.add(user)
+        if not user.meta.get("quantized") and not target.rounds_for_float:
+            continue
         if not isinstance(behaviour_of(user), Passing):
             return False
         todo.extend(user.users)
@@ -81,11 +113,11 @@ def _leaves_as_float(node: fx.Node) -> bool:
 
 
 class _Groups:
-    """Disjoint sets of nodes, each with one scheme."""
+    """Disjoint sets of nodes, each on one grid."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, target: Target) -> None:
         self.parent: dict[fx.Node, fx.Node] = {}
-        self._default = (recipe.default.activation,) if recipe.default is not None else ()
+        self._recipe, self._target = recipe, target
 
     def start(self, node: fx.Node) -> None:
         self.parent[node] = node
@@ -99,8 +131,6 @@ class _Groups:
     def join(self, a: fx.Node, b: fx.Node) -> None:
         self.parent[self.find(b)] = self.find(a)
 
-    def scheme(self, node: fx.Node) -> Scheme | None:
-        setting = node.meta.get("setting")
-        if setting is not None:
-            return setting.activation
-        return self._default[0] if self._default else None
+    def grid(self, node: fx.Node) -> tuple[Scheme, tuple[float, int] | None]:
+        """What two nodes have to have in common to be in one set: the scheme, and the grid where that is prescribed."""
+        return scheme_of(node, self._recipe, self._target), self._target.fixed_grids.get(_op(head_of(node)))

@@ -26,11 +26,12 @@ from fxquant.ops.entry import OpEntry
 __all__ = ["real_scales", "to_exchange"]
 
 
-def to_exchange(module: LeveledModule) -> LeveledModule:
+def to_exchange(module: LeveledModule, *, integer_biases: bool = True) -> LeveledModule:
     """Replace each integer op by the op on real numbers with a rounding behind it.
 
     Args:
         module: an integer graph.
+        integer_biases: keep biases as 32-bit integers; as the real numbers that those stand for otherwise.
 
     Before:
         x = input
@@ -61,7 +62,7 @@ def to_exchange(module: LeveledModule) -> LeveledModule:
         elif isinstance(part, (Quantize, IntegerOp)):
             scale = part._buffers.get("scale")
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            edit.set_module(node, _twin(part, scales.get(source, 1.0)))
+            edit.set_module(node, _twin(part, scales.get(source, 1.0), integer_biases))
             scales[node] = 1.0 if scale is None else float(scale)
     return edit.done(level="exchange")
 
@@ -83,7 +84,7 @@ def _leave(edit: Edit, node: fx.Node, part: Dequantize) -> None:
         edit.set_module(node, Cast(part.dtype))
 
 
-def _twin(part: nn.Module, input_scale: float) -> nn.Module:
+def _twin(part: nn.Module, input_scale: float, integer_biases: bool) -> nn.Module:
     """What computes on real numbers what ``part`` computes on integers."""
     if isinstance(part, Quantize):
         spot = Spot.of(part.scale, part.zero_point, part.scheme)
@@ -95,8 +96,11 @@ def _twin(part: nn.Module, input_scale: float) -> nn.Module:
         return Lookup(part.weight, Spot.of(part.scale, part.zero_point, part.scheme))
     function = part.entry.exchange or part.entry.function
     if isinstance(part, IntegerWeighted):
+        weights = _weights(part, input_scale)
+        if not integer_biases and isinstance(weights["bias"], Stored):
+            weights["bias"] = weights["bias"]().detach()
         clamp, dtype = (part.clamp, part.real_dtype) if part.output_dtype is None else ((None, None), None)
-        return Exchanged(function, part.attributes, _weights(part, input_scale), rounding, clamp, dtype)
+        return Exchanged(function, part.attributes, weights, rounding, clamp, dtype)
     parameters: dict[str, Any] = {}
     if isinstance(part, IntegerEvaluate):
         function = part.function or function

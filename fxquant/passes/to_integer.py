@@ -12,7 +12,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.nn.accumulating import IntegerSum
 from fxquant.nn.fake_quantize import Grid
-from fxquant.nn.integer import Dequantize, Quantize, Site
+from fxquant.nn.integer import Dequantize, IntegerEvaluate, Quantize, Site
 from fxquant.nn.modules import QuantInput
 from fxquant.ops.behaviour import ChannelAffine, Measuring, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
@@ -162,7 +162,8 @@ class _Converter:
         output = None if quantizer is None else quantizer.grid
         site, args = self._site(call, part, output, clamp)
         assert call.entry.integer is not None, f"{call.entry.name} has no integer form"
-        integer = call.entry.integer(site)
+        # An accumulator has no grid to compute on: what reads one computes on real numbers, and rounds.
+        integer = IntegerEvaluate(site) if head.meta.get("wide_operand") else call.entry.integer(site)
         dynamic = {k: v for k, v in call.attributes.items() if next(nodes_in(v), None) is not None}
         self.edit.call_module(head, str(head.target), integer, tuple(args), dynamic)
         head.meta["merged"] = [link.meta["entry"].title for link in links]
@@ -171,7 +172,7 @@ class _Converter:
         if output is not None:
             self.grids[head] = output
         head.meta["dtype"] = last.meta.get("dtype", head.meta.get("dtype"))
-        for key in ("continues", "group", "leaves_as_float"):
+        for key in ("continues", "group", "leaves_as_float", "stays_wide"):
             head.meta[key] = last.meta.get(key)
 
     def _links(self, last: fx.Node) -> list[fx.Node]:

@@ -29,7 +29,8 @@ from fxquant.report.census import (
 )
 from fxquant.report.findings_text import capture_text
 from fxquant.report.own_work import own_macs
-from fxquant.report.rows import op_text, path_of, source_line, told
+from fxquant.report.rows import op_text, path_of, source_line, target_of, told
+from fxquant.targets import X86
 
 __all__ = ["Coverage", "FloatOp", "IslandReport", "OpCount", "SkippedFold", "coverage"]
 
@@ -111,6 +112,7 @@ class Coverage:
         islands: every module that runs its author's own code.
         specializations: every answer about the example that the graphs hold for given, and check.
         audit: on integer models, what could overflow, saturate or vanish, layer by layer.
+        target: the name of the runtime that it was prepared for.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Coverage:
     islands: tuple[IslandReport, ...] = ()
     specializations: tuple[Specialization, ...] = ()
     audit: Audit = field(default_factory=Audit)
+    target: str = X86.name
 
     @property
     def macs_share(self) -> float | None:
@@ -158,7 +161,8 @@ class Coverage:
     def __str__(self) -> str:
         shares = [f"{self.macs} of MACs"] if self.macs else ["MACs unknown without example_inputs"]
         shares += uncounted(self.macs)
-        title = f"{self.name}, {self.level}: in integers {', '.join([*shares, f'{self.weights} of weights'])}"
+        made_for = "" if self.target == X86.name else f" for {self.target}"
+        title = f"{self.name}, {self.level}{made_for}: in integers {', '.join([*shares, f'{self.weights} of weights'])}"
         capture = capture_text(self.islands, self.specializations)
         audited = [text] if (text := str(self.audit)) else []
         return "\n\n".join([title, self._ops_text(), *self._float_text(), *self._folds_text(), *capture, *audited])
@@ -225,6 +229,7 @@ def coverage(module: nn.Module) -> Coverage:
         ),
         specializations=specializations_of(module),
         audit=audit(graphs_of(module).values()),
+        target=target_of(module).name,
     )
 
 

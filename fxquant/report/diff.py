@@ -37,8 +37,9 @@ from fxquant.report.census import Share, is_float_op, macs_share, module_at, nod
 from fxquant.report.findings_text import holds_text, island_line, island_name
 from fxquant.report.own_work import example_call, own_macs
 from fxquant.report.paths import elide, near
-from fxquant.report.rows import Row, rows, source_line
+from fxquant.report.rows import Row, rows, source_line, target_of
 from fxquant.report.terminal import paint, terminal_width, visible_length, wants_color
+from fxquant.targets import X86
 
 __all__ = ["Diff", "GraphRows", "diff"]
 
@@ -74,6 +75,7 @@ class Diff:
         macs: the MACs in integers and in all; None without recorded shapes.
         weights: the weights in integers and in all.
         float_ops: the number of ops that compute in float.
+        target: the name of the runtime that the second model was prepared for.
     """
 
     parts: tuple[GraphRows | Island, ...]
@@ -83,6 +85,7 @@ class Diff:
     macs: Share | None
     weights: Share
     float_ops: int
+    target: str = X86.name
     color: bool | None = None
     width: int | None = None
 
@@ -138,7 +141,8 @@ class Diff:
 
     def _title(self) -> str:
         state = "" if self.calibrated or self.levels[1] != "prepared" else ", not calibrated"
-        return f"{self.name}: {self.levels[0]} → {self.levels[1]}{state}"
+        made_for = "" if self.target == X86.name else f" for {self.target}"
+        return f"{self.name}: {self.levels[0]} → {self.levels[1]}{made_for}{state}"
 
     def __str__(self) -> str:
         color = wants_color() if self.color is None else self.color
@@ -177,6 +181,7 @@ def diff(before: nn.Module, after: nn.Module, *, color: bool | None = None, widt
         macs=macs_share(after, own_macs(after)),
         weights=weights_share(after),
         float_ops=sum(is_float_op(node, module_at(graph, node)) for graph, node in nodes_of(after)),
+        target=target_of(after).name,
         color=color,
         width=width,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import target_text
@@ -21,8 +22,9 @@ from fxquant.ops.calls import FLOAT, behaviour_of
 from fxquant.passes.apply_recipe import op_path
 from fxquant.report.census import absolute, module_at, state_of
 from fxquant.report.paths import near
+from fxquant.targets import X86, Target
 
-__all__ = ["Row", "op_text", "path_of", "rows", "source_line", "told"]
+__all__ = ["Row", "op_text", "path_of", "rows", "source_line", "target_of", "told"]
 
 _NODE_NAME = re.compile(r"\b[A-Za-z]\w*_\w+\b")
 
@@ -76,6 +78,13 @@ def rows(before: LeveledModule, after: LeveledModule) -> list[Row]:
         InputError: ``after`` was not made from the model that ``before`` is.
     """
     return list(_Reader(before, after).read())
+
+
+def target_of(module: nn.Module) -> Target:
+    """What a model was prepared for."""
+    graph = next(iter(graphs_of(module).values()), None)
+    found: Target = X86 if graph is None else graph.settings.get("target", X86)
+    return found
 
 
 def source_line(source: str | None) -> str:

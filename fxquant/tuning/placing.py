@@ -14,6 +14,7 @@ from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantInput
 from fxquant.passes.drop_quantizers import drop_quantizers
 from fxquant.recipe import Recipe
+from fxquant.targets import X86
 
 __all__ = ["canonical_of", "place_again"]
 
@@ -29,8 +30,9 @@ def place_again(prepared: Any, recipe: Recipe) -> Any:
     A tensor that was quantized and still is, be it where a region now begins, keeps its range.
     """
     source = copy.deepcopy(prepared)
-    made = run_passes(source, (drop_quantizers, *placing_passes(recipe)), None)
     before = graphs_of(source)
+    target = next(iter(before.values())).settings.get("target", X86)
+    made = run_passes(source, (drop_quantizers, *placing_passes(recipe, target)), None)
     for path, graph in graphs_of(made).items():
         graph.meta.pop("sites", None)
         graph.meta["settings"] = {**graph.settings, "recipe": recipe}

@@ -1,0 +1,41 @@
+"""Targets: what each runtime lacks, which integers it takes, and where it wants tensors rounded. Data only.
+
+fxquant.prepare(model, example, target="tensorrt")
+mine = dataclasses.replace(fxquant.targets.get("onnxruntime"), name="mine", integer_ops=frozenset({"conv2d", "relu"}))
+fxquant.prepare(model, example, target=mine)
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from fxquant.errors import InputError
+from fxquant.targets.onnxruntime import ONNXRUNTIME
+from fxquant.targets.openvino import OPENVINO
+from fxquant.targets.target import Target
+from fxquant.targets.tensorrt import TENSORRT
+from fxquant.targets.tflite import TFLITE
+from fxquant.targets.x86 import X86
+from fxquant.targets.xnnpack import XNNPACK
+
+__all__ = ["TARGETS", "Target", "X86", "get"]
+
+TARGETS = {target.name: target for target in (X86, ONNXRUNTIME, OPENVINO, TENSORRT, XNNPACK, TFLITE)}
+"""Every target by name; the first is the default."""
+
+
+def get(target: str | Target) -> Target:
+    """A target by name; a ``Target`` of your own as it is.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, str) and target in TARGETS:
+        return TARGETS[target]
+    near = difflib.get_close_matches(str(target), TARGETS, n=1)
+    raise InputError(
+        f"target={target!r} is not known.{f' Did you mean {near[0]!r}?' if near else ''}\n"
+        f"  what to do: give one of {', '.join(TARGETS)}, or a fxquant.targets.Target of your own."
+    )

@@ -1,0 +1,105 @@
+"""A recipe held against a target: what the target cannot do is refused, and what the recipe leaves open is filled in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator
+
+from fxquant.errors import InputError, RecipeError
+from fxquant.recipe import Op, Recipe, Setting
+from fxquant.targets import get
+from fxquant.targets.target import Target
+
+__all__ = ["filled", "fit_target"]
+
+
+def fit_target(target: str | Target, recipe: Recipe, *, ops: Collection[str], estimator: str | None = None) -> Target:
+    """The target of that name, held against the op table and the recipe.
+
+    Args:
+        target: its name, or one of your own.
+        recipe: what it must be able to run.
+        ops: the names of the op table.
+        estimator: how ranges of tensors are found that the recipe leaves open; as the target has it where None.
+
+    Raises:
+        InputError: there is none, or it names ops that are not among ``ops``.
+        RecipeError: the recipe asks it for what it does not have.
+    """
+    found = get(target)
+    _require_known(found, ops)
+    _require_possible(recipe, found)
+    return found if estimator is None else found.with_estimator(estimator)
+
+
+def _require_possible(recipe: Recipe, target: Target) -> None:
+    """Refuse a recipe that asks ``target`` for what it does not have.
+
+    Raises:
+        RecipeError: says which setting, why, and what to do.
+    """
+    for where, setting in _settings(recipe):
+        scheme = setting.activation
+        refused = None if scheme is None else target.refuses_activation(scheme)
+        kind = "activation"
+        if refused is None and setting.weight is not None:
+            scheme, kind = setting.weight, "weight"
+            refused = target.refuses_weight(setting.weight)
+        if refused is not None:
+            raise RecipeError(
+                f"{where} asks for the {kind} scheme {scheme}, which target {target.name!r} cannot run: {refused}.\n"
+                f"  where this is said: {target.source or 'in the target'}\n"
+                f"  what to do: leave {kind}= out, and get {getattr(target, kind)}; or prepare for another target."
+            )
+    for selector, chosen in recipe.settings:
+        lacks = target.lacks(selector.name) if isinstance(selector, Op) and chosen is not None else None
+        if lacks is not None:
+            raise RecipeError(
+                f"the recipe's setting of {selector!r} asks target {target.name!r} for integers that it cannot compute: "
+                f"{lacks}.\n  what to do: take the setting out, or prepare for another target."
+            )
+
+
+def _settings(recipe: Recipe) -> Iterator[tuple[str, Setting]]:
+    for selector, setting in recipe.settings:
+        if setting is not None:
+            yield f"the recipe's setting of {selector!r}", setting
+    if recipe.default is not None:
+        yield "the recipe's default", recipe.default
+
+
+def filled(setting: Setting, target: Target, op: str, *, path: str, has_weight: bool) -> Setting:
+    """``setting`` with the schemes that it leaves open, for one op.
+
+    Args:
+        setting: what the recipe says.
+        target: what the rest is taken from.
+        op: the op's name in the table.
+        path: where it stands, for the message.
+        has_weight: whether it has a weight to quantize.
+
+    Raises:
+        RecipeError: its weight cannot have a scale a channel there.
+    """
+    weight = setting.weight
+    if has_weight and weight is not None and weight.per_channel and not target.takes_per_channel(op):
+        raise RecipeError(
+            f"the recipe gives {path} the weight scheme {weight}, and {target.title} takes one scale for the weight of a "
+            f"{op}.\n  what to do: give it a setting of its own with per_channel=False, or leave weight= out."
+        )
+    return Setting(weight=weight or target.weight_of(op), activation=setting.activation or target.activation)
+
+
+def _require_known(target: Target, known: Collection[str]) -> None:
+    """Refuse a target that names ops which are not in the table.
+
+    Raises:
+        InputError: names the op, the field, and the nearest op that there is.
+    """
+    for name, ops in target.named_ops().items():
+        for op in sorted(ops - set(known)):
+            near = difflib.get_close_matches(op, sorted(known), n=1)
+            raise InputError(
+                f"target {target.name!r} names the op {op!r} in {name}, and the op table has none of that name."
+                f"{f' Did you mean {near[0]!r}?' if near else ''}\n  what to do: see fxquant ops for the names."
+            )
