@@ -74,7 +74,6 @@ def _pt2e_inductor(model: nn.Module, x: Tensor, threads: int) -> Run:
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
     from torch._inductor import config
     from torchao.quantization.pt2e import move_exported_model_to_eval
-    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
@@ -82,10 +81,10 @@ def _pt2e_inductor(model: nn.Module, x: Tensor, threads: int) -> Run:
     prepared(x)
     converted = convert_pt2e(prepared)
     move_exported_model_to_eval(converted)
-    with config.patch(freezing=True):
-        lowered = lower_pt2e_quantized_to_x86(converted, (x,))
-        lowered(x)  # compiled when it is first called
-    return lowered
+    compiled = torch.compile(converted)
+    with config.patch(freezing=True), torch.no_grad():
+        compiled(x)  # compiled when it is first called
+    return compiled
 
 
 def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
