@@ -39,6 +39,7 @@ import logging
 import os
 import queue
 import random
+import re
 import resource
 import signal
 import statistics
@@ -286,8 +287,8 @@ def alarm(limit: float) -> Iterator[None]:
 
 
 def told(error: BaseException, width: int = 160) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
+    """An error in one line; files by their place in their package."""
+    text = re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:width]
 
 
