@@ -205,6 +205,36 @@ def test_the_same_recipe_gives_the_same_model(example):
     assert notes == [node.meta["notes"] for node in again.graph.nodes]
 
 
+class Residual(nn.Module):
+    """A sum that takes a convolution's accumulator, where the target has such sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return F.relu(self.two(F.relu(self.one(x))) + x).mean((2, 3))
+
+
+@pytest.mark.parametrize("target", ["x86", "openvino", "tensorrt"])
+@pytest.mark.parametrize("path", ["two", "add", "one"])
+def test_what_a_target_keeps_wide_is_decided_anew(example, target, path):
+    """Facts and notes of a node are those of a model that was prepared so from the start."""
+    torch.manual_seed(0)
+    model = Residual().eval()
+    prepared = fxquant.calibrate(fxquant.prepare(model, example, target=target), [example], progress=False)
+    wide = [node.name for node in prepared.graph.nodes if node.meta.get("stays_wide")]
+    assert wide == ([] if target == "x86" else ["two"])
+    tuned = place_again(prepared, with_float(prepared, path))
+    fresh = fxquant.prepare(model, example, target=target, recipe=with_float(prepared, path))
+    assert graph_text(tuned) == graph_text(fresh)
+    for own, other in zip(tuned.graph.nodes, fresh.graph.nodes, strict=True):
+        for fact in ("stays_wide", "wide_operand"):
+            assert own.meta.get(fact) == other.meta.get(fact)
+        assert own.meta.get("notes", []) == other.meta.get("notes", [])
+
+
 @pytest.mark.parametrize(
     "paths",
     [

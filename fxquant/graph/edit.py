@@ -7,7 +7,7 @@ one in their place (see ``clone_module``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,12 @@ class Edit:
         notes = node.meta.setdefault("notes", [])
         if text not in notes:
             notes.append(text)
+            node.meta["noted_by"] = {**node.meta.get("noted_by", {}), text: self._by}
+
+    def unnote(self, node: fx.Node, passes: Collection[str]) -> None:
+        """Take back what ``passes`` have written down at ``node``."""
+        by = node.meta.get("noted_by", {})
+        node.meta["notes"] = [text for text in node.meta.get("notes", ()) if by.get(text) not in passes]
 
     def absorb(self, node: fx.Node, gone: fx.Node, how: str) -> None:
         """Take ``gone`` out, which ``node`` now does too; ``how`` is ``folded`` or ``merged``. Its users read its input.

@@ -13,8 +13,14 @@ from fxquant.ops.calls import call_of
 
 __all__ = ["drop_quantizers"]
 
-_PLACEMENT = ("setting", "quantized", "group", "chain", "continues", "leaves_as_float", "requantizes", "float_module")
+_PLACEMENT = (
+    *("setting", "quantized", "group", "chain", "continues", "leaves_as_float", "requantizes", "float_module"),
+    *("stays_wide", "wide_operand"),
+)
 """What the passes between the canonical and the prepared graph write on a node."""
+
+_PASSES = ("merge_clamps", "keep_accumulators", "scale_groups")
+"""Those of them that write notes."""
 
 
 def drop_quantizers(module: LeveledModule) -> LeveledModule:
@@ -57,6 +63,7 @@ def drop_quantizers(module: LeveledModule) -> LeveledModule:
             node.meta.pop("reason", None)  # the recipe's, which it will give again
         for key in _PLACEMENT:
             node.meta.pop(key, None)
+        edit.unnote(node, _PASSES)
     return edit.done(level="canonical")
 
 
