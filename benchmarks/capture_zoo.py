@@ -41,7 +41,6 @@ import queue
 import random
 import re
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -67,6 +66,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from zoo_models import FAMILIES, Case, Entry, Inputs, TooLargeError, build, call, entries, leaves
 
+from fxquant.benchmark.time_limit import OutOfTimeError, time_limit
+
 EXAMPLE_BATCH, OTHER_BATCH = 2, 3
 LEAST_SIGNAL = 1e-2
 MOST_OTHERS = 0.3  # cores: with both taken by others, a forward has been seen to take 50 times as long
@@ -75,10 +76,6 @@ PEERS = ("fx", "prepare_fx", "export")
 COMPARISONS = ("example", "batch", "size", "train", "buffers")
 Row = dict[str, Any]
 Leaves = list[tuple[str, Any]]
-
-
-class OutOfTimeError(BaseException):
-    """Raised by the alarm; not an Exception, so that no handler on the way takes it for the model's own."""
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
@@ -271,21 +268,6 @@ def timed(row: Row, name: str) -> Iterator[None]:
     row[name] = seconds(time.perf_counter() - start)
 
 
-@contextmanager
-def alarm(limit: float) -> Iterator[None]:
-    """Raise `OutOfTimeError` in the block after ``limit`` seconds, and again every five until it ends."""
-
-    def ring(*_: Any) -> None:
-        raise OutOfTimeError(f"{limit:g} s")
-
-    signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, limit, 5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 def told(error: BaseException, width: int = 160) -> str:
     """An error in one line; files by their place in their package."""
     text = re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
@@ -307,7 +289,7 @@ class Study:
         """All stages; errors are written into the row."""
         row = self.row
         try:
-            with alarm(self.options["limit"]):
+            with time_limit(self.options["limit"]):
                 self._own()
         except OutOfTimeError:
             row["note"] = f"{row.get('note', '')} time limit in {row['stage']}".strip()
@@ -491,7 +473,7 @@ class Study:
             self.row[name] = peer
             self.case.model.eval()
             try:
-                with alarm(self.options["peer_limit"]):
+                with time_limit(self.options["peer_limit"]):
                     self._peer(calls[name], peer)
             except OutOfTimeError:
                 peer.setdefault("verdict", "time limit")

@@ -16,12 +16,10 @@ import copy
 import gc
 import json
 import os
-import signal
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ from latency_contenders import CONTENDERS, ON_REQUEST, OURS, Run, integer_model,
 from record import add_output_option, publish
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from fxquant.benchmark.time_limit import OutOfTimeError, time_limit
 
 IMAGE, TOKENS = 224, 128
 BERT = "bert_base"
@@ -44,10 +44,6 @@ TURN = 0.03
 IN_TORCH = ("fxquant", "fxquant frozen")
 AUTO = "fxquant auto"
 Row = dict[str, Any]
-
-
-class OutOfTimeError(BaseException):
-    """The time limit; not an ``Exception``, which compilers catch and carry on."""
 
 
 class Encoder(nn.Module):
@@ -85,22 +81,6 @@ def example_input(name: str, batch: int) -> Tensor:
     if name == BERT:
         return torch.randint(0, 30000, (batch, TOKENS), generator=generator)
     return torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise inside once the time is over: between two steps of Python, so a long call into C++ ends first."""
-
-    def ring(*_: Any) -> None:
-        raise OutOfTimeError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again after a second, should anything swallow it
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def build(model: nn.Module, x: Tensor, args: argparse.Namespace, threads: int) -> tuple[dict[str, Run], Row]:
