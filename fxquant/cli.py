@@ -147,7 +147,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     threads = "numbers of threads (default: each runtime's own choice)"
     parser.add_argument("--threads", type=_positive, nargs="+", default=[None], metavar="N", help=threads)
     names = "some of torch,onnxruntime,openvino (default: all)"
-    parser.add_argument("--runtimes", type=lambda text: text.split(","), default="auto", metavar="A,B", help=names)
+    parser.add_argument("--runtimes", type=_runtimes, default="auto", metavar="A,B", help=names)
     parser.add_argument("--compiled", action="store_true", help="also the float model behind torch.compile")
     limit = "seconds that compiling may take (default %(default)s)"
     parser.add_argument("--compile-limit", type=_positive, default=120, metavar="S", help=limit)
@@ -291,6 +291,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def _runtimes(text: str) -> str | list[str]:
+    return text if text == "auto" else text.split(",")
 
 
 def _positive(text: str) -> int:

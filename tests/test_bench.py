@@ -245,6 +245,13 @@ def test_the_command(tmp_path, capsys):
     assert written["spec"] == SPEC and written["model"] == "Sample"
 
 
+@pytest.mark.parametrize("more", [(), ("--runtimes", "auto")], ids=["left out", "auto"])
+def test_the_command_times_every_runtime(more, capsys):
+    assert main(["bench", SPEC, "--shape", "1,3,8,8", "--rounds", "2", "--no-memory", *more]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"int8, {runtime}" in printed for runtime in ("torch", "onnxruntime", "openvino"))
+
+
 def test_the_command_on_images(tmp_path, capsys):
     for i in range(5):
         Image.linear_gradient("L").rotate(40 * i).resize((12, 10)).convert("RGB").save(tmp_path / f"{i}.png")
