@@ -64,6 +64,7 @@ class OpEntry:
         quantized: ``function`` moves values of torch's quantized tensors as well.
         quantized_as: torch's operator for it on quantized tensors, ``(input, output_scale, output_zero_point)``, where that
             is faster than ``function`` between a dequantization and a quantization.
+        native: what the native kernels do for its integer form, where that does not say it (``kernels.native``).
         returns: ``tensor`` or ``tuple``.
         order: the positional arguments of the spellings in ``functions``, where they come in another order.
         accepts: whether a call is this op's, where entries with different behaviours share a spelling.
@@ -94,6 +95,7 @@ class OpEntry:
     views: bool = False
     quantized: bool = False
     quantized_as: str = ""
+    native: str = ""
     returns: str = "tensor"
     order: tuple[str, ...] = ()
     accepts: Callable[[Call], bool] | None = None

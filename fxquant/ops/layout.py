@@ -123,6 +123,7 @@ _passing(
     functions=(torch.concat, torch.concatenate),
     aliases={"axis": "dim"},
     quantized=True,
+    native="concatenation",
 )
 _passing(
     "stack",
@@ -142,6 +143,7 @@ _passing(
     lambda x: torch.flatten(x, 1, 2),
     (2, 3, 4, 5),
     onnx="Flatten",
+    native="flattening",
     methods=("flatten",),
     modules=(nn.Flatten,),
     quantized=True,

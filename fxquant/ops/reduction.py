@@ -77,6 +77,7 @@ def _pool(
     onnx: str,
     functions: tuple[Callable[..., Any], ...] = (),
     exchange: Callable[..., Any] | None = None,
+    native: str = "",
 ) -> None:
     """One row: a maximum passes values, an average rescales them."""
     is_max = "max" in name
@@ -90,6 +91,7 @@ def _pool(
         integer=carried_pass if is_max else IntegerLinearMap,
         fresh=not is_max,
         quantized=name == "max_pool2d",
+        native=native,
         check=_indices_reason if "return_indices" in signature else None,
         onnx=onnx,
         exchange=exchange,
@@ -116,6 +118,7 @@ _pool(
     (2, 3, 9, 10),
     onnx="MaxPool",
     functions=(F.max_pool2d, torch.max_pool2d),
+    native="maximum",
 )
 _pool(
     "max_pool3d",
@@ -145,6 +148,7 @@ _pool(
     (2, 3, 10, 9),
     onnx="AveragePool",
     exchange=averages_over(F.avg_pool2d, 2),
+    native="average",
 )
 _pool(
     "avg_pool3d",
@@ -212,6 +216,7 @@ _pool(
     (2, 3, 8, 5),
     onnx="AveragePool",
     exchange=adaptive_by_parts(torch.mean, 2),
+    native="adaptive average",
 )
 _pool(
     "adaptive_avg_pool3d",
@@ -236,6 +241,7 @@ OpEntry(
     behaviour=Rescaling(),
     methods=("mean",),
     integer=IntegerLinearMap,
+    native="mean",
     fresh=True,
     check=_dtype_reason,
     onnx="ReduceMean",

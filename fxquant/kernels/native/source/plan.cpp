@@ -1,0 +1,88 @@
+// A plan is an array of steps. All threads go through it together: each takes units of a step while there are any, and waits
+// for the others before the next step.
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "doors.h"
+
+namespace fxquant {
+
+static void compute(const Step& s, int unit, const Finish& finish) {
+    switch (s.kind) {
+        case QUANTIZE: return quantize(s, unit);
+        case CONVOLUTION: return convolution(s, unit, finish);
+        case DEPTHWISE: return depthwise(s, unit, finish);
+        case MAXIMUM: return maximum(s, unit);
+        case AVERAGE: return average(s, unit);
+        case TABLE: return look_up(s, unit);
+        case ADD: return add(s, unit);
+        case MULTIPLY: return multiply_tensors(s, unit);
+        case AFFINE: return affine(s, unit);
+        case COPY: return copy(s, unit);
+        case TRANSPOSE: return transpose(s, unit);
+        case DEQUANTIZE: return dequantize(s, unit);
+    }
+}
+
+// How far a step is. A thread goes on when all units are done, so that any number of threads may come, at any time.
+struct alignas(64) Progress {
+    std::atomic<int> taken{0};
+    alignas(64) std::atomic<int> done{0};
+};
+
+struct Run {
+    const Step* steps;
+    int count;
+    Progress* progress;
+};
+
+static void work(void* data) {
+    const Run& run = *static_cast<const Run*>(data);
+    for (int i = 0; i < run.count; i++) {
+        const Step& s = run.steps[i];
+        Progress& progress = run.progress[i];
+        int unit = progress.taken.fetch_add(1, std::memory_order_relaxed);
+        if (unit < s.units) {
+            const Finish finish(s);
+            int computed = 0;
+            for (; unit < s.units; unit = progress.taken.fetch_add(1, std::memory_order_relaxed), computed++)
+                compute(s, unit, finish);
+            progress.done.fetch_add(computed, std::memory_order_release);
+        }
+        for (int spins = 0; progress.done.load(std::memory_order_acquire) < s.units; spins++) {
+            if (spins < 4000) _mm_pause();
+            else std::this_thread::yield();
+        }
+    }
+}
+
+}  // namespace fxquant
+
+extern "C" {
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+int fxquant_step_size() { return static_cast<int>(sizeof(fxquant::Step)); }
+
+int fxquant_runs_here() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+
+// parallel: GOMP_parallel of the OpenMP that torch runs on, or null for threads of our own.
+void fxquant_run(const fxquant::Step* steps, int count, int threads, Parallel parallel) {
+    std::vector<fxquant::Progress> progress(count);
+    fxquant::Run run{steps, count, progress.data()};
+    if (threads <= 1) {
+        fxquant::work(&run);
+    } else if (parallel) {
+        parallel(fxquant::work, &run, static_cast<unsigned>(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int i = 1; i < threads; i++) others.emplace_back(fxquant::work, &run);
+        fxquant::work(&run);
+        for (auto& t : others) t.join();
+    }
+}
+}

@@ -1,0 +1,65 @@
+// What the steps of a plan read and write. The Python side fills the same structures (fxquant/native/library.py).
+#pragma once
+#include <cstdint>
+
+namespace fxquant {
+
+// Bytes of n images of h x w pixels of c channels; strides in bytes. A channel follows its neighbour, so a slice of the
+// channels of another tensor is a tensor. Up to 63 bytes behind the last pixel may be read, and count for nothing.
+struct Tensor {
+    uint8_t* data;
+    int64_t pixel, row, image;
+    int32_t n, h, w, c;
+
+    uint8_t* at(int64_t i, int64_t y, int64_t x) const { return data + i * image + y * row + x * pixel; }
+};
+
+// A window that moves over a tensor.
+struct Window {
+    int32_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// From sums of 32 bits to bytes: y = clamp((acc * q + r) >> s), r = half a step and the zero point. 16 channels have 48
+// numbers: q, r and s of the even ones, then of the odd ones.
+// The byte may go through a table of 256, and then be added to a tensor: the rule of add.h.
+struct Requantization {
+    const int64_t* constants;
+    const uint8_t* table;
+    int32_t low, high;
+};
+
+// (a * q[0] + b * q[1] + constant) >> shift, clamped.
+struct Addition {
+    int64_t constant;
+    int32_t q[2];
+    int32_t shift, low, high, reserved;
+};
+
+struct Step {
+    int32_t kind, flags;
+    Tensor x, z, y;  // read, read, written; a float tensor counts bytes as well
+    Window window;
+    int32_t groups, taps, depth, blocks;  // of a convolution: windows' rows or points, channels in each, 16s of channels
+    const int8_t* weight;
+    const int32_t* bias;
+    const uint8_t* border;  // a pixel of zero points, read where a window leaves its tensor
+    Requantization out;
+    Addition add;
+    const void* numbers;  // what else a kind needs
+    double scale[2];
+    int32_t zero_point[2];
+    int32_t chunk, units, outer, reserved;  // how the work is cut
+};
+
+enum Kind : int32_t {
+    QUANTIZE, CONVOLUTION, DEPTHWISE, MAXIMUM, AVERAGE, TABLE, ADD, MULTIPLY, AFFINE, COPY, TRANSPOSE, DEQUANTIZE
+};
+
+enum Flag : int32_t {
+    ADDS = 1,       // the result is added to z
+    TO_FLOAT = 2,   // sums leave as floats: numbers are the scales, scale the bounds
+    COUNTS_PADDING = 4,
+    GROUPED = 8
+};
+
+}  // namespace fxquant

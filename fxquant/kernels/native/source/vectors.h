@@ -1,0 +1,121 @@
+// 64 bytes at a time: requantization, tables, sums of two grids. Every rule is that of fxquant's integer forms, to the bit.
+#pragma once
+#include <immintrin.h>
+
+#include "tensor.h"
+
+namespace fxquant {
+
+inline __mmask64 first(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1; }
+
+// floor((acc * q + r) / 2^s) of 16 numbers; a product has up to 62 bits, so even and odd lanes go separate ways.
+struct Multiplier {
+    __m512i q[2], r[2], s[2];
+
+    explicit Multiplier(const int64_t* constants) {
+        for (int odd = 0; odd < 2; odd++) {
+            q[odd] = _mm512_loadu_si512(constants + 24 * odd);
+            r[odd] = _mm512_loadu_si512(constants + 24 * odd + 8);
+            s[odd] = _mm512_loadu_si512(constants + 24 * odd + 16);
+        }
+    }
+    __m512i operator()(__m512i acc) const {
+        __m512i even = _mm512_mul_epi32(acc, q[0]);
+        __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(acc, 32), q[1]);
+        even = _mm512_srav_epi64(_mm512_add_epi64(even, r[0]), s[0]);
+        odd = _mm512_srav_epi64(_mm512_add_epi64(odd, r[1]), s[1]);
+        return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    }
+};
+
+// Four vectors of 16 numbers as 64 saturated bytes. "Woven" numbers come as unpacking bytes twice leaves them: vector j has
+// the channels 16 L + 4 j + (0..3) of each lane L.
+inline __m512i pack_woven(const __m512i v[4]) {
+    return _mm512_packus_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+}
+
+inline __m512i pack(const __m512i v[4]) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, pack_woven(v));
+}
+
+// The opposite of pack_woven.
+inline void weave(__m512i bytes, __m512i v[4]) {
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi8(bytes, zero), high = _mm512_unpackhi_epi8(bytes, zero);
+    v[0] = _mm512_unpacklo_epi16(low, zero), v[1] = _mm512_unpackhi_epi16(low, zero);
+    v[2] = _mm512_unpacklo_epi16(high, zero), v[3] = _mm512_unpackhi_epi16(high, zero);
+}
+
+inline __m512i clamp(__m512i bytes, __m512i low, __m512i high) {
+    return _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
+}
+
+struct Table {
+    __m512i part[4];
+
+    explicit Table(const uint8_t* table) {
+        for (int i = 0; i < 4; i++) part[i] = _mm512_loadu_si512(table + 64 * i);
+    }
+    __m512i operator()(__m512i index) const {
+        const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
+        const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+    }
+};
+
+// (a q0 + b q1 + c) >> s of bytes, exactly, in 32 bits: with q = 2^16 h + l the products with h and l are summed apart, and
+// floor((2^16 H + L) / 2^s) = floor((H + floor(L / 2^16)) / 2^(s - 16)).
+struct Sum {
+    __m512i high, low, constant_high, constant_low, least, most;
+    __m128i shift;
+
+    explicit Sum(const Addition& add) {
+        int32_t halves[2][2];
+        for (int i = 0; i < 2; i++) {
+            halves[1][i] = static_cast<int16_t>(add.q[i] & 0xFFFF);
+            halves[0][i] = static_cast<int32_t>((static_cast<int64_t>(add.q[i]) - halves[1][i]) >> 16);
+        }
+        high = _mm512_set1_epi32((halves[0][0] & 0xFFFF) | (halves[0][1] << 16));
+        low = _mm512_set1_epi32((halves[1][0] & 0xFFFF) | (halves[1][1] << 16));
+        constant_high = _mm512_set1_epi32(static_cast<int32_t>(add.constant >> 16));
+        constant_low = _mm512_set1_epi32(static_cast<int32_t>(add.constant & 0xFFFF));
+        shift = _mm_cvtsi32_si128(add.shift - 16);
+        least = _mm512_set1_epi8(static_cast<char>(add.low)), most = _mm512_set1_epi8(static_cast<char>(add.high));
+    }
+    __m512i one(__m512i pairs) const {
+        const __m512i h = _mm512_dpwssd_epi32(constant_high, pairs, high);
+        const __m512i l = _mm512_dpwssd_epi32(constant_low, pairs, low);
+        return _mm512_sra_epi32(_mm512_add_epi32(h, _mm512_srai_epi32(l, 16)), shift);
+    }
+    __m512i operator()(__m512i a, __m512i b) const {
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512i a0 = _mm512_unpacklo_epi8(a, zero), a1 = _mm512_unpackhi_epi8(a, zero);
+        const __m512i b0 = _mm512_unpacklo_epi8(b, zero), b1 = _mm512_unpackhi_epi8(b, zero);
+        const __m512i v[4] = {one(_mm512_unpacklo_epi16(a0, b0)), one(_mm512_unpackhi_epi16(a0, b0)),
+                              one(_mm512_unpacklo_epi16(a1, b1)), one(_mm512_unpackhi_epi16(a1, b1))};
+        return clamp(pack_woven(v), least, most);
+    }
+};
+
+// What happens to 64 bytes once they are requantized.
+struct Finish {
+    __m512i low, high;
+    bool has_table, adds;
+    alignas(64) char table[sizeof(Table)], sum[sizeof(Sum)];
+
+    explicit Finish(const Step& step) {
+        low = _mm512_set1_epi8(static_cast<char>(step.out.low)), high = _mm512_set1_epi8(static_cast<char>(step.out.high));
+        has_table = step.out.table != nullptr, adds = step.flags & ADDS;
+        if (has_table) new (table) Table(step.out.table);
+        if (adds) new (sum) Sum(step.add);
+    }
+    __m512i operator()(__m512i bytes, const uint8_t* other, __mmask64 mask) const {
+        bytes = clamp(bytes, low, high);
+        if (has_table) bytes = (*reinterpret_cast<const Table*>(table))(bytes);
+        if (adds) bytes = (*reinterpret_cast<const Sum*>(sum))(bytes, _mm512_maskz_loadu_epi8(mask, other));
+        return bytes;
+    }
+};
+
+}  // namespace fxquant

@@ -1,0 +1,163 @@
+// Maxima and averages over windows, and what works on single values or channels.
+#pragma once
+#include <cmath>
+
+#include "convolution.h"
+
+namespace fxquant {
+
+// The part of a window that lies inside the image, along one axis.
+struct Span {
+    int first, count;
+
+    Span(const Window& w, int axis, int index, int size) {
+        const int start = index * w.stride[axis] - w.padding[axis], d = w.dilation[axis];
+        const int skipped = start < 0 ? (-start + d - 1) / d : 0;
+        first = start + skipped * d;
+        const int left = first < size ? (size - 1 - first) / d + 1 : 0;
+        count = std::max(0, std::min(w.kernel[axis] - skipped, left));
+    }
+};
+
+inline void maximum(const Step& s, int unit) {
+    const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
+    const int64_t from = static_cast<int64_t>(unit) * s.chunk, end = std::min(from + s.chunk, pixels);
+    Point p = point_of(from, s.y);
+    for (int64_t index = from; index < end; index++, advance(p, s.y)) {
+        const Span down(s.window, 0, p.y, s.x.h), across(s.window, 1, p.x, s.x.w);
+        const uint8_t* corner = s.x.at(p.i, down.first, across.first);
+        uint8_t* to = s.y.at(p.i, p.y, p.x);
+        for (int c = 0; c < s.y.c; c += 64) {
+            __m512i most = _mm512_setzero_si512();
+            for (int ky = 0; ky < down.count; ky++) {
+                const uint8_t* at = corner + ky * s.window.dilation[0] * s.x.row + c;
+                for (int kx = 0; kx < across.count; kx++, at += s.window.dilation[1] * s.x.pixel)
+                    most = _mm512_max_epu8(most, _mm512_loadu_si512(at));
+            }
+            _mm512_mask_storeu_epi8(to + c, first(s.y.c - c), most);
+        }
+    }
+}
+
+// round(mean(x - zero point) * ratio) + zero point: float64 after exact sums, ties to even. A unit is one 64 channels' column
+// of one line of the result. The window of an adaptive pool is given line by line in numbers: starts and ends.
+inline void average(const Step& s, int unit) {
+    const int columns = (s.y.c + 63) / 64, c = 64 * (unit % columns), line = unit / columns;
+    const int i = line / s.y.h, y = line % s.y.h;
+    const int32_t* adaptive = static_cast<const int32_t*>(s.numbers);
+    const __mmask64 mask = first(s.y.c - c);
+    for (int x = 0; x < s.y.w; x++) {
+        int y0, y1, x0, x1;
+        double divisor;
+        if (adaptive) {
+            y0 = adaptive[2 * y], y1 = adaptive[2 * y + 1];
+            x0 = adaptive[2 * (s.y.h + x)], x1 = adaptive[2 * (s.y.h + x) + 1];
+            divisor = static_cast<double>(y1 - y0) * (x1 - x0);
+        } else {
+            const Window& w = s.window;
+            const int top = y * w.stride[0] - w.padding[0], left = x * w.stride[1] - w.padding[1];
+            const int bottom = std::min(top + w.kernel[0], s.x.h + w.padding[0]);
+            const int right = std::min(left + w.kernel[1], s.x.w + w.padding[1]);
+            y0 = std::max(top, 0), x0 = std::max(left, 0), y1 = std::min(bottom, s.x.h), x1 = std::min(right, s.x.w);
+            const bool whole = s.flags & COUNTS_PADDING;
+            divisor = whole ? static_cast<double>(bottom - top) * (right - left) : static_cast<double>(y1 - y0) * (x1 - x0);
+        }
+        const int lines = std::max(0, y1 - y0), width = std::max(0, x1 - x0);
+        __m512i sum[4] = {};
+        for (int ky = y0; ky < y0 + lines; ky++) {
+            const uint8_t* at = s.x.at(i, ky, x0) + c;
+            for (int kx = 0; kx < width; kx++, at += s.x.pixel) {
+                __m512i v[4];
+                weave(_mm512_loadu_si512(at), v);
+                for (int j = 0; j < 4; j++) sum[j] = _mm512_add_epi32(sum[j], v[j]);
+            }
+        }
+        const __m512i centre = _mm512_set1_epi32(lines * width * s.zero_point[0]);
+        const __m512i to_zero = _mm512_set1_epi32(s.zero_point[1]);
+        const __m512d by = _mm512_set1_pd(divisor), ratio = _mm512_set1_pd(s.scale[0]);
+        for (int j = 0; j < 4; j++) {
+            const __m512i d = _mm512_sub_epi32(sum[j], centre);
+            __m256i half[2];
+            for (int k = 0; k < 2; k++) {
+                const __m512d exact = _mm512_cvtepi32_pd(k ? _mm512_extracti64x4_epi64(d, 1) : _mm512_castsi512_si256(d));
+                half[k] = _mm512_cvtpd_epi32(_mm512_mul_pd(_mm512_div_pd(exact, by), ratio));
+            }
+            sum[j] = _mm512_add_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), to_zero);
+        }
+        const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
+        _mm512_mask_storeu_epi8(s.y.at(i, y, x) + c, mask, clamp(pack_woven(sum), low, high));
+    }
+}
+
+// Calls body(point of the result, pixel of x, pixel of y) for the pixels of a unit.
+template <class Body>
+void each_pixel(const Step& s, int unit, Body body) {
+    const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
+    const int64_t from = static_cast<int64_t>(unit) * s.chunk, end = std::min(from + s.chunk, pixels);
+    Point p = point_of(from, s.y);
+    for (int64_t index = from; index < end; index++, advance(p, s.y)) body(p, s.x.at(p.i, p.y, p.x), s.y.at(p.i, p.y, p.x));
+}
+
+inline void look_up(const Step& s, int unit) {
+    const Table table(s.out.table);
+    each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
+        for (int c = 0; c < s.y.c; c += 64)
+            _mm512_mask_storeu_epi8(y + c, first(s.y.c - c), table(_mm512_loadu_si512(x + c)));
+    });
+}
+
+inline void copy(const Step& s, int unit) {
+    each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) { std::memcpy(y, x, s.y.c); });
+}
+
+inline void add(const Step& s, int unit) {
+    const Sum sum(s.add);
+    each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
+        const uint8_t* z = s.z.at(p.i, p.y, p.x);
+        for (int c = 0; c < s.y.c; c += 64)
+            _mm512_mask_storeu_epi8(y + c, first(s.y.c - c), sum(_mm512_loadu_si512(x + c), _mm512_loadu_si512(z + c)));
+    });
+}
+
+// (x - zero point)(z - zero point) requantized; z may have one pixel for a whole image.
+inline void multiply_tensors(const Step& s, int unit) {
+    const Multiplier multiplier(s.out.constants);
+    const __m512i x_zero = _mm512_set1_epi32(s.zero_point[0]), z_zero = _mm512_set1_epi32(s.zero_point[1]);
+    const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
+    const bool spread_y = s.z.h == 1, spread_x = s.z.w == 1;
+    each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
+        const uint8_t* z = s.z.at(s.z.n == 1 ? 0 : p.i, spread_y ? 0 : p.y, spread_x ? 0 : p.x);
+        for (int c = 0; c < s.y.c; c += 64) {
+            __m512i a[4], b[4];
+            weave(_mm512_loadu_si512(x + c), a);
+            weave(_mm512_loadu_si512(z + c), b);
+            for (int j = 0; j < 4; j++)
+                a[j] = multiplier(_mm512_mullo_epi32(_mm512_sub_epi32(a[j], x_zero), _mm512_sub_epi32(b[j], z_zero)));
+            _mm512_mask_storeu_epi8(y + c, first(s.y.c - c), clamp(pack_woven(a), low, high));
+        }
+    });
+}
+
+// (x * q + r) >> s with q and r of each channel, in two halves of 16 bits as in Sum: numbers[64 channels][q high, q low,
+// r high, r low][64], woven; the shift is in zero_point[0].
+inline void affine(const Step& s, int unit) {
+    const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
+    const __m128i shift = _mm_cvtsi32_si128(s.zero_point[0] - 16);
+    for (int c = 0; c < s.y.c; c += 64) {
+        const int32_t* numbers = static_cast<const int32_t*>(s.numbers) + 4 * c;
+        const __mmask64 mask = first(s.y.c - c);
+        each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
+            __m512i v[4];
+            weave(_mm512_loadu_si512(x + c), v);
+            for (int j = 0; j < 4; j++) {
+                const int32_t* n = numbers + 16 * j;
+                const __m512i h = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 128), v[j], _mm512_loadu_si512(n));
+                const __m512i l = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 192), v[j], _mm512_loadu_si512(n + 64));
+                v[j] = _mm512_sra_epi32(_mm512_add_epi32(h, _mm512_srai_epi32(l, 16)), shift);
+            }
+            _mm512_mask_storeu_epi8(y + c, mask, clamp(pack_woven(v), low, high));
+        });
+    }
+}
+
+}  // namespace fxquant

@@ -1,0 +1,129 @@
+"""Numbers of integer forms, laid out as the native kernels read them.
+
+Signed integers are held 128 higher throughout, so every tensor is of unsigned bytes. Blocks are 16 output channels, the
+width of a vector of 32-bit sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
+
+__all__ = [
+    "Unfit",
+    "addition",
+    "channel_affine_numbers",
+    "dense_weight",
+    "depthwise_weight",
+    "held",
+    "per_block",
+    "requantization_constants",
+    "woven",
+]
+
+
+class Unfit(Exception):  # noqa: N818 - an answer, not a failure
+    """An op has no native kernel; the message is a reason for the user."""
+
+
+def held(part: Any) -> tuple[int, int, int]:
+    """Zero point and bounds of a result as they are held."""
+    shift = 128 * (part.output_dtype == torch.int8)
+    return int(part.zero_point) + shift, int(part.low) + shift, int(part.high) + shift
+
+
+def woven(values: Tensor) -> Tensor:
+    """The last axis, of whole 64s, in the order in which unpacking bytes twice leaves them (see vectors.h)."""
+    return values.unflatten(-1, (-1, 4, 4, 4)).transpose(-2, -3).flatten(-4).contiguous()
+
+
+def per_block(values: Tensor, size: int, fill: int = 0) -> Tensor:
+    """Values of channels, filled up to a multiple of ``size``."""
+    return torch.nn.functional.pad(values, (0, -len(values) % size), value=fill)
+
+
+def requantization_constants(part: Any, channels: int, zero_point: int) -> Tensor:
+    """q, r and s of each channel, ``(channels, 3)`` int64: ``(acc · q + r) >> s`` is requantized, with its zero point."""
+    if part.rounding != "single":
+        raise Unfit(f"its recipe rounds as {part.rounding!r}")
+    q = part.multiplier.reshape(-1).long().expand(channels)
+    s = (31 - part.shift).reshape(-1).long().expand(channels)
+    if int(s.max()) > 54:
+        raise Unfit("a channel's multiplier is below 2^-23")
+    one = torch.ones_like(s)
+    return torch.stack([q, (one << (s - 1)) + (zero_point << s), s], dim=1)
+
+
+def by_halves(constants: Tensor) -> Tensor:
+    """``(channels, 3)`` of whole blocks as each block's even channels, then its odd ones: ``(blocks, 2, 3, 8)``."""
+    return constants.reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
+
+
+def dense_weight(weight: Tensor, groups: int) -> Tensor:
+    """Weights ``(channels, points, depth)`` as bundles of blocks, ``[point][four of depth][block][16][4]`` each."""
+    fours = -weight.shape[2] % 4
+    bundles = []
+    for rows in torch.nn.functional.pad(weight, (0, fours)).chunk(groups):
+        blocks = -(-rows.shape[0] // 16)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 16 * blocks - rows.shape[0]))
+        rows = rows.reshape(blocks, 16, rows.shape[1], -1, 4)
+        count = -(-blocks // 4)
+        for i in range(count):
+            bundle = rows[blocks * i // count : blocks * (i + 1) // count]
+            bundles.append(bundle.permute(2, 3, 0, 1, 4).flatten())
+    return torch.cat(bundles).contiguous()
+
+
+def depthwise_weight(weight: Tensor) -> Tensor:
+    """Weights ``(channels, points)`` as ``[64 channels][four points][64][4]``, channels woven."""
+    channels, points = weight.shape
+    weight = torch.nn.functional.pad(weight, (0, -points % 4, 0, -channels % 64))
+    return woven(weight.t()).t().reshape(-1, 64, weight.shape[1] // 4, 4).transpose(1, 2).contiguous()
+
+
+def folded_bias(part: IntegerWeighted, weight: Tensor, zero_point: int) -> Tensor:
+    """The bias with what the held zero point of the input adds to each sum taken off, int64 ``(channels,)``."""
+    bias = torch.zeros(len(weight), dtype=torch.int64) if part.bias is None else part.bias.long()
+    return bias - zero_point * weight.flatten(1).sum(1, dtype=torch.int64)
+
+
+def addition(part: IntegerSum, zero_points: tuple[int, int]) -> tuple[int, tuple[int, int], int, int, int]:
+    """``(constant, q, shift, low, high)`` of a sum of two tensors with these held zero points."""
+    if part.rounding == "float":
+        raise Unfit("its recipe rounds as 'float'")
+    zero_point, low, high = held(part)
+    # The kernel's halves of 16 bits hold a little less than 31: off by 2^-17 of a step at most, for one scale in 65,000.
+    a, b, one = (max(-0x7FFF8000, min(int(q), 0x7FFF7FFF)) for q in part.multipliers)
+    one, shift = int(part.multipliers[-1]), 31 - int(part.shift)
+    constant = one - a * zero_points[0] - b * zero_points[1] + (1 << (shift - 1)) + (zero_point << shift)
+    if not 17 <= shift <= 40 or abs(constant) >= 2**46:
+        raise Unfit("the scales of its operands and of its result are too far apart")
+    return constant, (a, b), shift, low, high
+
+
+def channel_affine_numbers(gain: Tensor, offset: Tensor, zero_points: tuple[int, int]) -> tuple[Tensor, int]:
+    """``gain · (x - z_x) + offset`` in steps of the result, as 32-bit halves for the kernel, and the shift.
+
+    Args:
+        gain, offset: of each channel, in units of one step of the result for one step of the input, float64.
+        zero_points: held, of the input and of the result.
+    """
+    offset = offset - gain * zero_points[0] + zero_points[1]
+    largest = max(float(gain.abs().max()), 2.0**-10)
+    reach = float((255 * gain.abs() + offset.abs()).max()) + 1
+    shift = min(30 - _bits(largest), 45 - _bits(reach), 40)
+    if shift < 20:
+        raise Unfit("its gains are too large for 32 bits")
+    q = torch.round(torch.ldexp(gain, torch.tensor(shift))).long()
+    r = torch.round(torch.ldexp(offset, torch.tensor(shift))).long() + (1 << (shift - 1))
+    low = ((q + 2**15) & 0xFFFF) - 2**15
+    halves = [(q - low) >> 16 & 0xFFFF, low & 0xFFFF, r >> 16, r & 0xFFFF]
+    return torch.stack([woven(per_block(h, 64)).reshape(-1, 64) for h in halves], dim=1).to(torch.int32), shift
+
+
+def _bits(value: float) -> int:
+    return max(0, int(value)).bit_length()
