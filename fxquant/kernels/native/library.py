@@ -27,11 +27,11 @@ KINDS = {
     name: index
     for index, name in enumerate(
         ("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy")
-        + ("transpose", "dequantize")
+        + ("transpose", "dequantize", "depthwise three")
     )
 }
 """As ``Kind`` in tensor.h."""
-FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8}
+FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8, "linear": 16}
 """As ``Flag`` in tensor.h."""
 
 _Pair = c_int32 * 2
@@ -84,7 +84,7 @@ class Step(Structure):
         ("numbers", c_void_p),
         ("scale", c_double * 2),
         ("zero_point", _Pair),
-        *((name, c_int32) for name in ("chunk", "units", "outer", "reserved")),
+        *((name, c_int32) for name in ("units", "outer")),
     ]
 
 

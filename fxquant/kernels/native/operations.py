@@ -21,6 +21,7 @@ from fxquant.kernels.native.weights import (
     addition,
     by_halves,
     dense_weight,
+    columns_weight,
     depthwise_weight,
     folded_bias,
     held,
@@ -183,16 +184,20 @@ class Weighted(Operation):
         self.geometry, self.channels, self.kernel = geometry, weight.shape[0], tuple(weight.shape[2:]) or (1, 1)
         self.depth = weight.shape[1]
         self.depthwise = geometry.groups > 1 and self.depth == 1 and geometry.groups == self.channels
+        stride = geometry.stride
+        self.three = self.depthwise and self.kernel == (3, 3) and geometry.dilation == [1, 1]
+        self.three = self.three and stride[0] == stride[1] and stride[1] in (1, 2)
+        self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
         self.by_lines = geometry.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and geometry.dilation[1] == 1
         self._lay_out(weight)
 
     def _lay_out(self, weight: Tensor) -> None:
         groups = 1 if self.depthwise else self.geometry.groups
-        size = 64 if self.depthwise else 16
+        size = 64 // self.lines if self.depthwise else 16
         order = woven if self.depthwise else torch.Tensor.contiguous
 
         def spread(values: Tensor, fill: int = 0) -> Tensor:
-            return order(torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]))
+            return order(torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines))
 
         self.bias = spread(folded_bias(self.part, weight, self.zero_point)).to(torch.int32)
         if self.to_float:
@@ -203,7 +208,11 @@ class Weighted(Operation):
             fills = zip(constants.unbind(1), (0, 0, 1), strict=True)
             self.constants = by_halves(torch.stack([spread(c, fill) for c, fill in fills], dim=1))
         points = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
-        if self.depthwise:
+        if self.three:
+            lines = weight.reshape(-1, 9)
+            filled = torch.nn.functional.pad(lines, (0, 0, 0, -len(lines) % size)).repeat(self.lines, 1)
+            self.weight = columns_weight(filled.reshape(-1, 3, 3))
+        elif self.depthwise:
             self.weight = depthwise_weight(points[:, :, 0])
         elif self.by_lines:
             self.weight = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1)
@@ -224,14 +233,15 @@ class Weighted(Operation):
 
     def fill(self, step: Step, shapes: Sequence[Shape], result: Shape) -> None:
         g, (high, wide) = self.geometry, self.kernel
-        step.kind = KINDS["depthwise" if self.depthwise else "convolution"]
+        three = self.three and as_image(result)[2] > 1
+        step.kind = KINDS["depthwise three" if three else "depthwise" if self.depthwise else "convolution"]
         step.flags = FLAGS["grouped"] if g.groups > 1 else 0
         step.window.stride[:], step.window.dilation[:] = g.stride, g.dilation
         step.window.kernel[:] = (high, 1) if self.by_lines else (high, wide)
         step.window.padding[:] = [0, 0] if self.by_lines else g.padding
-        step.groups = 1 if self.depthwise else g.groups
+        step.groups = self.lines if self.depthwise else g.groups
         step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
-        step.blocks = -(-(self.channels // step.groups) // 16)
+        step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
         step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
         if self.to_float:
             low, high_bound = self.part.clamp

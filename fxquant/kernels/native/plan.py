@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.kernels.native.library import KINDS, Step, TensorView, run_steps
+from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView, run_steps
 from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.operations import Concatenate, Flatten, Operation, Shape, Simple, Weighted, as_image
 
@@ -23,7 +23,7 @@ __all__ = ["Plan"]
 
 _SLACK = 64
 """Bytes behind a tensor that a kernel may read."""
-_UNIT = 2**20
+_UNIT = 2**19
 """Multiplications that are worth a unit of work of their own, at least."""
 _WEIGHTS_IN_CACHE = 2**18
 _PIXELS_IN_CACHE = 2**16
@@ -294,6 +294,13 @@ def _arrange(buffers: list[_Buffer]) -> int:
     return max((b.offset + b.size for b in buffers), default=0)
 
 
+def _is_row(step: Step) -> bool:
+    """Whether pixel i of the result depends on pixel i alone, and the pixels of all tensors follow each other."""
+    tensors = [step.x, step.y, *([step.z] if step.flags & FLAGS["adds"] else [])]
+    dense = all(t.row == t.w * t.pixel and t.image == t.h * t.row for t in tensors)
+    return dense and all((t.n, t.h, t.w) == (step.y.n, step.y.h, step.y.w) for t in tensors)
+
+
 def _cut(step: Step, read: Shape) -> None:
     """How a step's work is shared: units small enough to keep all threads busy, and what they read in cache."""
     y, kind = step.y, step.kind
@@ -303,20 +310,24 @@ def _cut(step: Step, read: Shape) -> None:
         columns = -(-step.blocks // 4) * step.groups
         weights = step.blocks * 16 * step.groups * step.taps * step.depth
         stride = step.window.stride[0] * step.window.stride[1]
+        if step.taps == 1 and _is_row(step):
+            step.flags |= FLAGS["linear"]
         step.outer = int(weights > _WEIGHTS_IN_CACHE)
-        in_cache = _PIXELS_IN_CACHE * (4 if step.outer else 1) // max(1, step.x.c * stride)
-        enough = -(-_UNIT * columns // max(1, per_pixel))
-        fair = -(-pixels * columns // 16)
-        step.chunk = max(24, min(max(in_cache, 24), max(enough, fair)))
-        step.chunk = min(pixels, -(-step.chunk // 24) * 24)
-        step.units = -(-pixels // step.chunk) * columns
+        in_cache = _PIXELS_IN_CACHE // max(1, step.x.c * stride) * (4 if step.outer else 1)
+        share = columns if step.outer else 1
+        fair = -(-pixels * share // 16)
+        enough = -(-_UNIT * share // max(1, per_pixel))
+        chunks = -(-pixels // max(24, min(max(in_cache, 24), max(enough, fair))))
+        step.units = chunks * share
+    elif kind == KINDS["depthwise three"]:
+        lines = -(-y.n * y.h // step.groups)
+        step.units = min(lines, max(1, min(32, pixels * y.c // 2**13)))
     elif kind == KINDS["quantize"]:
-        step.chunk, step.units = y.w, y.n * y.h
+        step.units = y.n * y.h
     elif kind in (KINDS["dequantize"], KINDS["transpose"]):
-        step.chunk, step.units = 1, step.x.n * step.x.c
+        step.units = step.x.n * step.x.c
     elif kind == KINDS["average"]:
-        step.chunk, step.units = y.w, y.n * y.h * -(-y.c // 64)
+        step.units = y.n * y.h * -(-y.c // 64)
     else:
         cost = y.c * (step.taps if kind == KINDS["depthwise"] else step.window.kernel[0] * step.window.kernel[1] or 1)
-        step.chunk = max(1, min(pixels, max(2**14 // max(1, cost), -(-pixels // 16))))
-        step.units = -(-pixels // step.chunk)
+        step.units = -(-pixels // max(1, 2**14 // max(1, cost), -(-pixels // 16)))

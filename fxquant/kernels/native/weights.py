@@ -16,9 +16,12 @@ from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
 __all__ = [
     "Unfit",
     "addition",
+    "by_halves",
     "channel_affine_numbers",
+    "columns_weight",
     "dense_weight",
     "depthwise_weight",
+    "folded_bias",
     "held",
     "per_block",
     "requantization_constants",
@@ -83,6 +86,12 @@ def depthwise_weight(weight: Tensor) -> Tensor:
     channels, points = weight.shape
     weight = torch.nn.functional.pad(weight, (0, -points % 4, 0, -channels % 64))
     return woven(weight.t()).t().reshape(-1, 64, weight.shape[1] // 4, 4).transpose(1, 2).contiguous()
+
+
+def columns_weight(weight: Tensor) -> Tensor:
+    """Weights ``(channels, 3, 3)``, channels whole 64s, as ``[64 channels][column][64][line]``, the fourth line zero."""
+    weight = torch.nn.functional.pad(weight.transpose(1, 2), (0, 1))
+    return woven(weight.permute(1, 2, 0)).permute(2, 0, 1).reshape(-1, 64, 3, 4).transpose(1, 2).contiguous()
 
 
 def folded_bias(part: IntegerWeighted, weight: Tensor, zero_point: int) -> Tensor:

@@ -28,37 +28,78 @@ inline Point point_of(int64_t index, const Tensor& y) {
     return {static_cast<int32_t>(line / y.h), static_cast<int32_t>(line % y.h), static_cast<int32_t>(index % y.w)};
 }
 
-// Where each point of the window lies for one pixel of the result: rows[point * step].
-inline void find_rows(const Step& s, const Point& p, int points_across, const uint8_t** rows, int step) {
-    const Window& w = s.window;
-    const int y0 = p.y * w.stride[0] - w.padding[0], x0 = p.x * w.stride[1] - w.padding[1];
-    const int down = s.taps / points_across;
-    const uint8_t* start = s.x.data + p.i * s.x.image + y0 * s.x.row + x0 * s.x.pixel;
-    const int64_t line = w.dilation[0] * s.x.row, across = w.dilation[1] * s.x.pixel;
-    const bool inside = y0 >= 0 && x0 >= 0 && y0 + (down - 1) * w.dilation[0] < s.x.h &&
-                        x0 + (points_across - 1) * w.dilation[1] < s.x.w;
-    for (int ky = 0; ky < down; ky++) {
-        const uint8_t* at = start + ky * line;
-        const int y = y0 + ky * w.dilation[0];
-        for (int kx = 0; kx < points_across; kx++, at += across, rows += step) {
-            const int x = x0 + kx * w.dilation[1];
-            *rows = inside || (y >= 0 && y < s.x.h && x >= 0 && x < s.x.w) ? at : s.border;
+// Where each point of the window lies, for one pixel of the result after the other.
+struct Cursor {
+    const Step& s;
+    Point p;
+    int across, y0, x0, reach_y, reach_x;
+    bool lines_inside;
+    const uint8_t* start;
+    int64_t* offsets;
+
+    Cursor(const Step& s, int64_t index, int64_t* offsets) : s(s), p(point_of(index, s.y)), offsets(offsets) {
+        const Window& w = s.window;
+        across = w.kernel[1];
+        const int down = s.taps / across;
+        for (int t = 0; t < s.taps; t++)
+            offsets[t] = t / across * w.dilation[0] * s.x.row + t % across * w.dilation[1] * s.x.pixel;
+        reach_y = (down - 1) * w.dilation[0], reach_x = (across - 1) * w.dilation[1];
+        find_start();
+    }
+    void find_start() {
+        y0 = p.y * s.window.stride[0] - s.window.padding[0], x0 = p.x * s.window.stride[1] - s.window.padding[1];
+        lines_inside = y0 >= 0 && y0 + reach_y < s.x.h;
+        start = s.x.data + p.i * s.x.image + y0 * s.x.row + x0 * s.x.pixel;
+    }
+    void next() {
+        if (p.x + 1 < s.y.w) {
+            p.x++, x0 += s.window.stride[1], start += s.window.stride[1] * s.x.pixel;
+        } else {
+            advance(p, s.y);
+            find_start();
         }
     }
-}
+    // rows[point * step]
+    void rows(const uint8_t** rows, int step) const {
+        if (lines_inside && x0 >= 0 && x0 + reach_x < s.x.w) {
+            for (int t = 0; t < s.taps; t++) rows[t * step] = start + offsets[t];
+            return;
+        }
+        for (int t = 0; t < s.taps; t++) {
+            const int y = y0 + t / across * s.window.dilation[0], x = x0 + t % across * s.window.dilation[1];
+            rows[t * step] = y >= 0 && y < s.x.h && x >= 0 && x < s.x.w ? start + offsets[t] : s.border;
+        }
+    }
+};
 
-// sums[pixel][16 * BLOCKS] of PIXELS pixels; rows[point][pixel], quads of 4 channels a point.
+// What a tile needs besides its numbers of pixels and blocks.
+struct Tile {
+    const uint8_t** rows;  // [point][pixel]
+    int64_t offset;        // of the group's channels in a pixel
+    int points, quads;     // points of the window, fours of channels in each
+    const int8_t* weight;
+    const int32_t* bias;
+    const int64_t* constants;
+    const Finish* finish;
+    uint8_t* to[MOST_PIXELS];
+    const uint8_t* other[MOST_PIXELS];
+    __mmask64 mask;
+};
+
+// sums[pixel][64] of PIXELS pixels by BLOCKS blocks; the accumulators stay in registers.
 template <int PIXELS, int BLOCKS>
-void multiply(const uint8_t* const* rows, int64_t offset, int points, int quads, const int8_t* weight, const int32_t* bias,
-              int32_t* sums) {
+void accumulate(const Tile& tile, int32_t* sums) {
     __m512i acc[PIXELS][BLOCKS];
 #pragma GCC unroll 8
     for (int j = 0; j < BLOCKS; j++) {
-        const __m512i b = _mm512_loadu_si512(bias + 16 * j);
+        const __m512i b = _mm512_loadu_si512(tile.bias + 16 * j);
 #pragma GCC unroll 8
         for (int i = 0; i < PIXELS; i++) acc[i][j] = b;
     }
-    for (int t = 0; t < points; t++, rows += PIXELS) {
+    const uint8_t* const* rows = tile.rows;
+    const int8_t* weight = tile.weight;
+    const int64_t quads = tile.quads, offset = tile.offset;
+    for (int t = 0; t < tile.points; t++, rows += PIXELS) {
         const uint8_t* at[PIXELS];
 #pragma GCC unroll 8
         for (int i = 0; i < PIXELS; i++) at[i] = rows[i] + offset;
@@ -83,20 +124,41 @@ void multiply(const uint8_t* const* rows, int64_t offset, int points, int quads,
     }
 }
 
-using Multiply = void (*)(const uint8_t* const*, int64_t, int, int, const int8_t*, const int32_t*, int32_t*);
-
-// By blocks and pixels; the accumulators stay in registers.
+using Accumulate = void (*)(const Tile&, int32_t*);
 constexpr int PIXELS_FOR[5] = {0, 8, 8, 8, 6};
-static const Multiply KERNELS[5][MOST_PIXELS + 1] = {
+static const Accumulate ACCUMULATE[5][MOST_PIXELS + 1] = {
     {},
-    {nullptr, multiply<1, 1>, multiply<2, 1>, multiply<3, 1>, multiply<4, 1>, multiply<5, 1>, multiply<6, 1>,
-     multiply<7, 1>, multiply<8, 1>},
-    {nullptr, multiply<1, 2>, multiply<2, 2>, multiply<3, 2>, multiply<4, 2>, multiply<5, 2>, multiply<6, 2>,
-     multiply<7, 2>, multiply<8, 2>},
-    {nullptr, multiply<1, 3>, multiply<2, 3>, multiply<3, 3>, multiply<4, 3>, multiply<5, 3>, multiply<6, 3>,
-     multiply<7, 3>, multiply<8, 3>},
-    {nullptr, multiply<1, 4>, multiply<2, 4>, multiply<3, 4>, multiply<4, 4>, multiply<5, 4>, multiply<6, 4>},
+    {nullptr, accumulate<1, 1>, accumulate<2, 1>, accumulate<3, 1>, accumulate<4, 1>, accumulate<5, 1>,
+     accumulate<6, 1>, accumulate<7, 1>, accumulate<8, 1>},
+    {nullptr, accumulate<1, 2>, accumulate<2, 2>, accumulate<3, 2>, accumulate<4, 2>, accumulate<5, 2>,
+     accumulate<6, 2>, accumulate<7, 2>, accumulate<8, 2>},
+    {nullptr, accumulate<1, 3>, accumulate<2, 3>, accumulate<3, 3>, accumulate<4, 3>, accumulate<5, 3>,
+     accumulate<6, 3>, accumulate<7, 3>, accumulate<8, 3>},
+    {nullptr, accumulate<1, 4>, accumulate<2, 4>, accumulate<3, 4>, accumulate<4, 4>, accumulate<5, 4>, accumulate<6, 4>},
 };
+
+// From sums to the bytes of a tile.
+template <int BLOCKS>
+void to_bytes(const Tile& tile, int count, int32_t* sums) {
+#pragma GCC unroll 4
+    for (int j = 0; j < BLOCKS; j++) {
+        const Multiplier multiplier(tile.constants + 48 * j);
+        for (int i = 0; i < count; i++) {
+            int32_t* at = sums + 64 * i + 16 * j;
+            _mm512_store_si512(at, multiplier(_mm512_load_si512(at)));
+        }
+    }
+    const Finish& finish = *tile.finish;
+    for (int i = 0; i < count; i++) {
+        __m512i v[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) v[j] = _mm512_load_si512(sums + 64 * i + 16 * (j < BLOCKS ? j : 0));
+        _mm512_mask_storeu_epi8(tile.to[i], tile.mask, finish(pack(v), tile.other[i], tile.mask));
+    }
+}
+
+using ToBytes = void (*)(const Tile&, int, int32_t*);
+static const ToBytes TO_BYTES[5] = {nullptr, to_bytes<1>, to_bytes<2>, to_bytes<3>, to_bytes<4>};
 
 // Sums leave as floats: float(double(sum) * scale), clamped.
 inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int channels, uint8_t* y) {
@@ -111,97 +173,67 @@ inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int
     }
 }
 
-// One unit: some pixels of the result by one bundle of up to four blocks of 16 channels. Bundles are as even as they can be.
-inline void convolution(const Step& s, int unit, const Finish& finish) {
-    const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
-    const int chunks = static_cast<int>((pixels + s.chunk - 1) / s.chunk);
-    const int bundles = (s.blocks + 3) / 4, columns = bundles * s.groups;
-    const int column = s.outer ? unit / chunks : unit % columns, chunk = s.outer ? unit % chunks : unit / columns;
+// Some pixels of the result by one bundle of up to four blocks of 16 channels. Bundles are as even as they can be.
+inline void convolve(const Step& s, int column, int64_t index, int64_t end, const Finish& finish) {
+    const int bundles = (s.blocks + 3) / 4;
     const int group = column / bundles, bundle = column % bundles;
     const int from = s.blocks * bundle / bundles, blocks = s.blocks * (bundle + 1) / bundles - from;
-    const int per_group = s.y.c / s.groups, quads = (s.depth + 3) / 4;
-    const int inside = 16 * from, channel = group * per_group + inside;
+    const int per_group = s.y.c / s.groups, inside = 16 * from, channel = group * per_group + inside;
     const int channels = std::min(16 * blocks, per_group - inside);
     const int block = group * s.blocks + from;
-    const int8_t* weight = s.weight + static_cast<int64_t>(block) * s.taps * quads * 64;
-    const int64_t offset = static_cast<int64_t>(group) * (s.flags & GROUPED ? s.depth : 0);
-    const int32_t* bias = s.bias + 16 * block;
-    const int64_t* constants = s.out.constants + 48 * static_cast<int64_t>(block);
-    const __mmask64 mask = first(channels);
+    const bool to_float = s.flags & TO_FLOAT;
 
-    int64_t index = static_cast<int64_t>(chunk) * s.chunk;
-    const int64_t end = std::min(index + s.chunk, pixels);
-    const int most = PIXELS_FOR[blocks], across = s.window.kernel[1];
-    int tiles = static_cast<int>((end - index + most - 1) / most);
-    Point p = point_of(index, s.y);
+    Tile tile;
+    tile.rows = static_cast<const uint8_t**>(alloca(sizeof(void*) * s.taps * MOST_PIXELS));
+    tile.offset = s.flags & GROUPED ? static_cast<int64_t>(group) * s.depth : 0;
+    tile.points = s.taps, tile.quads = (s.depth + 3) / 4;
+    tile.weight = s.weight + static_cast<int64_t>(block) * s.taps * tile.quads * 64;
+    tile.bias = s.bias + 16 * block;
+    tile.constants = s.out.constants + 48 * static_cast<int64_t>(block);
+    tile.finish = &finish;
+    tile.mask = first(channels);
+
+    const int most = PIXELS_FOR[blocks];
+    const int own = to_float ? 0 : channel;
+    const bool linear = s.flags & LINEAR;
+    Cursor cursor(s, index, static_cast<int64_t*>(alloca(sizeof(int64_t) * s.taps)));
     alignas(64) int32_t sums[MOST_PIXELS * 64];
-    const uint8_t** rows = static_cast<const uint8_t**>(alloca(sizeof(void*) * s.taps * MOST_PIXELS));
-    for (; tiles > 0; tiles--) {
+    for (int tiles = static_cast<int>((end - index + most - 1) / most); tiles > 0; tiles--) {
         const int count = static_cast<int>((end - index + tiles - 1) / tiles);
-        uint8_t* to[MOST_PIXELS];
-        const uint8_t* other[MOST_PIXELS];
         for (int i = 0; i < count; i++) {
-            find_rows(s, p, across, rows + i, count);
-            to[i] = s.y.at(p.i, p.y, p.x);
-            other[i] = s.flags & ADDS ? s.z.at(p.i, p.y, p.x) + channel : nullptr;
-            advance(p, s.y);
+            if (linear) {
+                tile.rows[i] = s.x.data + (index + i) * s.x.pixel;
+                tile.to[i] = s.y.data + (index + i) * s.y.pixel + own;
+                tile.other[i] = s.z.data + (index + i) * s.z.pixel + channel;
+                continue;
+            }
+            const Point& p = cursor.p;
+            cursor.rows(tile.rows + i, count);
+            tile.to[i] = s.y.at(p.i, p.y, p.x) + own;
+            tile.other[i] = s.z.at(p.i, p.y, p.x) + channel;
+            cursor.next();
         }
-        KERNELS[blocks][count](rows, offset, s.taps, quads, weight, bias, sums);
-        if (s.flags & TO_FLOAT) {
-            for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, channels, to[i]);
+        ACCUMULATE[blocks][count](tile, sums);
+        if (to_float) {
+            for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, channels, tile.to[i]);
         } else {
-            for (int j = 0; j < blocks; j++) {
-                const Multiplier multiplier(constants + 48 * j);
-                for (int i = 0; i < count; i++) {
-                    int32_t* at = sums + 64 * i + 16 * j;
-                    _mm512_store_si512(at, multiplier(_mm512_load_si512(at)));
-                }
-            }
-            for (int i = 0; i < count; i++) {
-                __m512i v[4];
-                for (int j = 0; j < 4; j++) v[j] = _mm512_load_si512(sums + 64 * i + 16 * j);
-                _mm512_mask_storeu_epi8(to[i] + channel, mask, finish(pack(v), other[i], mask));
-            }
+            TO_BYTES[blocks](tile, count, sums);
         }
         index += count;
     }
 }
 
-// One filter a channel: the bytes of four points of the window are woven, so that a vpdpbusd sums over the four.
-// weight[channel block of 64][four points][4][16][4], everything in woven order.
-inline void depthwise(const Step& s, int unit, const Finish& finish) {
+// A unit: some pixels by all channels where the weights stay in cache, else by one bundle, whose pixels are next. Threads that
+// wrote neighbouring channels of one pixel would take the cache line from each other.
+inline void convolution(const Step& s, int unit, const Finish& finish) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
-    int64_t index = static_cast<int64_t>(unit) * s.chunk;
-    const int64_t end = std::min(index + s.chunk, pixels);
-    const int fours = (s.taps + 3) / 4, across = s.window.kernel[1];
-    Point p = point_of(index, s.y);
-    const uint8_t** rows = static_cast<const uint8_t**>(alloca(sizeof(void*) * fours * 4));
-    for (int t = s.taps; t < fours * 4; t++) rows[t] = s.border;
-    for (; index < end; index++) {
-        find_rows(s, p, across, rows, 1);
-        uint8_t* to = s.y.at(p.i, p.y, p.x);
-        const uint8_t* other = s.flags & ADDS ? s.z.at(p.i, p.y, p.x) : nullptr;
-        for (int c = 0; c < s.y.c; c += 64) {
-            const __mmask64 mask = first(s.y.c - c);
-            __m512i acc[4];
-            for (int j = 0; j < 4; j++) acc[j] = _mm512_loadu_si512(s.bias + c + 16 * j);
-            const int8_t* weight = s.weight + static_cast<int64_t>(c) * fours * 4;
-            for (int t = 0; t < fours; t++, weight += 256) {
-                const __m512i x0 = _mm512_loadu_si512(rows[4 * t] + c), x1 = _mm512_loadu_si512(rows[4 * t + 1] + c);
-                const __m512i x2 = _mm512_loadu_si512(rows[4 * t + 2] + c), x3 = _mm512_loadu_si512(rows[4 * t + 3] + c);
-                const __m512i low01 = _mm512_unpacklo_epi8(x0, x1), high01 = _mm512_unpackhi_epi8(x0, x1);
-                const __m512i low23 = _mm512_unpacklo_epi8(x2, x3), high23 = _mm512_unpackhi_epi8(x2, x3);
-                const __m512i x[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-                                      _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-                for (int j = 0; j < 4; j++)
-                    acc[j] = _mm512_dpbusd_epi32(acc[j], x[j], _mm512_loadu_si512(weight + 64 * j));
-            }
-            const int64_t* constants = s.out.constants + 3 * static_cast<int64_t>(c);
-            for (int j = 0; j < 4; j++) acc[j] = Multiplier(constants + 48 * j)(acc[j]);
-            _mm512_mask_storeu_epi8(to + c, mask, finish(pack_woven(acc), other + c, mask));
-        }
-        advance(p, s.y);
+    const int columns = (s.blocks + 3) / 4 * s.groups;
+    if (s.outer) {
+        const int chunks = s.units / columns, chunk = unit % chunks;
+        return convolve(s, unit / chunks, pixels * chunk / chunks, pixels * (chunk + 1) / chunks, finish);
     }
+    const int64_t from = pixels * unit / s.units, end = pixels * (unit + 1) / s.units;
+    for (int column = 0; column < columns; column++) convolve(s, column, from, end, finish);
 }
 
 }  // namespace fxquant

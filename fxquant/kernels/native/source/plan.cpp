@@ -13,6 +13,7 @@ static void compute(const Step& s, int unit, const Finish& finish) {
         case QUANTIZE: return quantize(s, unit);
         case CONVOLUTION: return convolution(s, unit, finish);
         case DEPTHWISE: return depthwise(s, unit, finish);
+        case DEPTHWISE_THREE: return depthwise_three(s, unit, finish);
         case MAXIMUM: return maximum(s, unit);
         case AVERAGE: return average(s, unit);
         case TABLE: return look_up(s, unit);

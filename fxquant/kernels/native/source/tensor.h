@@ -48,18 +48,20 @@ struct Step {
     const void* numbers;  // what else a kind needs
     double scale[2];
     int32_t zero_point[2];
-    int32_t chunk, units, outer, reserved;  // how the work is cut
+    int32_t units, outer;  // how the work is cut, and whether units have few channels each
 };
 
 enum Kind : int32_t {
-    QUANTIZE, CONVOLUTION, DEPTHWISE, MAXIMUM, AVERAGE, TABLE, ADD, MULTIPLY, AFFINE, COPY, TRANSPOSE, DEQUANTIZE
+    QUANTIZE, CONVOLUTION, DEPTHWISE, MAXIMUM, AVERAGE, TABLE, ADD, MULTIPLY, AFFINE, COPY, TRANSPOSE, DEQUANTIZE,
+    DEPTHWISE_THREE
 };
 
 enum Flag : int32_t {
     ADDS = 1,       // the result is added to z
     TO_FLOAT = 2,   // sums leave as floats: numbers are the scales, scale the bounds
     COUNTS_PADDING = 4,
-    GROUPED = 8
+    GROUPED = 8,
+    LINEAR = 16  // pixel i of the result comes from pixel i, and all tensors' pixels follow each other
 };
 
 }  // namespace fxquant

@@ -110,11 +110,14 @@ struct Finish {
         if (has_table) new (table) Table(step.out.table);
         if (adds) new (sum) Sum(step.add);
     }
-    __m512i operator()(__m512i bytes, const uint8_t* other, __mmask64 mask) const {
+    __m512i operator()(__m512i bytes) const {
         bytes = clamp(bytes, low, high);
-        if (has_table) bytes = (*reinterpret_cast<const Table*>(table))(bytes);
-        if (adds) bytes = (*reinterpret_cast<const Sum*>(sum))(bytes, _mm512_maskz_loadu_epi8(mask, other));
-        return bytes;
+        return has_table ? (*reinterpret_cast<const Table*>(table))(bytes) : bytes;
+    }
+    __m512i plus(__m512i bytes, __m512i other) const { return (*reinterpret_cast<const Sum*>(sum))(bytes, other); }
+    __m512i operator()(__m512i bytes, const uint8_t* other, __mmask64 mask) const {
+        bytes = (*this)(bytes);
+        return adds ? plus(bytes, _mm512_maskz_loadu_epi8(mask, other)) : bytes;
     }
 };
 

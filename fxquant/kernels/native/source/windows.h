@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#include "convolution.h"
+#include "depthwise.h"
 
 namespace fxquant {
 
@@ -21,7 +21,7 @@ struct Span {
 
 inline void maximum(const Step& s, int unit) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
-    const int64_t from = static_cast<int64_t>(unit) * s.chunk, end = std::min(from + s.chunk, pixels);
+    const int64_t from = pixels * unit / s.units, end = pixels * (unit + 1) / s.units;
     Point p = point_of(from, s.y);
     for (int64_t index = from; index < end; index++, advance(p, s.y)) {
         const Span down(s.window, 0, p.y, s.x.h), across(s.window, 1, p.x, s.x.w);
@@ -93,7 +93,7 @@ inline void average(const Step& s, int unit) {
 template <class Body>
 void each_pixel(const Step& s, int unit, Body body) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
-    const int64_t from = static_cast<int64_t>(unit) * s.chunk, end = std::min(from + s.chunk, pixels);
+    const int64_t from = pixels * unit / s.units, end = pixels * (unit + 1) / s.units;
     Point p = point_of(from, s.y);
     for (int64_t index = from; index < end; index++, advance(p, s.y)) body(p, s.x.at(p.i, p.y, p.x), s.y.at(p.i, p.y, p.x));
 }

@@ -1,0 +1,185 @@
+// Convolutions with one filter a channel. The bytes of four points of the window are woven, so that a vpdpbusd sums over the
+// four: any four points of any window, or three lines of a column of a 3 x 3 window, which the next pixels read as well.
+#pragma once
+#include "convolution.h"
+
+namespace fxquant {
+
+// Byte c of four tensors beside each other, for 64 channels in woven order.
+inline void weave_four(__m512i a, __m512i b, __m512i c, __m512i d, __m512i v[4]) {
+    const __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
+    v[0] = _mm512_unpacklo_epi16(ab0, cd0), v[1] = _mm512_unpackhi_epi16(ab0, cd0);
+    v[2] = _mm512_unpacklo_epi16(ab1, cd1), v[3] = _mm512_unpackhi_epi16(ab1, cd1);
+}
+
+// Any window: weight[64 channels][four points][64][4].
+inline void depthwise(const Step& s, int unit, const Finish& finish) {
+    const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
+    const int64_t from = pixels * unit / s.units, end = pixels * (unit + 1) / s.units;
+    const int fours = (s.taps + 3) / 4;
+    const uint8_t** rows = static_cast<const uint8_t**>(alloca(sizeof(void*) * fours * 4));
+    for (int t = s.taps; t < fours * 4; t++) rows[t] = s.border;
+    Cursor cursor(s, from, static_cast<int64_t*>(alloca(sizeof(int64_t) * s.taps)));
+    for (int64_t index = from; index < end; index++, cursor.next()) {
+        const Point& p = cursor.p;
+        cursor.rows(rows, 1);
+        uint8_t* to = s.y.at(p.i, p.y, p.x);
+        const uint8_t* other = s.z.at(p.i, p.y, p.x);
+        for (int c = 0; c < s.y.c; c += 64) {
+            const __mmask64 mask = first(s.y.c - c);
+            __m512i acc[4];
+            for (int j = 0; j < 4; j++) acc[j] = _mm512_loadu_si512(s.bias + c + 16 * j);
+            const int8_t* weight = s.weight + static_cast<int64_t>(c) * fours * 4;
+            for (int t = 0; t < fours; t++, weight += 256) {
+                __m512i x[4];
+                for (int j = 0; j < 4; j++) x[j] = _mm512_loadu_si512(rows[4 * t + j] + c);
+                __m512i v[4];
+                weave_four(x[0], x[1], x[2], x[3], v);
+                for (int j = 0; j < 4; j++)
+                    acc[j] = _mm512_dpbusd_epi32(acc[j], v[j], _mm512_loadu_si512(weight + 64 * j));
+            }
+            const int64_t* constants = s.out.constants + 3 * static_cast<int64_t>(c);
+            for (int j = 0; j < 4; j++) acc[j] = Multiplier(constants + 48 * j)(acc[j]);
+            _mm512_mask_storeu_epi8(to + c, mask, finish(pack_woven(acc), other + c, mask));
+        }
+    }
+}
+
+// The same channels of LINES lines of the result, of 64 / LINES channels each, in one vector.
+template <int LINES>
+struct Together {
+    static __m512i load(const uint8_t* const* at) {
+        if constexpr (LINES == 1) return _mm512_loadu_si512(at[0]);
+        if constexpr (LINES == 2)
+            return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[0]))),
+                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[1])), 1);
+        __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at[0])));
+        v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[1 % LINES])), 1);
+        v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[2 % LINES])), 2);
+        return _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[3 % LINES])), 3);
+    }
+    static void store(uint8_t* const* at, __m512i v, __mmask64 mask) {
+        if constexpr (LINES == 1) {
+            _mm512_mask_storeu_epi8(at[0], mask, v);
+        } else if constexpr (LINES == 2) {
+            const __mmask32 part = static_cast<__mmask32>(mask);
+            _mm256_mask_storeu_epi8(at[0], part, _mm512_castsi512_si256(v));
+            _mm256_mask_storeu_epi8(at[1], part, _mm512_extracti64x4_epi64(v, 1));
+        } else {
+            const __mmask16 part = static_cast<__mmask16>(mask);
+            _mm_mask_storeu_epi8(at[0], part, _mm512_castsi512_si128(v));
+            _mm_mask_storeu_epi8(at[1 % LINES], part, _mm512_extracti32x4_epi32(v, 1));
+            _mm_mask_storeu_epi8(at[2 % LINES], part, _mm512_extracti32x4_epi32(v, 2));
+            _mm_mask_storeu_epi8(at[3 % LINES], part, _mm512_extracti32x4_epi32(v, 3));
+        }
+    }
+};
+
+// 64 channels (or fewer, of several lines) of two pixels of the result at once, so that what is read of weights and rules
+// serves both. weight[column][64][4], the fourth zero.
+template <int STRIDE, int LINES>
+struct ThreeByThree {
+    static constexpr int COLUMNS = STRIDE + 3;
+    const Step& s;
+    const Finish& finish;
+    const uint8_t* line[3][LINES];  // of the input; a line that is not there is the border's pixel over and over
+    int64_t step[3][LINES];
+    uint8_t* to[LINES];
+    const uint8_t* other[LINES];
+
+    void find_lines(int64_t index, int64_t lines) {
+        for (int l = 0; l < LINES; l++) {
+            const int64_t at = std::min(index + l, lines - 1);
+            const int i = static_cast<int>(at / s.y.h), y = static_cast<int>(at % s.y.h);
+            to[l] = s.y.at(i, y, 0), other[l] = s.z.at(i, y, 0);
+            for (int k = 0; k < 3; k++) {
+                const int from = y * STRIDE - s.window.padding[0] + k;
+                const bool there = from >= 0 && from < s.x.h;
+                line[k][l] = there ? s.x.at(i, from, 0) : s.border, step[k][l] = there ? s.x.pixel : 0;
+            }
+        }
+    }
+    inline __attribute__((always_inline)) void column(int x, int c, __m512i v[4]) const {
+        const bool there = x >= 0 && x < s.x.w;
+        __m512i row[3];
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; k++) {
+            const uint8_t* at[LINES];
+#pragma GCC unroll 4
+            for (int l = 0; l < LINES; l++) at[l] = (there ? line[k][l] + x * step[k][l] : s.border) + c;
+            row[k] = Together<LINES>::load(at);
+        }
+        weave_four(row[0], row[1], row[2], _mm512_setzero_si512(), v);
+    }
+    void channels(int c) const {
+        const __mmask64 mask = first(s.y.c - c);
+        const int8_t* weight = s.weight + 12 * static_cast<int64_t>(c);
+        const int64_t* constants = s.out.constants + 3 * static_cast<int64_t>(c);
+        __m512i col[COLUMNS][4];
+        int ready = INT32_MIN;  // the pixel whose columns the last ones would be
+        for (int pair = 0; pair < s.y.w; pair += 2) {
+            const int x = std::min(pair, s.y.w - 2), left = x * STRIDE - s.window.padding[1];
+            constexpr int KEPT = 3 - STRIDE;
+            if (ready == x) {
+#pragma GCC unroll 2
+                for (int k = 0; k < KEPT; k++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) col[k][j] = col[k + 2 * STRIDE][j];
+            } else {
+#pragma GCC unroll 2
+                for (int k = 0; k < KEPT; k++) column(left + k, c, col[k]);
+            }
+#pragma GCC unroll 5
+            for (int k = KEPT; k < COLUMNS; k++) column(left + k, c, col[k]);
+            ready = x + 2;
+            __m512i acc[2][4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                acc[0][j] = acc[1][j] = _mm512_loadu_si512(s.bias + c + 16 * j);
+#pragma GCC unroll 3
+                for (int k = 0; k < 3; k++) {
+                    const __m512i w = _mm512_loadu_si512(weight + 256 * k + 64 * j);
+                    acc[0][j] = _mm512_dpbusd_epi32(acc[0][j], col[k][j], w);
+                    acc[1][j] = _mm512_dpbusd_epi32(acc[1][j], col[k + STRIDE][j], w);
+                }
+                const Multiplier multiplier(constants + 48 * j);
+                acc[0][j] = multiplier(acc[0][j]), acc[1][j] = multiplier(acc[1][j]);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                __m512i bytes = finish(pack_woven(acc[i]));
+                uint8_t* out[LINES];
+                const uint8_t* plus[LINES];
+                for (int l = 0; l < LINES; l++) {
+                    out[l] = to[l] + (x + i) * s.y.pixel + c;
+                    plus[l] = other[l] + (x + i) * s.z.pixel + c;
+                }
+                if (finish.adds) bytes = finish.plus(bytes, Together<LINES>::load(plus));
+                Together<LINES>::store(out, bytes, mask);
+            }
+        }
+    }
+    void lines(int64_t from, int64_t end) {
+        for (int64_t index = from; index < end; index += LINES) {
+            find_lines(index, end);
+            for (int c = 0; c < s.y.c; c += 64) channels(c);
+        }
+    }
+};
+
+template <int STRIDE, int LINES>
+void three_by_three(const Step& s, int unit, const Finish& finish) {
+    const int64_t lines = static_cast<int64_t>(s.y.n) * s.y.h;
+    ThreeByThree<STRIDE, LINES>{s, finish, {}, {}, {}, {}}.lines(lines * unit / s.units, lines * (unit + 1) / s.units);
+}
+
+// groups: how many lines share a vector.
+inline void depthwise_three(const Step& s, int unit, const Finish& finish) {
+    const bool strided = s.window.stride[1] == 2;
+    if (s.groups == 4) return strided ? three_by_three<2, 4>(s, unit, finish) : three_by_three<1, 4>(s, unit, finish);
+    if (s.groups == 2) return strided ? three_by_three<2, 2>(s, unit, finish) : three_by_three<1, 2>(s, unit, finish);
+    return strided ? three_by_three<2, 1>(s, unit, finish) : three_by_three<1, 1>(s, unit, finish);
+}
+
+}  // namespace fxquant
