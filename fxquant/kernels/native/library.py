@@ -31,7 +31,7 @@ KINDS = {
     )
 }
 """As ``Kind`` in tensor.h."""
-FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8, "linear": 16}
+FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8, "linear": 16, "ties": 32}
 """As ``Flag`` in tensor.h."""
 
 _Pair = c_int32 * 2
@@ -56,7 +56,7 @@ class Window(Structure):
 class Requantization(Structure):
     """``Requantization`` of tensor.h."""
 
-    _fields_: ClassVar[Any] = [("constants", c_void_p), ("table", c_void_p), ("low", c_int32), ("high", c_int32)]
+    _fields_: ClassVar[Any] = [("constants", c_void_p), ("table", c_void_p), ("magic", c_double), ("low", c_int32), ("high", c_int32)]
 
 
 class Addition(Structure):

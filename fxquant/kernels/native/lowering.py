@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.native.library import FLAGS, KINDS, Step
-from fxquant.kernels.native.operations import Add, Concatenate, Flatten, Operation, Shape, Simple, Weighted
-from fxquant.kernels.native.weights import Unfit, by_halves, channel_affine_numbers, held, requantization_constants
+from fxquant.kernels.native.operations import Add, Concatenate, Flatten, Operation, Shape, Simple, Weighted, set_rescaling
+from fxquant.kernels.native.weights import Rescaling, Unfit, channel_affine_numbers, held, rescaling_of
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
 from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerLinearMap, IntegerOp, IntegerPass, IntegerTable, Quantize
 from fxquant.ops.behaviour import ChannelAffine
@@ -218,19 +218,18 @@ def _product(low: _Lowering, node: fx.Node, part: IntegerProduct) -> Operation:
         raise Unfit("its factors have scales of different signs")
     low.gives(node, part.output_dtype)
     zero_points = low.held_zero_point(node, part, 0), low.held_zero_point(node, part, 1)
-    zero_point, least, most = held(part)
-    constants = by_halves(requantization_constants(part, 16, zero_point))
-    name, inputs, output = low.start(node)
-    return Product(name, inputs, output, constants, zero_points, (least, most))
+    return Product(*low.start(node), rescaling_of(part, 16, 255 * 255), zero_points)
 
 
 @dataclass(eq=False)
 class Product(Operation):
     """A product of two tensors, of which one may have a single number for all pixels of an image."""
 
-    constants: Tensor
+    rescaling: Rescaling
     zero_points: tuple[int, int]
-    bounds: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.constants = self.rescaling.laid_out(lambda values, _: values.contiguous())
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         result = tuple(torch.broadcast_shapes(*shapes))
@@ -245,8 +244,8 @@ class Product(Operation):
         return result
 
     def fill(self, step: Step, shapes: Sequence[Shape], result: Shape) -> None:
-        step.kind, step.out.constants = KINDS["multiply"], self.constants.data_ptr()
-        step.zero_point[:], (step.out.low, step.out.high) = self.zero_points, self.bounds
+        step.kind, step.zero_point[:] = KINDS["multiply"], self.zero_points
+        set_rescaling(step, self.rescaling, self.constants)
 
 
 def _evaluate(low: _Lowering, node: fx.Node, part: IntegerEvaluate) -> Operation:

@@ -17,23 +17,22 @@ from torch import Tensor
 
 from fxquant.kernels.native.library import FLAGS, KINDS, Step
 from fxquant.kernels.native.weights import (
+    Rescaling,
     Unfit,
     addition,
-    by_halves,
     dense_weight,
     columns_weight,
     depthwise_weight,
     folded_bias,
-    held,
     per_block,
-    requantization_constants,
+    rescaling_of,
     woven,
 )
 from fxquant.kernels.saturation import INT32, channels_first, largest_sum
 from fxquant.kernels.weighted import Geometry, geometry_of, unfit
 from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
 
-__all__ = ["Add", "Concatenate", "Flatten", "Operation", "Shape", "Simple", "Weighted", "as_image"]
+__all__ = ["Add", "Concatenate", "Flatten", "Operation", "Shape", "Simple", "Weighted", "as_image", "set_rescaling"]
 
 Shape = tuple[int, ...]
 _FLOAT_BOUNDS = (-math.inf, math.inf)
@@ -151,6 +150,13 @@ def set_addition(step: Step, numbers: tuple[int, tuple[int, int], int, int, int]
     step.add.low, step.add.high = numbers[3:]
 
 
+def set_rescaling(step: Step, rescaling: Rescaling, constants: Tensor) -> None:
+    """Write how sums become bytes."""
+    step.out.constants, step.out.magic = constants.data_ptr(), rescaling.magic
+    step.out.low, step.out.high = rescaling.low, rescaling.high
+    step.flags |= FLAGS["ties"] * rescaling.ties
+
+
 @dataclass(eq=False)
 class Weighted(Operation):
     """A convolution over two dimensions, or a linear layer; what follows it may be done on the way out.
@@ -172,8 +178,8 @@ class Weighted(Operation):
     def __post_init__(self) -> None:
         part = self.part
         weight, reason = channels_first(part), unfit(part)
-        largest = largest_sum(part) + (0 if part.bias is None else int(part.bias.long().abs().max()))
-        if reason is not None or largest > INT32:
+        self.largest = largest_sum(part) + (0 if part.bias is None else int(part.bias.long().abs().max()))
+        if reason is not None or self.largest > INT32:
             raise Unfit(reason or "its sums could overflow 32 bits")
         self.to_float = part.output_dtype is None
         self.is_linear = weight.ndim == 2
@@ -204,9 +210,8 @@ class Weighted(Operation):
             scale = self.part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()
         else:
-            constants = requantization_constants(self.part, self.channels, held(self.part)[0])
-            fills = zip(constants.unbind(1), (0, 0, 1), strict=True)
-            self.constants = by_halves(torch.stack([spread(c, fill) for c, fill in fills], dim=1))
+            self.rescaling = rescaling_of(self.part, self.channels, self.largest)
+            self.constants = self.rescaling.laid_out(spread)
         points = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
         if self.three:
             lines = weight.reshape(-1, 9)
@@ -249,7 +254,7 @@ class Weighted(Operation):
             step.numbers = self.constants.data_ptr()
             step.scale[:] = [-math.inf if low is None else low, math.inf if high_bound is None else high_bound]
             return
-        step.out.constants, (_, step.out.low, step.out.high) = self.constants.data_ptr(), held(self.part)
+        set_rescaling(step, self.rescaling, self.constants)
         if self.table is not None:
             step.out.table = self.table.data_ptr()
         if self.added is not None:

@@ -6,6 +6,8 @@ width of a vector of 32-bit sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor
 from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
 
 __all__ = [
+    "Rescaling",
     "Unfit",
     "addition",
-    "by_halves",
     "channel_affine_numbers",
     "columns_weight",
     "dense_weight",
@@ -24,7 +26,7 @@ __all__ = [
     "folded_bias",
     "held",
     "per_block",
-    "requantization_constants",
+    "rescaling_of",
     "woven",
 ]
 
@@ -49,21 +51,53 @@ def per_block(values: Tensor, size: int, fill: int = 0) -> Tensor:
     return torch.nn.functional.pad(values, (0, -len(values) % size), value=fill)
 
 
-def requantization_constants(part: Any, channels: int, zero_point: int) -> Tensor:
-    """q, r and s of each channel, ``(channels, 3)`` int64: ``(acc · q + r) >> s`` is requantized, with its zero point."""
+@dataclass(frozen=True)
+class Rescaling:
+    """How sums of 32 bits become bytes; the rule is told in tensor.h.
+
+    Attributes:
+        channels: of each output channel, one float64 number, or q, r and s as int64 ``(channels, 3)``.
+        ties: whether a sum could be half way between two bytes, and the second form is needed.
+        magic: what the first form adds.
+        low, high: bounds.
+    """
+
+    channels: Tensor
+    ties: bool
+    magic: float
+    low: int
+    high: int
+
+    def laid_out(self, spread: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """The numbers as the kernels read them, where ``spread`` orders channels and fills them up to whole blocks."""
+        if not self.ties:
+            return spread(self.channels, 0)
+        columns = [spread(c, fill) for c, fill in zip(self.channels.unbind(1), (0, 0, 1), strict=True)]
+        return torch.stack(columns, dim=1).reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
+
+
+def rescaling_of(part: Any, channels: int, largest: int) -> Rescaling:
+    """How an integer form requantizes its sums.
+
+    Args:
+        part: the form.
+        channels: how many it has.
+        largest: no sum can exceed that magnitude.
+    """
     if part.rounding != "single":
         raise Unfit(f"its recipe rounds as {part.rounding!r}")
+    zero_point, low, high = held(part)
     q = part.multiplier.reshape(-1).long().expand(channels)
     s = (31 - part.shift).reshape(-1).long().expand(channels)
-    if int(s.max()) > 54:
-        raise Unfit("a channel's multiplier is below 2^-23")
+    if int(s.max()) > 54 or largest * float(torch.ldexp(q.double(), -s).max()) >= 2**30:
+        raise Unfit("its scale and those of its operands are too far apart")
+    # acc · q is an odd multiple of 2^(s - 1) only if both have that many factors of two together.
+    twos = torch.where(q == 0, 0, torch.log2((q & -q).clamp(min=1).double()).long())
+    ties = bool((twos + largest.bit_length() >= s).any())
     one = torch.ones_like(s)
-    return torch.stack([q, (one << (s - 1)) + (zero_point << s), s], dim=1)
-
-
-def by_halves(constants: Tensor) -> Tensor:
-    """``(channels, 3)`` of whole blocks as each block's even channels, then its odd ones: ``(blocks, 2, 3, 8)``."""
-    return constants.reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
+    exact = torch.stack([q, (one << (s - 1)) + (zero_point << s), s], dim=1)
+    magic = 1.5 * 2**52 + zero_point
+    return Rescaling(exact if ties else torch.ldexp(q.double(), -s), ties, magic, low, high)
 
 
 def dense_weight(weight: Tensor, groups: int) -> Tensor:

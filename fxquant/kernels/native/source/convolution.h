@@ -79,11 +79,11 @@ struct Tile {
     int points, quads;     // points of the window, fours of channels in each
     const int8_t* weight;
     const int32_t* bias;
-    const int64_t* constants;
+    int64_t block;  // the first one's number
     const Finish* finish;
     uint8_t* to[MOST_PIXELS];
     const uint8_t* other[MOST_PIXELS];
-    __mmask64 mask;
+    int channels;
 };
 
 // sums[pixel][64] of PIXELS pixels by BLOCKS blocks; the accumulators stay in registers.
@@ -138,27 +138,23 @@ static const Accumulate ACCUMULATE[5][MOST_PIXELS + 1] = {
 };
 
 // From sums to the bytes of a tile.
-template <int BLOCKS>
-void to_bytes(const Tile& tile, int count, int32_t* sums) {
-#pragma GCC unroll 4
-    for (int j = 0; j < BLOCKS; j++) {
-        const Multiplier multiplier(tile.constants + 48 * j);
-        for (int i = 0; i < count; i++) {
-            int32_t* at = sums + 64 * i + 16 * j;
-            _mm512_store_si512(at, multiplier(_mm512_load_si512(at)));
-        }
-    }
+template <int BLOCKS, bool TIES>
+void to_bytes(const Step& s, const Tile& tile, int count, const int32_t* sums) {
+    const Rescaling<TIES> rescaling(s, tile.block);
     const Finish& finish = *tile.finish;
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count; i++, sums += 64) {
         __m512i v[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) v[j] = _mm512_load_si512(sums + 64 * i + 16 * (j < BLOCKS ? j : 0));
-        _mm512_mask_storeu_epi8(tile.to[i], tile.mask, finish(pack(v), tile.other[i], tile.mask));
+        for (int j = 0; j < 4; j++) v[j] = j < BLOCKS ? rescaling(sums + 16 * j, j) : v[0];
+        store(tile.to[i], finish(pack(v), tile.other[i]), tile.channels);
     }
 }
 
-using ToBytes = void (*)(const Tile&, int, int32_t*);
-static const ToBytes TO_BYTES[5] = {nullptr, to_bytes<1>, to_bytes<2>, to_bytes<3>, to_bytes<4>};
+using ToBytes = void (*)(const Step&, const Tile&, int, const int32_t*);
+static const ToBytes TO_BYTES[2][5] = {
+    {nullptr, to_bytes<1, false>, to_bytes<2, false>, to_bytes<3, false>, to_bytes<4, false>},
+    {nullptr, to_bytes<1, true>, to_bytes<2, true>, to_bytes<3, true>, to_bytes<4, true>},
+};
 
 // Sums leave as floats: float(double(sum) * scale), clamped.
 inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int channels, uint8_t* y) {
@@ -189,9 +185,9 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
     tile.points = s.taps, tile.quads = (s.depth + 3) / 4;
     tile.weight = s.weight + static_cast<int64_t>(block) * s.taps * tile.quads * 64;
     tile.bias = s.bias + 16 * block;
-    tile.constants = s.out.constants + 48 * static_cast<int64_t>(block);
+    tile.block = block;
     tile.finish = &finish;
-    tile.mask = first(channels);
+    tile.channels = channels;
 
     const int most = PIXELS_FOR[blocks];
     const int own = to_float ? 0 : channel;
@@ -217,7 +213,7 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
         if (to_float) {
             for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, channels, tile.to[i]);
         } else {
-            TO_BYTES[blocks](tile, count, sums);
+            TO_BYTES[s.flags & TIES ? 1 : 0][blocks](s, tile, count, sums);
         }
         index += count;
     }

@@ -14,7 +14,8 @@ inline void weave_four(__m512i a, __m512i b, __m512i c, __m512i d, __m512i v[4])
 }
 
 // Any window: weight[64 channels][four points][64][4].
-inline void depthwise(const Step& s, int unit, const Finish& finish) {
+template <bool TIES>
+void any_window(const Step& s, int unit, const Finish& finish) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
     const int64_t from = pixels * unit / s.units, end = pixels * (unit + 1) / s.units;
     const int fours = (s.taps + 3) / 4;
@@ -27,7 +28,6 @@ inline void depthwise(const Step& s, int unit, const Finish& finish) {
         uint8_t* to = s.y.at(p.i, p.y, p.x);
         const uint8_t* other = s.z.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64) {
-            const __mmask64 mask = first(s.y.c - c);
             __m512i acc[4];
             for (int j = 0; j < 4; j++) acc[j] = _mm512_loadu_si512(s.bias + c + 16 * j);
             const int8_t* weight = s.weight + static_cast<int64_t>(c) * fours * 4;
@@ -39,11 +39,15 @@ inline void depthwise(const Step& s, int unit, const Finish& finish) {
                 for (int j = 0; j < 4; j++)
                     acc[j] = _mm512_dpbusd_epi32(acc[j], v[j], _mm512_loadu_si512(weight + 64 * j));
             }
-            const int64_t* constants = s.out.constants + 3 * static_cast<int64_t>(c);
-            for (int j = 0; j < 4; j++) acc[j] = Multiplier(constants + 48 * j)(acc[j]);
-            _mm512_mask_storeu_epi8(to + c, mask, finish(pack_woven(acc), other + c, mask));
+            const Rescaling<TIES> rescaling(s, c / 16);
+            for (int j = 0; j < 4; j++) acc[j] = rescaling(acc[j], j);
+            store(to + c, finish(pack_woven(acc), other + c), s.y.c - c);
         }
     }
+}
+
+inline void depthwise(const Step& s, int unit, const Finish& finish) {
+    return s.flags & TIES ? any_window<true>(s, unit, finish) : any_window<false>(s, unit, finish);
 }
 
 // The same channels of LINES lines of the result, of 64 / LINES channels each, in one vector.
@@ -59,26 +63,20 @@ struct Together {
         v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[2 % LINES])), 2);
         return _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[3 % LINES])), 3);
     }
-    static void store(uint8_t* const* at, __m512i v, __mmask64 mask) {
-        if constexpr (LINES == 1) {
-            _mm512_mask_storeu_epi8(at[0], mask, v);
-        } else if constexpr (LINES == 2) {
-            const __mmask32 part = static_cast<__mmask32>(mask);
-            _mm256_mask_storeu_epi8(at[0], part, _mm512_castsi512_si256(v));
-            _mm256_mask_storeu_epi8(at[1], part, _mm512_extracti64x4_epi64(v, 1));
-        } else {
-            const __mmask16 part = static_cast<__mmask16>(mask);
-            _mm_mask_storeu_epi8(at[0], part, _mm512_castsi512_si128(v));
-            _mm_mask_storeu_epi8(at[1 % LINES], part, _mm512_extracti32x4_epi32(v, 1));
-            _mm_mask_storeu_epi8(at[2 % LINES], part, _mm512_extracti32x4_epi32(v, 2));
-            _mm_mask_storeu_epi8(at[3 % LINES], part, _mm512_extracti32x4_epi32(v, 3));
+    static void store(uint8_t* const* at, __m512i v, int count) {
+        fxquant::store(at[0], v, count);
+        if constexpr (LINES == 2) fxquant::store(at[1], _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)), count);
+        if constexpr (LINES == 4) {
+            fxquant::store(at[1], _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 1)), count);
+            fxquant::store(at[2], _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 2)), count);
+            fxquant::store(at[3], _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 3)), count);
         }
     }
 };
 
 // 64 channels (or fewer, of several lines) of two pixels of the result at once, so that what is read of weights and rules
 // serves both. weight[column][64][4], the fourth zero.
-template <int STRIDE, int LINES>
+template <int STRIDE, int LINES, bool TIES>
 struct ThreeByThree {
     static constexpr int COLUMNS = STRIDE + 3;
     const Step& s;
@@ -113,9 +111,9 @@ struct ThreeByThree {
         weave_four(row[0], row[1], row[2], _mm512_setzero_si512(), v);
     }
     void channels(int c) const {
-        const __mmask64 mask = first(s.y.c - c);
+        const int count = std::min(s.y.c - c, 64 / LINES);
         const int8_t* weight = s.weight + 12 * static_cast<int64_t>(c);
-        const int64_t* constants = s.out.constants + 3 * static_cast<int64_t>(c);
+        const Rescaling<TIES> rescaling(s, c / 16);
         __m512i col[COLUMNS][4];
         int ready = INT32_MIN;  // the pixel whose columns the last ones would be
         for (int pair = 0; pair < s.y.w; pair += 2) {
@@ -143,8 +141,7 @@ struct ThreeByThree {
                     acc[0][j] = _mm512_dpbusd_epi32(acc[0][j], col[k][j], w);
                     acc[1][j] = _mm512_dpbusd_epi32(acc[1][j], col[k + STRIDE][j], w);
                 }
-                const Multiplier multiplier(constants + 48 * j);
-                acc[0][j] = multiplier(acc[0][j]), acc[1][j] = multiplier(acc[1][j]);
+                acc[0][j] = rescaling(acc[0][j], j), acc[1][j] = rescaling(acc[1][j], j);
             }
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
@@ -156,7 +153,7 @@ struct ThreeByThree {
                     plus[l] = other[l] + (x + i) * s.z.pixel + c;
                 }
                 if (finish.adds) bytes = finish.plus(bytes, Together<LINES>::load(plus));
-                Together<LINES>::store(out, bytes, mask);
+                Together<LINES>::store(out, bytes, count);
             }
         }
     }
@@ -171,7 +168,9 @@ struct ThreeByThree {
 template <int STRIDE, int LINES>
 void three_by_three(const Step& s, int unit, const Finish& finish) {
     const int64_t lines = static_cast<int64_t>(s.y.n) * s.y.h;
-    ThreeByThree<STRIDE, LINES>{s, finish, {}, {}, {}, {}}.lines(lines * unit / s.units, lines * (unit + 1) / s.units);
+    const int64_t from = lines * unit / s.units, end = lines * (unit + 1) / s.units;
+    if (s.flags & TIES) return ThreeByThree<STRIDE, LINES, true>{s, finish, {}, {}, {}, {}}.lines(from, end);
+    return ThreeByThree<STRIDE, LINES, false>{s, finish, {}, {}, {}, {}}.lines(from, end);
 }
 
 // groups: how many lines share a vector.

@@ -18,7 +18,7 @@ static void compute(const Step& s, int unit, const Finish& finish) {
         case AVERAGE: return average(s, unit);
         case TABLE: return look_up(s, unit);
         case ADD: return add(s, unit);
-        case MULTIPLY: return multiply_tensors(s, unit);
+        case MULTIPLY: return multiply(s, unit);
         case AFFINE: return affine(s, unit);
         case COPY: return copy(s, unit);
         case TRANSPOSE: return transpose(s, unit);

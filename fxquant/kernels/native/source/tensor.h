@@ -19,12 +19,15 @@ struct Window {
     int32_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// From sums of 32 bits to bytes: y = clamp((acc * q + r) >> s), r = half a step and the zero point. 16 channels have 48
-// numbers: q, r and s of the even ones, then of the odd ones.
-// The byte may go through a table of 256, and then be added to a tensor: the rule of add.h.
+// From sums of 32 bits to bytes: y = clamp(floor((acc * q + r) / 2^s)), r being half a step and the zero point, q of 31 bits.
+// Where acc * q / 2^s cannot lie half way between two integers, a fused multiply-add of float64 gives the same: adding
+// magic = 1.5 * 2^52 + zero point rounds to a whole number, once. Then each channel has one number, q / 2^s. Where it can
+// (flag TIES), 16 channels have 48: q, r and s of the even ones, then of the odd ones.
+// The byte may go through a table of 256 (and then be added to another tensor).
 struct Requantization {
-    const int64_t* constants;
+    const void* constants;
     const uint8_t* table;
+    double magic;
     int32_t low, high;
 };
 
@@ -61,6 +64,7 @@ enum Flag : int32_t {
     TO_FLOAT = 2,   // sums leave as floats: numbers are the scales, scale the bounds
     COUNTS_PADDING = 4,
     GROUPED = 8,
+    TIES = 32,
     LINEAR = 16  // pixel i of the result comes from pixel i, and all tensors' pixels follow each other
 };
 

@@ -8,6 +8,32 @@ namespace fxquant {
 
 inline __mmask64 first(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1; }
 
+// The first bytes of a vector. Stores under a mask take many times as long as others, so whole quarters are stored plainly.
+inline void store(uint8_t* to, __m512i v, int count) {
+    if (count >= 64) return _mm512_storeu_si512(to, v);
+    if (count >= 32) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(v));
+        v = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)), to += 32, count -= 32;
+    }
+    if (count >= 16) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(v));
+        v = _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 1)), to += 16, count -= 16;
+    }
+    if (count >= 8) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(v));
+        v = _mm512_castsi128_si512(_mm_srli_si128(_mm512_castsi512_si128(v), 8)), to += 8, count -= 8;
+    }
+    if (count > 0) _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1u << count) - 1), _mm512_castsi512_si128(v));
+}
+
+// round(acc * number) + zero point of 16 sums by 16 numbers: the fused multiply-add leaves a whole number in the low bits.
+inline __m512i rescale(__m256i low, __m256i high, const double* number, __m512d magic) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512d a = _mm512_fmadd_pd(_mm512_cvtepi32_pd(low), _mm512_loadu_pd(number), magic);
+    const __m512d b = _mm512_fmadd_pd(_mm512_cvtepi32_pd(high), _mm512_loadu_pd(number + 8), magic);
+    return _mm512_permutex2var_epi32(_mm512_castpd_si512(a), even, _mm512_castpd_si512(b));
+}
+
 // floor((acc * q + r) / 2^s) of 16 numbers; a product has up to 62 bits, so even and odd lanes go separate ways.
 struct Multiplier {
     __m512i q[2], r[2], s[2];
@@ -25,6 +51,28 @@ struct Multiplier {
         even = _mm512_srav_epi64(_mm512_add_epi64(even, r[0]), s[0]);
         odd = _mm512_srav_epi64(_mm512_add_epi64(odd, r[1]), s[1]);
         return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    }
+};
+
+// Either, for a block of 16 channels.
+template <bool TIES>
+struct Rescaling {
+    const void* constants;
+    __m512d magic;
+
+    Rescaling(const Step& step, int64_t block)
+        : constants(static_cast<const int64_t*>(step.out.constants) + (TIES ? 48 : 16) * block),
+          magic(_mm512_set1_pd(step.out.magic)) {}
+    __m512i operator()(__m512i acc, int block) const {
+        if constexpr (TIES) return Multiplier(static_cast<const int64_t*>(constants) + 48 * block)(acc);
+        return rescale(_mm512_castsi512_si256(acc), _mm512_extracti64x4_epi64(acc, 1),
+                       static_cast<const double*>(constants) + 16 * block, magic);
+    }
+    __m512i operator()(const int32_t* acc, int block) const {
+        if constexpr (TIES) return (*this)(_mm512_load_si512(acc), block);
+        const __m256i* half = reinterpret_cast<const __m256i*>(acc);
+        return rescale(_mm256_load_si256(half), _mm256_load_si256(half + 1),
+                       static_cast<const double*>(constants) + 16 * block, magic);
     }
 };
 
@@ -115,9 +163,9 @@ struct Finish {
         return has_table ? (*reinterpret_cast<const Table*>(table))(bytes) : bytes;
     }
     __m512i plus(__m512i bytes, __m512i other) const { return (*reinterpret_cast<const Sum*>(sum))(bytes, other); }
-    __m512i operator()(__m512i bytes, const uint8_t* other, __mmask64 mask) const {
+    __m512i operator()(__m512i bytes, const uint8_t* other) const {
         bytes = (*this)(bytes);
-        return adds ? plus(bytes, _mm512_maskz_loadu_epi8(mask, other)) : bytes;
+        return adds ? plus(bytes, _mm512_loadu_si512(other)) : bytes;
     }
 };
 

@@ -34,7 +34,7 @@ inline void maximum(const Step& s, int unit) {
                 for (int kx = 0; kx < across.count; kx++, at += s.window.dilation[1] * s.x.pixel)
                     most = _mm512_max_epu8(most, _mm512_loadu_si512(at));
             }
-            _mm512_mask_storeu_epi8(to + c, first(s.y.c - c), most);
+            store(to + c, most, s.y.c - c);
         }
     }
 }
@@ -45,7 +45,6 @@ inline void average(const Step& s, int unit) {
     const int columns = (s.y.c + 63) / 64, c = 64 * (unit % columns), line = unit / columns;
     const int i = line / s.y.h, y = line % s.y.h;
     const int32_t* adaptive = static_cast<const int32_t*>(s.numbers);
-    const __mmask64 mask = first(s.y.c - c);
     for (int x = 0; x < s.y.w; x++) {
         int y0, y1, x0, x1;
         double divisor;
@@ -85,7 +84,7 @@ inline void average(const Step& s, int unit) {
             sum[j] = _mm512_add_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), to_zero);
         }
         const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-        _mm512_mask_storeu_epi8(s.y.at(i, y, x) + c, mask, clamp(pack_woven(sum), low, high));
+        store(s.y.at(i, y, x) + c, clamp(pack_woven(sum), low, high), s.y.c - c);
     }
 }
 
@@ -102,7 +101,7 @@ inline void look_up(const Step& s, int unit) {
     const Table table(s.out.table);
     each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
         for (int c = 0; c < s.y.c; c += 64)
-            _mm512_mask_storeu_epi8(y + c, first(s.y.c - c), table(_mm512_loadu_si512(x + c)));
+            store(y + c, table(_mm512_loadu_si512(x + c)), s.y.c - c);
     });
 }
 
@@ -115,13 +114,14 @@ inline void add(const Step& s, int unit) {
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
         const uint8_t* z = s.z.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64)
-            _mm512_mask_storeu_epi8(y + c, first(s.y.c - c), sum(_mm512_loadu_si512(x + c), _mm512_loadu_si512(z + c)));
+            store(y + c, sum(_mm512_loadu_si512(x + c), _mm512_loadu_si512(z + c)), s.y.c - c);
     });
 }
 
 // (x - zero point)(z - zero point) requantized; z may have one pixel for a whole image.
-inline void multiply_tensors(const Step& s, int unit) {
-    const Multiplier multiplier(s.out.constants);
+template <bool TIES>
+void product(const Step& s, int unit) {
+    const Rescaling<TIES> rescaling(s, 0);
     const __m512i x_zero = _mm512_set1_epi32(s.zero_point[0]), z_zero = _mm512_set1_epi32(s.zero_point[1]);
     const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
     const bool spread_y = s.z.h == 1, spread_x = s.z.w == 1;
@@ -132,10 +132,14 @@ inline void multiply_tensors(const Step& s, int unit) {
             weave(_mm512_loadu_si512(x + c), a);
             weave(_mm512_loadu_si512(z + c), b);
             for (int j = 0; j < 4; j++)
-                a[j] = multiplier(_mm512_mullo_epi32(_mm512_sub_epi32(a[j], x_zero), _mm512_sub_epi32(b[j], z_zero)));
-            _mm512_mask_storeu_epi8(y + c, first(s.y.c - c), clamp(pack_woven(a), low, high));
+                a[j] = rescaling(_mm512_mullo_epi32(_mm512_sub_epi32(a[j], x_zero), _mm512_sub_epi32(b[j], z_zero)), 0);
+            store(y + c, clamp(pack_woven(a), low, high), s.y.c - c);
         }
     });
+}
+
+inline void multiply(const Step& s, int unit) {
+    return s.flags & TIES ? product<true>(s, unit) : product<false>(s, unit);
 }
 
 // (x * q + r) >> s with q and r of each channel, in two halves of 16 bits as in Sum: numbers[64 channels][q high, q low,
@@ -145,8 +149,7 @@ inline void affine(const Step& s, int unit) {
     const __m128i shift = _mm_cvtsi32_si128(s.zero_point[0] - 16);
     for (int c = 0; c < s.y.c; c += 64) {
         const int32_t* numbers = static_cast<const int32_t*>(s.numbers) + 4 * c;
-        const __mmask64 mask = first(s.y.c - c);
-        each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
+            each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
             __m512i v[4];
             weave(_mm512_loadu_si512(x + c), v);
             for (int j = 0; j < 4; j++) {
@@ -155,7 +158,7 @@ inline void affine(const Step& s, int unit) {
                 const __m512i l = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 192), v[j], _mm512_loadu_si512(n + 64));
                 v[j] = _mm512_sra_epi32(_mm512_add_epi32(h, _mm512_srai_epi32(l, 16)), shift);
             }
-            _mm512_mask_storeu_epi8(y + c, mask, clamp(pack_woven(v), low, high));
+            store(y + c, clamp(pack_woven(v), low, high), s.y.c - c);
         });
     }
 }
