@@ -105,8 +105,27 @@ inline void look_up(const Step& s, int unit) {
     });
 }
 
+// Up to six axes with strides of their own: numbers[axis] is size, stride in x, stride in y. A unit is some of the first.
+inline void copy_axes(const int64_t (*axis)[3], int axes, const uint8_t* x, uint8_t* y) {
+    const int64_t size = axis[0][0], from = axis[0][1], to = axis[0][2];
+    if (axes == 1) {
+        if (from == 1 && to == 1) {
+            std::memcpy(y, x, size);
+            return;
+        }
+        for (int64_t k = 0; k < size; k++) y[k * to] = x[k * from];
+        return;
+    }
+    for (int64_t k = 0; k < size; k++) copy_axes(axis + 1, axes - 1, x + k * from, y + k * to);
+}
+
 inline void copy(const Step& s, int unit) {
-    each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) { std::memcpy(y, x, s.y.c); });
+    int64_t axis[6][3];
+    std::memcpy(axis, s.numbers, sizeof(axis[0]) * s.taps);
+    const int64_t from = axis[0][0] * unit / s.units, end = axis[0][0] * (unit + 1) / s.units;
+    const int64_t x = from * axis[0][1], y = from * axis[0][2];
+    axis[0][0] = end - from;
+    copy_axes(axis, s.taps, s.x.data + x, s.y.data + y);
 }
 
 inline void add(const Step& s, int unit) {
@@ -118,15 +137,14 @@ inline void add(const Step& s, int unit) {
     });
 }
 
-// (x - zero point)(z - zero point) requantized; z may have one pixel for a whole image.
+// (x - zero point)(z - zero point) requantized.
 template <bool TIES>
 void product(const Step& s, int unit) {
     const Rescaling<TIES> rescaling(s, 0);
     const __m512i x_zero = _mm512_set1_epi32(s.zero_point[0]), z_zero = _mm512_set1_epi32(s.zero_point[1]);
     const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-    const bool spread_y = s.z.h == 1, spread_x = s.z.w == 1;
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
-        const uint8_t* z = s.z.at(s.z.n == 1 ? 0 : p.i, spread_y ? 0 : p.y, spread_x ? 0 : p.x);
+        const uint8_t* z = s.z.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64) {
             __m512i a[4], b[4];
             weave(_mm512_loadu_si512(x + c), a);
