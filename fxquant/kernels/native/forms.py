@@ -128,17 +128,26 @@ def _parameters(part: IntegerEvaluate) -> dict[str, Tensor]:
 
 
 def _affine(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
+    """As the reference computes it, but with its constants multiplied out; compared with it for every byte."""
     zero_point, least, most = held(part)
-    ratio = float(part.input_scale[0]) / float(part.output_scale)
+    unit = float(part.output_scale)
     gain, offset = _parameters(part).values()
-    zero_points = _zero_point(lines, node, part, 0), zero_point
-    numbers, shift = channel_affine_numbers(gain * ratio, offset / float(part.output_scale), zero_points)
+    signed = lines.is_signed(node.args[0])
+    gain = gain * float(part.input_scale[0]) / unit
+    offset = offset / unit - gain * _zero_point(lines, node, part, 0)
+    every = torch.arange(256)
+    found = (torch.round(every.double()[:, None] * gain + offset) + zero_point).clamp(least, most)
+    source = (every - 128 * signed).to(torch.int8 if signed else torch.uint8)
+    wanted = part(source[:, None].expand(-1, len(gain))).to(torch.int32) + 128 * (part.output_dtype == torch.int8)
+    if not torch.equal(found.to(torch.int32), wanted):
+        raise Unfit("its gains leave results half way between two integers")
+    numbers = channel_affine_numbers(gain, offset)
 
     def write(step: Step) -> None:
-        step.numbers, step.zero_point[0] = numbers.data_ptr(), shift
+        step.numbers, step.out.magic = numbers.data_ptr(), 1.5 * 2**52 + zero_point
         step.out.low, step.out.high = least, most
 
-    return Pointwise(lines.operands(node.args), "affine", write, (numbers,))
+    return Pointwise(lines.operands(node.args), "affine", write, (numbers,), channels=len(gain))
 
 
 def _layer_norm(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
@@ -156,7 +165,7 @@ def _layer_norm(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation
         step.numbers, step.scale[0], step.zero_point[1] = numbers.data_ptr(), epsilon, zero_point
         step.out.low, step.out.high = least, most
 
-    return Pointwise(lines.operands(node.args), "layer norm", write, (numbers,))
+    return Pointwise(lines.operands(node.args), "layer norm", write, (numbers,), channels=shape[0])
 
 
 def _attention(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:

@@ -182,7 +182,7 @@ class _Lowering:
                 if ready:
                     ready[0][1].table = operation.keep[0]
                     self._take_over(index, *ready[0])
-            elif type(operation) is Add and ready:
+            elif type(operation) is Add and operation.by_halves and ready:
                 last, layer = max(ready)
                 constant, q, *rest = operation.numbers
                 first = last == operation.operands[0]

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fxquant.errors import InputError
 from fxquant.kernels.native.layout import Image, folded, image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, AttentionNumbers, Step, TensorView
 from fxquant.kernels.native.weights import Rescaling, Unfit
 
-__all__ = ["Add", "Attention", "Average", "Concatenation", "Door", "Maximum", "Operation", "Pointwise", "Product", "set_addition"]
+__all__ = ["Add", "Attention", "Average", "Concatenation", "Door", "Maximum", "Operation", "Pointwise", "Product", "check_channels", "set_addition", "set_rescaling"]
 
 Images = list[Image] | None
 Sum = tuple[int, tuple[int, int], int, int, int]
@@ -102,15 +103,21 @@ class Pointwise(Operation):
         kind: ``table``, ``affine`` or ``layer norm``.
         write: sets the fields of a step.
         keep: tensors whose memory the step reads.
+        channels: how many there must be, where that matters.
     """
 
     kind: str
     write: Callable[[Step], None]
     keep: tuple[Tensor, ...]
+    channels: int | None = None
 
     @property
     def layout(self) -> str:  # type: ignore[override]
         return {"affine": "image", "layer norm": "rows"}.get(self.kind, "any")
+
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        check_channels(x, -1 if self.kind == "layer norm" else 1, self.channels)
+        return torch.empty_like(x)
 
     def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
         if self.kind == "affine":
@@ -215,6 +222,11 @@ class Add(Operation):
 
     numbers: Sum
 
+    @property
+    def by_halves(self) -> bool:
+        """Whether both multipliers fit into two halves of 16 bits, as the fast way wants them."""
+        return max(self.numbers[1]) < 0x7FFF8000 and min(self.numbers[1]) >= -0x80000000
+
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         return _as_large(x, *others)
 
@@ -223,7 +235,18 @@ class Add(Operation):
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> None:
         step.kind = KINDS["add"]
+        step.flags = FLAGS["ties"] * (not self.by_halves)
         set_addition(step, self.numbers)
+
+
+def check_channels(x: Tensor, axis: int, channels: int | None) -> None:
+    """Refuse an input with another number of channels.
+
+    Raises:
+        InputError: it has one.
+    """
+    if channels is not None and (x.ndim <= max(axis, 0) or x.shape[axis] != channels):
+        raise InputError(f"a layer for {channels} channels is given a tensor of shape {list(x.shape)}.")
 
 
 def set_addition(step: Step, numbers: Sum) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxquant.errors import InputError
 from fxquant.kernels.native.cut import cut
 from fxquant.kernels.native.layout import Image, axes_of, image
 from fxquant.kernels.native.library import KINDS, Step, TensorView, run_steps
@@ -86,6 +87,8 @@ class _Walk:
                 self.values[index] = line.run(*args, **kwargs)
         except Unfit as reason:
             raise Unfit(f"{line.name} has no native kernel: {reason}") from None
+        except InputError as error:
+            raise InputError(f"{line.name}: {error}") from None
 
     def is_own(self, x: Tensor) -> bool:
         """Whether a tensor's memory is the plan's."""

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import InputError
 from fxquant.kernels.native.layout import image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView
-from fxquant.kernels.native.operations import Images, Operation, Sum, set_addition, set_rescaling
+from fxquant.kernels.native.operations import Images, Operation, Sum, check_channels, set_addition, set_rescaling
 from fxquant.kernels.native.weights import (
     Unfit,
     columns_weight,
@@ -106,6 +107,7 @@ class Weighted(Operation):
         return self.to_float
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
         if self.linear:
             return torch.empty((*x.shape[:-1], self.channels), dtype=torch.float32 if self.to_float else torch.uint8)
         if x.ndim != 4:
@@ -114,7 +116,7 @@ class Weighted(Operation):
         spans = zip(x.shape[2:], self.kernel, g.stride, g.padding, g.dilation, strict=True)
         sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans]
         if min(sizes) < 1:
-            raise Unfit(f"its window is larger than its input of {list(x.shape)}")
+            raise InputError(f"a window of {list(self.kernel)} is larger than its input of {list(x.shape)}.")
         shape = (x.shape[0], self.channels, *sizes)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 

@@ -130,10 +130,13 @@ inline void copy(const Step& s, int unit) {
 
 inline void add(const Step& s, int unit) {
     const Sum sum(s.add);
+    const bool wide = s.flags & TIES;
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
         const uint8_t* z = s.z.at(p.i, p.y, p.x);
-        for (int c = 0; c < s.y.c; c += 64)
-            store(y + c, sum(_mm512_loadu_si512(x + c), _mm512_loadu_si512(z + c)), s.y.c - c);
+        for (int c = 0; c < s.y.c; c += 64) {
+            const __m512i a = _mm512_loadu_si512(x + c), b = _mm512_loadu_si512(z + c);
+            store(y + c, wide ? wide_sum(s.add, a, b) : sum(a, b), s.y.c - c);
+        }
     });
 }
 
@@ -160,22 +163,23 @@ inline void multiply(const Step& s, int unit) {
     return s.flags & TIES ? product<true>(s, unit) : product<false>(s, unit);
 }
 
-// (x * q + r) >> s with q and r of each channel, in two halves of 16 bits as in Sum: numbers[64 channels][q high, q low,
-// r high, r low][64], woven; the shift is in zero_point[0].
+// round(x * gain + offset) of each channel in float64, ties to even: numbers[64 channels][gain, offset][64], woven.
 inline void affine(const Step& s, int unit) {
     const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-    const __m128i shift = _mm_cvtsi32_si128(s.zero_point[0] - 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512d magic = _mm512_set1_pd(s.out.magic);
     for (int c = 0; c < s.y.c; c += 64) {
-        const int32_t* numbers = static_cast<const int32_t*>(s.numbers) + 4 * c;
-            each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
+        const double* numbers = static_cast<const double*>(s.numbers) + 2 * c;
+        const auto eight = [&](__m256i q, const double* n) {
+            const __m512d real = _mm512_fmadd_pd(_mm512_cvtepi32_pd(q), _mm512_loadu_pd(n), _mm512_loadu_pd(n + 64));
+            return _mm512_castpd_si512(_mm512_add_pd(real, magic));
+        };
+        each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
             __m512i v[4];
             weave(_mm512_loadu_si512(x + c), v);
-            for (int j = 0; j < 4; j++) {
-                const int32_t* n = numbers + 16 * j;
-                const __m512i h = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 128), v[j], _mm512_loadu_si512(n));
-                const __m512i l = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 192), v[j], _mm512_loadu_si512(n + 64));
-                v[j] = _mm512_sra_epi32(_mm512_add_epi32(h, _mm512_srai_epi32(l, 16)), shift);
-            }
+            for (int j = 0; j < 4; j++)
+                v[j] = _mm512_permutex2var_epi32(eight(_mm512_castsi512_si256(v[j]), numbers + 16 * j), even,
+                                                 eight(_mm512_extracti64x4_epi64(v[j], 1), numbers + 16 * j + 8));
             store(y + c, clamp(pack_woven(v), low, high), s.y.c - c);
         });
     }
