@@ -23,7 +23,15 @@ from fxquant.kernels.native.operations import (
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import Unfit, addition, channel_affine_numbers, held, rescaling_of
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
-from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerLinearMap, IntegerOp, IntegerPass, IntegerTable, Quantize
+from fxquant.nn.integer import (
+    Dequantize,
+    IntegerEvaluate,
+    IntegerLinearMap,
+    IntegerOp,
+    IntegerPass,
+    IntegerTable,
+    Quantize,
+)
 from fxquant.ops.behaviour import ChannelAffine
 
 __all__ = ["FORMS", "PASSES", "Lines"]

@@ -20,7 +20,20 @@ from fxquant.kernels.native.layout import Image, folded, image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, AttentionNumbers, Step, TensorView
 from fxquant.kernels.native.weights import Rescaling, Unfit
 
-__all__ = ["Add", "Attention", "Average", "Concatenation", "Door", "Maximum", "Operation", "Pointwise", "Product", "check_channels", "set_addition", "set_rescaling"]
+__all__ = [
+    "Add",
+    "Attention",
+    "Average",
+    "Concatenation",
+    "Door",
+    "Maximum",
+    "Operation",
+    "Pointwise",
+    "Product",
+    "check_channels",
+    "set_addition",
+    "set_rescaling",
+]
 
 Images = list[Image] | None
 Sum = tuple[int, tuple[int, int], int, int, int]
@@ -91,7 +104,7 @@ class Door(Operation):
 def _lines(x: Tensor) -> Image | None:
     if not x.is_contiguous():
         return None
-    count, c = math.prod(x.shape[:-1]), x.shape[-1]
+    count, c = (math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim else (1, 1)
     return Image(x, (count, 1, 1, c), (c, c, c))
 
 
@@ -177,7 +190,9 @@ class Average(Maximum):
             step.flags = FLAGS["counts_padding"] * bool(self.attributes.get("count_include_pad", True))
             return None
         x, y = views
-        spans = [(i * size // out, -((-(i + 1) * size) // out)) for size, out in ((x.h, y.h), (x.w, y.w)) for i in range(out)]
+        spans = [
+            (i * size // out, -((-(i + 1) * size) // out)) for size, out in ((x.h, y.h), (x.w, y.w)) for i in range(out)
+        ]
         windows = torch.tensor(spans, dtype=torch.int32)
         step.numbers = windows.data_ptr()
         return windows
@@ -206,7 +221,9 @@ class Concatenation(Operation):
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = torch.cat([torch.empty(t.shape, device="meta") for t in (x, *others)], self.axis).shape
         last = all(image(t) is not None for t in (x, *others)) and len(shape) == 4
-        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last if last else torch.contiguous_format)
+        return torch.empty(
+            shape, dtype=torch.uint8, memory_format=torch.channels_last if last else torch.contiguous_format
+        )
 
 
 def _as_large(x: Tensor, *others: Tensor) -> Tensor:

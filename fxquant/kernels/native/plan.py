@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -76,7 +76,7 @@ class _Walk:
                 self.native.add(index)
                 return
             assert line.run is not None
-            args, kwargs = _filled(line.args, self.values), _filled(line.kwargs, self.values)
+            args, kwargs = _filled(line.arguments, self.values), _filled(line.keywords, self.values)
             mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.is_own(t)]
             if mine and not (line.moves or line.measures):
                 raise Unfit("it computes outside the integers from what they gave")
@@ -255,11 +255,11 @@ def _homes(program: NativeProgram, walk: _Walk) -> dict[int, _Home]:
         operation = program.lines[index].operation
         if isinstance(operation, Concatenation):
             at = 0
-            for line in operation.operands:
-                made = program.lines[line].operation
-                if line not in homes and made is not None and not made.writes_floats:
-                    homes[line] = _Home(index, operation.axis, at)
-                at += walk.values[line].shape[operation.axis]
+            for part in operation.operands:
+                made = program.lines[part].operation
+                if part not in homes and made is not None and not made.writes_floats:
+                    homes[part] = _Home(index, operation.axis, at)
+                at += walk.values[part].shape[operation.axis]
         elif isinstance(operation, Weighted) and operation.by_lines:
             (source, *_) = operation.operands
             if isinstance(program.lines[source].operation, Door) and uses[source] == 1:
@@ -357,13 +357,13 @@ class Plan:
         for index in self.outside:
             line_ = self.program.lines[index]
             assert line_.run is not None
-            values[index] = line_.run(*_filled(line_.args, values), **_filled(line_.kwargs, values))
-        held = {}
+            values[index] = line_.run(*_filled(line_.arguments, values), **_filled(line_.keywords, values))
+        held: dict[int, Tensor] = {}
         for line, shape in self.results.items():
             values[line] = held[line] = torch.empty(shape)
         for view, line, offset in self.doors:
             if line not in held:
-                held[line] = from_outside(values[line], self.program.lines[line].signed)
+                held[line] = from_outside(cast(Tensor, values[line]), self.program.lines[line].signed)
             view.data = held[line].data_ptr() + offset
         run_steps(self.steps, self.count)
         return _filled(self.program.result, values)
@@ -371,7 +371,7 @@ class Plan:
 
 def _references(source: Any) -> set[int]:
     """The lines that a line, or a template, takes results from."""
-    template = (source.args, source.kwargs) if isinstance(source, Line) else source
+    template = (source.arguments, source.keywords) if isinstance(source, Line) else source
     found = list[int]()
     fx.node.map_aggregate(template, lambda leaf: found.append(leaf.line) if isinstance(leaf, Reference) else None)
     return set(found)
@@ -389,8 +389,11 @@ def _varying(program: NativeProgram, walk: _Walk) -> set[int]:
 def _filled(template: Any, values: Sequence[Any]) -> Any:
     if isinstance(template, Reference):
         return values[template.line]
-    if isinstance(template, (tuple, list)):
-        return type(template)(_filled(item, values) for item in template)
+    if isinstance(template, tuple):
+        filled = [_filled(item, values) for item in template]
+        return type(template)(*filled) if hasattr(template, "_fields") else tuple(filled)
+    if isinstance(template, list):
+        return [_filled(item, values) for item in template]
     if isinstance(template, dict):
         return {key: _filled(value, values) for key, value in template.items()}
     if isinstance(template, slice):

@@ -107,11 +107,11 @@ class Weighted(Operation):
         return self.to_float
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        if not self.linear and x.ndim != 4:
+            raise Unfit(f"its input has {x.ndim} axes")
         check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
         if self.linear:
             return torch.empty((*x.shape[:-1], self.channels), dtype=torch.float32 if self.to_float else torch.uint8)
-        if x.ndim != 4:
-            raise Unfit(f"its input has {x.ndim} axes")
         g = self.geometry
         spans = zip(x.shape[2:], self.kernel, g.stride, g.padding, g.dilation, strict=True)
         sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans]
