@@ -116,7 +116,8 @@ class _Lowering:
         part = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         line.arguments, line.keywords = self._referring(node.args), self._referring(node.kwargs)
         line.name = f"{node.name} ({part.entry.name})" if isinstance(part, IntegerOp) else node.name
-        form = PASSES.get(part.entry.native) if isinstance(part, IntegerPass) else FORMS.get(type(part))  # type: ignore[attr-defined]
+        entry: Any = getattr(part, "entry", None)
+        form = PASSES.get(entry.native) if isinstance(part, IntegerPass) else FORMS.get(type(part))
         if form is not None:
             try:
                 line.operation = form(self, node, part)
@@ -185,9 +186,9 @@ class _Lowering:
                     self._take_over(index, *ready[0])
             elif type(operation) is Add and operation.by_halves and ready and len(set(operation.operands)) == 2:
                 last, layer = max(ready)
-                constant, q, *rest = operation.numbers
+                constant, q, *bounds = operation.numbers
                 first = last == operation.operands[0]
-                layer.added = (constant, q if first else q[::-1], *rest)  # type: ignore[assignment]
+                layer.added = constant, q if first else (q[1], q[0]), bounds[0], bounds[1], bounds[2]
                 layer.operands = [*layer.operands, operation.operands[1 if first else 0]]
                 self._take_over(index, last, layer)
 

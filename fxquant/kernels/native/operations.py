@@ -10,7 +10,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +46,19 @@ class Operation:
 
     Attributes:
         operands: numbers of the lines whose results it reads.
-        layout: how its operands must lie: ``image`` (NCHW with channels in a row), ``rows`` (the last axis in a row),
-            or ``any``.
     """
 
     operands: list[int]
-    layout: ClassVar[str] = "any"
-    writes_floats: ClassVar[bool] = False
+
+    @property
+    def layout(self) -> str:
+        """How the operands must lie: ``image`` (NCHW with channels in a row), ``rows`` (the last axis) or ``any``."""
+        return "any"
+
+    @property
+    def writes_floats(self) -> bool:
+        """Whether the result is a tensor of floats."""
+        return False
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         """A tensor for the result."""
@@ -77,7 +83,7 @@ class Door(Operation):
     bounds: tuple[int, int]
 
     @property
-    def writes_floats(self) -> bool:  # type: ignore[override]
+    def writes_floats(self) -> bool:
         return self.kind == "dequantize"
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ class Pointwise(Operation):
     channels: int | None = None
 
     @property
-    def layout(self) -> str:  # type: ignore[override]
+    def layout(self) -> str:
         return {"affine": "image", "layer norm": "rows"}.get(self.kind, "any")
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -149,7 +155,10 @@ class Maximum(Operation):
 
     function: Callable[..., Tensor]
     attributes: dict[str, Any]
-    layout: ClassVar[str] = "image"
+
+    @property
+    def layout(self) -> str:
+        return "image"
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = self.function(torch.empty(x.shape, device="meta"), **self.attributes).shape
@@ -304,7 +313,10 @@ class Attention(Operation):
     scale: float | None
     causal: bool
     bounds: tuple[int, int]
-    layout: ClassVar[str] = "rows"
+
+    @property
+    def layout(self) -> str:
+        return "rows"
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         key, value = others

@@ -99,11 +99,11 @@ class Weighted(Operation):
         self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
 
     @property
-    def layout(self) -> str:  # type: ignore[override]
+    def layout(self) -> str:
         return "rows" if self.linear else "image"
 
     @property
-    def writes_floats(self) -> bool:  # type: ignore[override]
+    def writes_floats(self) -> bool:
         return self.to_float
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Weighted(Operation):
                 found[-1] = last._replace(strides=tuple(4 * s for s in last.strides))
             return found
         seen = [image(tensors[0]), *(image(t.expand(y.shape)) for t in tensors[1:]), image(y)]
-        return None if any(s is None for s in seen) else seen  # type: ignore[return-value]
+        return [s for s in seen if s is not None] if None not in seen else None
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
         g, (high, wide) = self.geometry, self.kernel
