@@ -7,7 +7,7 @@ inside a border.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,12 @@ class Walk:
     def _moved(self, line: Line, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
         """Views of our own tensors; where the function copies them, views of a copy whose elements follow each other."""
         assert line.run is not None
-        if len(mine) != 1 or mine[0] is not args[0]:
-            raise Unfit("how it moves numbers is not written natively")
-        for first in (lambda: mine[0], lambda: self.copied(mine[0], torch.contiguous_format)):
+        ways: list[Callable[[], Any]] = [lambda: args]
+        if len(mine) == 1 and mine[0] is args[0]:
+            ways.append(lambda: (self.copied(mine[0], torch.contiguous_format), *args[1:]))
+        for way in ways:
             try:
-                value = line.run(first(), *args[1:], **kwargs)
+                value = line.run(*way(), **kwargs)
             except RuntimeError:  # its strides allow no such view
                 continue
             if all(not isinstance(t, Tensor) or self.is_own(t) for t in pytree.tree_leaves(value)):
