@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import InputError
 from fxquant.kernels.native.layout import Image, image
 from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
+from fxquant.kernels.native.memory import MEMORY_LINE
 from fxquant.kernels.native.operations import Concatenation, Door, Operation
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import Unfit
@@ -215,14 +216,14 @@ class Walk:
 
 
 def from_outside(value: Tensor, signed: bool) -> Tensor:
-    """A tensor that Python computed, as the kernels read it."""
+    """A tensor that Python computed, as the kernels read it: bytes have room behind them."""
     if value.is_floating_point():
         return value.float().contiguous()
-    if signed and value.dtype == torch.int8:
-        return torch.bitwise_xor(value, -128).view(torch.uint8).contiguous()
-    if value.dtype != torch.uint8:
+    if value.dtype not in (torch.uint8, torch.int8) or signed != (value.dtype == torch.int8):
         raise Unfit(f"an operand is a {value.dtype} tensor")
-    return value.contiguous()
+    room = torch.empty(value.numel() + MEMORY_LINE, dtype=torch.uint8)
+    held = room[: value.numel()].view(value.shape)
+    return held.copy_(torch.bitwise_xor(value, -128).view(torch.uint8) if signed else value)
 
 
 def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor | None:
