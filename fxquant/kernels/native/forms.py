@@ -190,7 +190,22 @@ def _attention(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     return Attention(lines.operands(node.args), zero_points, units, scale, causal, (least, most))
 
 
-_EVALUATED = {"layer norm": _layer_norm, "attention": _attention}
+def _softmax(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
+    entry: Any = part.entry
+    if len(node.args) != 1 or node.kwargs or not isinstance(part.attributes.get("dim"), int):
+        raise Unfit("along which axis it sums is not known")
+    zero_point, least, most = held(part)
+    steps = float(part.input_scale[0]), 1 / float(part.output_scale)
+    logarithm = entry.native == "log softmax"
+
+    def write(step: Step) -> None:
+        step.scale[:], step.zero_point[1], step.taps = steps, zero_point, int(logarithm)
+        step.out.low, step.out.high = least, most
+
+    return Pointwise(lines.operands(node.args), "softmax", write, (), axis=int(part.attributes["dim"]))
+
+
+_EVALUATED = {"layer norm": _layer_norm, "attention": _attention, "softmax": _softmax, "log softmax": _softmax}
 
 
 def _linear_map(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operation:

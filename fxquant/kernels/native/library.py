@@ -37,7 +37,7 @@ _OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-mfma", *(f"-m{name}" for 
 
 _NAMES = (
     *("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy"),
-    *("dequantize", "depthwise three", "attention", "layer norm"),
+    *("dequantize", "depthwise three", "attention", "layer norm", "softmax"),
 )
 KINDS = {name: index for index, name in enumerate(_NAMES)}
 """As ``Kind`` in tensor.h."""

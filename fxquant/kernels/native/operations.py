@@ -116,19 +116,21 @@ def _lines(x: Tensor) -> Image | None:
 
 @dataclass(eq=False)
 class Pointwise(Operation):
-    """A function of one number or one channel, and layer normalization over the last axis.
+    """A function of one number or one channel, and what looks at all numbers along an axis.
 
     Attributes:
         kind: ``table``, ``affine`` or ``layer norm``.
         write: sets the fields of a step.
         keep: tensors whose memory the step reads.
         channels: how many there must be, where that matters.
+        axis: along which it works, where that is not the same for all.
     """
 
     kind: str
     write: Callable[[Step], None]
     keep: tuple[Tensor, ...]
     channels: int | None = None
+    axis: int | None = None
 
     @property
     def layout(self) -> str:
@@ -139,10 +141,13 @@ class Pointwise(Operation):
         return torch.empty_like(x)
 
     def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
-        if self.kind == "affine":
+        along = self.axis is not None and self.axis % max(1, y.ndim) != y.ndim - 1
+        if along and (y.ndim != 4 or self.axis not in (1, -3)):
+            raise Unfit(f"it works along axis {self.axis} of {list(y.shape)}")
+        if self.kind == "affine" or along:
             x, result = image(tensors[0]), image(y)
             return None if x is None or result is None else [x, result]
-        return rows(*tensors, y) if self.kind == "layer norm" else folded(*tensors, y)
+        return rows(*tensors, y) if self.kind in ("layer norm", "softmax") else folded(*tensors, y)
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> None:
         step.kind = KINDS[self.kind]

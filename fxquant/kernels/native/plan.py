@@ -55,18 +55,19 @@ class Plan:
         self.doors: list[tuple[Any, int, int]] = []
         for step, recorded in zip(self.steps, walk.steps, strict=True):
             self._fill(step, recorded, walk, arena, varying)
-        self.outside = self._outside(walk, varying)
+        self.outside, self.after = self._outside(walk, varying), walk.after
         self.values = [None if i in walk.native else v for i, v in enumerate(walk.values)]
 
-    def _results(self, walk: Walk) -> dict[int, tuple[int, ...]]:
-        """Lines whose floats the caller gets, with their shapes."""
+    def _results(self, walk: Walk) -> dict[int, Tensor]:
+        """Lines whose floats leave, each with a tensor like them."""
         found = {}
-        for line in sorted(references(self.program.result) & walk.native):
+        wanted = set(references(self.program.result)).union(*(references(self.program.lines[i]) for i in walk.after))
+        for line in sorted(wanted & walk.native):
             operation = self.program.lines[line].operation
             if operation is None or not operation.writes_floats:
-                raise Unfit(f"{self.program.lines[line].name}, which the model returns, is no tensor of floats")
-            found[line] = tuple(walk.values[line].shape)
-        self.addresses = {walk.values[line].untyped_storage().data_ptr(): line for line in found}
+                raise Unfit(f"{self.program.lines[line].name}, which leaves the integers, is no tensor of floats")
+            found[line] = walk.values[line]
+        self.addresses = {value.untyped_storage().data_ptr(): line for line, value in found.items()}
         return found
 
     def _fill(self, step: Step, recorded: Recorded, walk: Walk, arena: Memory, varying: set[int]) -> None:
@@ -103,28 +104,34 @@ class Plan:
     def _outside(self, walk: Walk, varying: set[int]) -> list[int]:
         """The lines that Python computes in each call, in order."""
         wanted = {*walk.doors.values(), *references(self.program.result)} & varying
+        wanted |= set[int]().union(*(references(self.program.lines[i]) for i in walk.after)) & varying
         for index in reversed(range(len(self.program.lines))):
             if index in wanted:
                 wanted |= references(self.program.lines[index]) & varying
         return sorted(wanted - set(self.program.inputs))
+
+    def _compute(self, lines: Sequence[int], values: list[Any]) -> None:
+        """What Python does."""
+        for index in lines:
+            line = self.program.lines[index]
+            assert line.run is not None
+            values[index] = line.run(*filled(line.arguments, values), **filled(line.keywords, values))
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """The result, in new tensors; one call at a time."""
         values = list(self.values)
         for line, value in zip(self.program.inputs, inputs, strict=True):
             values[line] = value
-        for index in self.outside:
-            line_ = self.program.lines[index]
-            assert line_.run is not None
-            values[index] = line_.run(*filled(line_.arguments, values), **filled(line_.keywords, values))
+        self._compute(self.outside, values)
         held: dict[int, Tensor] = {}
-        for line, shape in self.results.items():
-            values[line] = held[line] = torch.empty(shape)
+        for line, like in self.results.items():
+            values[line] = held[line] = torch.empty_like(like)
         for view, line, offset in self.doors:
             if line not in held:
                 held[line] = from_outside(cast(Tensor, values[line]), self.program.lines[line].signed)
             view.data = held[line].data_ptr() + offset
         run_steps(self.steps, self.count)
+        self._compute(self.after, values)
         return filled(self.program.result, values)
 
 
@@ -132,7 +139,7 @@ def _varying(program: NativeProgram, walk: Walk) -> set[int]:
     """Lines whose results differ from call to call although Python computes them: not from shapes alone."""
     varying = set(program.inputs)
     for index, line in enumerate(program.lines):
-        if index not in walk.native and not line.measures and references(line) & varying:
+        if index not in walk.native and index not in walk.after and not line.measures and references(line) & varying:
             varying.add(index)
     return varying
 

@@ -50,6 +50,8 @@ class Walk:
         self.program, self.homes, self.shapes = program, homes, shapes
         self.values: list[Any] = [None] * len(program.lines)
         self.native: set[int] = set()
+        self.after: list[int] = []
+        """Lines that Python computes from floats that the integers gave."""
         self.tensors: dict[int, Tensor] = {}
         """Tensors of our own by the address of their memory."""
         self.borders: list[tuple[Tensor, int]] = []
@@ -74,7 +76,11 @@ class Walk:
             args, kwargs = filled(line.arguments, self.values), filled(line.keywords, self.values)
             mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.is_own(t)]
             if mine and not (line.moves or line.measures):
-                raise Unfit("it computes outside the integers from what they gave")
+                if any(t.dtype == torch.uint8 for t in mine):
+                    raise Unfit("it computes outside the integers from what they gave")
+                self.after.append(index)
+            elif any(i in self.after for i in references(line)):
+                self.after.append(index)
             if mine and line.moves:
                 self.values[index] = self._moved(line, args, kwargs, mine)
                 self.native.add(index)
@@ -129,6 +135,8 @@ class Walk:
         value = self.values[line]
         if not isinstance(value, Tensor):
             raise Unfit("an operand is no tensor")
+        if line in self.after or (self.is_own(value) and value.dtype != torch.uint8):
+            raise Unfit("an operand was a float between two parts in integers")
         if not self.is_own(value) and line not in self.doors.values():
             value = self.values[line] = from_outside(value, self.program.lines[line].signed)
             self.doors[value.untyped_storage().data_ptr()] = line
@@ -166,7 +174,9 @@ class Walk:
     def _placed(self, index: int, fresh: Tensor) -> Tensor:
         """The memory for a result: its own, or where it is wanted."""
         home = self.homes.get(index)
-        if home is None or fresh.dtype != torch.uint8:
+        if fresh.dtype != torch.uint8:
+            return self._own(fresh.zero_())  # what Python computes from it now should be of no harm
+        if home is None:
             return self._own(fresh)
         consumer = self.program.lines[home.line].operation
         if isinstance(consumer, Weighted):

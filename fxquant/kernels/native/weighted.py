@@ -54,13 +54,15 @@ class Weighted(Operation):
         if reason is not None or largest > INT32:
             raise Unfit(reason or "its sums could overflow 32 bits")
         self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
-        if weight.ndim not in (2, 4) or (self.to_float and not self.linear):
+        if weight.ndim not in (2, 4):
             raise Unfit("only convolutions over two dimensions and linear layers are written natively")
         geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
         assert geometry is not None
         self.geometry, self.channels, self.depth = geometry, weight.shape[0], weight.shape[1]
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
+        if self.depthwise and self.to_float:
+            raise Unfit("its sums leave as floats, and each channel has a filter of its own")
         self._lay_out(part, weight, largest)
         self.clamp = part.clamp if self.to_float else (None, None)
 
@@ -118,17 +120,18 @@ class Weighted(Operation):
         if min(sizes) < 1:
             raise InputError(f"a window of {list(self.kernel)} is larger than its input of {list(x.shape)}.")
         shape = (x.shape[0], self.channels, *sizes)
-        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        dtype = torch.float32 if self.to_float else torch.uint8
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
     def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
         if self.linear:
             found = rows(tensors[0], *(t.expand(y.shape) for t in tensors[1:]), y)
-            if found is not None and self.to_float:
-                last = found[-1]
-                found[-1] = last._replace(strides=tuple(4 * s for s in last.strides))
-            return found
-        seen = [image(tensors[0]), *(image(t.expand(y.shape)) for t in tensors[1:]), image(y)]
-        return [s for s in seen if s is not None] if None not in seen else None
+        else:
+            seen = [image(tensors[0]), *(image(t.expand(y.shape)) for t in tensors[1:]), image(y)]
+            found = [s for s in seen if s is not None] if None not in seen else None
+        if found is not None and self.to_float:
+            found[-1] = found[-1]._replace(strides=tuple(4 * s for s in found[-1].strides))
+        return found
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
         g, (high, wide) = self.geometry, self.kernel

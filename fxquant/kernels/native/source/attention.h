@@ -175,4 +175,38 @@ inline void normalize(const Step& s, int unit) {
     });
 }
 
+// e^(x - most) / sum over the channels of a pixel, or its logarithm (taps); scale[0] is the input's step, scale[1] one over
+// the result's.
+inline void softmax(const Step& s, int unit) {
+    const __m512i least = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
+    const int c = s.y.c, padded = (c + 63) / 64 * 64;
+    float* reals = reinterpret_cast<float*>(scratch(sizeof(float) * padded));
+    const __m512 step = _mm512_set1_ps(static_cast<float>(s.scale[0]));
+    each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
+        int most = 0;
+        for (int k = 0; k < c; k++) most = std::max(most, static_cast<int>(x[k]));
+        __m512 sum = _mm512_setzero_ps();
+        for (int k = 0; k < padded; k += 16) {
+            const __mmask16 mask = static_cast<__mmask16>(first(c - k));
+            const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, x + k));
+            const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(most))), step);
+            const __m512 p = _mm512_maskz_mov_ps(mask, exponential(real));
+            _mm512_store_ps(reals + k, s.taps ? real : p);
+            sum = _mm512_add_ps(sum, p);
+        }
+        const double total = _mm512_reduce_add_ps(sum);
+        const __m512 subtracted = _mm512_set1_ps(s.taps ? static_cast<float>(std::log(total)) : 0.0f);
+        const __m512 unit_of_result = _mm512_set1_ps(static_cast<float>(s.taps ? s.scale[1] : s.scale[1] / total));
+        for (int k = 0; k < c; k += 64) {
+            __m512i v[4];
+            for (int j = 0; j < 4; j++) {
+                const __m512 real = _mm512_sub_ps(_mm512_load_ps(reals + k + 16 * j), subtracted);
+                const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(real, unit_of_result));
+                v[j] = _mm512_add_epi32(q, _mm512_set1_epi32(s.zero_point[1]));
+            }
+            store(y + k, clamp(pack(v), least, high), c - k);
+        }
+    });
+}
+
 }  // namespace fxquant

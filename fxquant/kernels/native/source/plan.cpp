@@ -14,6 +14,7 @@ static void compute(const Step& s, int unit, const Finish& finish) {
         case DEPTHWISE: return depthwise(s, unit, finish);
         case DEPTHWISE_THREE: return depthwise_three(s, unit, finish);
         case ATTENTION: return attend(s, unit);
+        case SOFTMAX: return softmax(s, unit);
         case LAYER_NORM: return normalize(s, unit);
         case MAXIMUM: return maximum(s, unit);
         case AVERAGE: return average(s, unit);
