@@ -160,6 +160,7 @@ OpEntry(
     signature="query*, key*, value*, attn_mask*=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False",
     behaviour=Rescaling(inputs=("query", "key", "value")),
     integer=IntegerEvaluate,
+    native="attention",
     check=_attention_reason,
     macs=lambda call: (
         math.prod(call.shape("query")) * call.shape("key")[-2] + math.prod(call.shape()) * call.shape("key")[-2]

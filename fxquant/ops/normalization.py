@@ -74,6 +74,7 @@ OpEntry(
     modules=(nn.LayerNorm,),
     parametric=True,
     integer=IntegerEvaluate,
+    native="layer norm",
     fresh=True,
     onnx="LayerNormalization",
     example=example(nn.LayerNorm((4, 6), eps=1e-2), (3, 5, 4, 6)),

@@ -17,19 +17,18 @@ from typing import Any, ClassVar
 
 import torch
 
-__all__ = ["FLAGS", "KINDS", "Addition", "Requantization", "Step", "TensorView", "Window", "load", "missing", "run_steps"]
+__all__ = [
+    "FLAGS", "KINDS", "Addition", "AttentionNumbers", "Requantization", "Step", "TensorView", "Window", "load", "missing", "run_steps"]
 
 _SOURCE = Path(__file__).parent / "source"
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi")
 _OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-mfma", *(f"-m{name}" for name in _INSTRUCTIONS))
 
-KINDS = {
-    name: index
-    for index, name in enumerate(
-        ("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy")
-        + ("transpose", "dequantize", "depthwise three")
-    )
-}
+_NAMES = (
+    *("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy"),
+    *("dequantize", "depthwise three", "attention", "layer norm"),
+)
+KINDS = {name: index for index, name in enumerate(_NAMES)}
 """As ``Kind`` in tensor.h."""
 FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8, "linear": 16, "ties": 32}
 """As ``Flag`` in tensor.h."""
@@ -85,6 +84,17 @@ class Step(Structure):
         ("scale", c_double * 2),
         ("zero_point", _Pair),
         *((name, c_int32) for name in ("units", "outer")),
+    ]
+
+
+class AttentionNumbers(Structure):
+    """``Attention`` of attention.h."""
+
+    _fields_: ClassVar[Any] = [
+        ("value", TensorView),
+        *((name, c_int32) for name in ("zero_query", "zero_key", "zero_value", "causal")),
+        ("score", c_double),
+        ("result", c_double),
     ]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxquant.errors import InputError
 from fxquant.graph.leveled import LeveledModule
@@ -47,31 +47,32 @@ class NativeModel:
         Raises:
             InputError: an input is no float32 tensor on the CPU, or is empty.
         """
-        inputs = list(args) if self.spec is None else self.spec.bind(args, kwargs)
-        tensors = [_checked(x) for x in inputs]
+        inputs = [_checked(x) for x in (list(args) if self.spec is None else self.spec.bind(args, kwargs))]
         with self._lock, torch.no_grad():
-            results = self._plan(tuple(tuple(x.shape) for x in tensors)).run(tensors)
-        found = dict(zip(self.program.outputs, results, strict=True))
-        result = pytree.tree_map(lambda leaf: found[leaf.value], self.program.result)
+            result = self._plan(inputs).run(inputs)
         return result if self.spec is None else self.spec.restore(result)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for such a call."""
-        inputs = list(args) if self.spec is None else self.spec.bind(args, kwargs)
-        return self._plan(tuple(tuple(x.shape) for x in inputs))
+        return self._plan([_checked(x) for x in (list(args) if self.spec is None else self.spec.bind(args, kwargs))])
 
-    def _plan(self, shapes: Any) -> Plan:
-        found = self._plans.get(shapes)
+    def _plan(self, inputs: Sequence[Any]) -> Plan:
+        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
+        found = self._plans.get(key)
         if found is None:
-            found = self._plans[shapes] = Plan(self.program, shapes)
+            found = self._plans[key] = Plan(self.program, inputs)
             while len(self._plans) > _SHAPES:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(shapes)
+        self._plans.move_to_end(key)
         return found
 
 
-def _checked(x: Any) -> Tensor:
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or not x.is_floating_point() or not x.numel():
-        described = f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"the native kernels take float tensors on the CPU that are not empty, got {described}.")
-    return x.detach().float().contiguous()
+def _checked(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        if x is None or isinstance(x, (bool, int, float, str)):
+            return x
+        raise InputError(f"the native kernels take tensors and plain numbers, got {type(x).__name__}.")
+    if x.device.type != "cpu" or not x.numel() or x.is_complex():
+        described = f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}"
+        raise InputError(f"the native kernels take tensors on the CPU that are not empty, got {described}.")
+    return x.detach()

@@ -1,49 +1,30 @@
-"""What a native plan is made of, before shapes are known: one operation an integer form, its numbers laid out once.
+"""What a native plan is made of: one operation an integer form, its numbers laid out once, for inputs of any shape.
 
-An operation knows the shape of its result and what to write into a ``Step``; where tensors lie is the plan's business.
-Values are numbered. A tensor of four axes is NCHW for torch and pixels of channels in memory; of any other, the last axis
-is taken for channels.
+An operation makes its result (a tensor whose memory is not used), says how the kernel is to see its tensors, and writes
+what a ``Step`` needs besides their addresses.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fxquant.kernels.native.library import FLAGS, KINDS, Step
-from fxquant.kernels.native.weights import (
-    Rescaling,
-    Unfit,
-    addition,
-    dense_weight,
-    columns_weight,
-    depthwise_weight,
-    folded_bias,
-    per_block,
-    rescaling_of,
-    woven,
-)
-from fxquant.kernels.saturation import INT32, channels_first, largest_sum
-from fxquant.kernels.weighted import Geometry, geometry_of, unfit
-from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
+from fxquant.errors import InputError
+from fxquant.kernels.native.layout import Image, folded, image, rows
+from fxquant.kernels.native.library import FLAGS, KINDS, AttentionNumbers, Step, TensorView
+from fxquant.kernels.native.weights import Rescaling, Unfit
 
-__all__ = ["Add", "Concatenate", "Flatten", "Operation", "Shape", "Simple", "Weighted", "as_image", "set_rescaling"]
+__all__ = ["Add", "Attention", "Average", "Concatenation", "Door", "Maximum", "Operation", "Pointwise", "Product", "check_channels", "set_addition", "set_rescaling"]
 
-Shape = tuple[int, ...]
-_FLOAT_BOUNDS = (-math.inf, math.inf)
-
-
-def as_image(shape: Shape) -> tuple[int, int, int, int]:
-    """n, h, w and c of a tensor of that shape."""
-    if len(shape) == 4:
-        n, c, h, w = shape
-        return n, h, w, c
-    return math.prod(shape[:-1]), 1, 1, shape[-1]
+Images = list[Image] | None
+Sum = tuple[int, tuple[int, int], int, int, int]
+"""constant, q of both, shift, low, high: see ``weights.addition``."""
 
 
 @dataclass(eq=False)
@@ -51,100 +32,224 @@ class Operation:
     """One step to be.
 
     Attributes:
-        name: of the graph's node.
-        inputs, output: numbers of values.
+        operands: numbers of the lines whose results it reads.
+        layout: how its operands must lie: ``image`` (NCHW with channels in a row), ``rows`` (the last axis in a row),
+            or ``any``.
     """
 
-    name: str
-    inputs: list[int]
-    output: int
+    operands: list[int]
+    layout: ClassVar[str] = "any"
+    writes_floats: ClassVar[bool] = False
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape of the result."""
-        return shapes[0]
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        """A tensor for the result."""
+        return torch.empty_like(x)
 
-    def fill(self, step: Step, shapes: Sequence[Shape], result: Shape) -> None:
-        """Write what the step computes; tensors and the cut are already there."""
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        """The operands and the result as the kernel sees them; None where their memory does not allow it."""
+        return folded(*tensors, y)
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
+        """Write what the step computes; ``views`` are the operands and the result. What is returned is kept."""
         raise NotImplementedError
 
 
 @dataclass(eq=False)
-class Simple(Operation):
-    """An operation that has all its numbers at hand.
+class Door(Operation):
+    """Floats to bytes, or bytes to floats; floats are NCHW and without gaps."""
+
+    kind: str
+    scale: float
+    zero_point: int
+    bounds: tuple[int, int]
+
+    @property
+    def writes_floats(self) -> bool:  # type: ignore[override]
+        return self.kind == "dequantize"
+
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        if self.writes_floats:
+            return torch.empty(x.shape)
+        last = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return torch.empty(x.shape, dtype=torch.uint8, memory_format=last)
+
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        (x,) = tensors
+        bytes_ = x if self.writes_floats else y
+        seen = image(bytes_) if bytes_.ndim == 4 else _lines(bytes_)
+        if seen is None:
+            return None
+        n, h, w, c = seen.sizes
+        floats = Image(y if self.writes_floats else x, (n, h, w, c), (4 * c * h * w, 4 * w * c, 4 * c))
+        return [seen, floats] if self.writes_floats else [floats, seen]
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> None:
+        step.kind, step.scale[0], step.zero_point[0] = KINDS[self.kind], self.scale, self.zero_point
+        step.out.low, step.out.high = self.bounds
+
+
+def _lines(x: Tensor) -> Image | None:
+    if not x.is_contiguous():
+        return None
+    count, c = math.prod(x.shape[:-1]), x.shape[-1]
+    return Image(x, (count, 1, 1, c), (c, c, c))
+
+
+@dataclass(eq=False)
+class Pointwise(Operation):
+    """A function of one number or one channel, and layer normalization over the last axis.
 
     Attributes:
-        kind: a name of ``KINDS``.
-        write: sets the fields of a step, from the shapes of the inputs and of the result.
-        of_shapes: gives the result's shape; that of the first input where None.
+        kind: ``table``, ``affine`` or ``layer norm``.
+        write: sets the fields of a step.
         keep: tensors whose memory the step reads.
-        floats_in, floats_out: whether it reads or gives NCHW floats.
+        channels: how many there must be, where that matters.
     """
 
     kind: str
-    write: Callable[[Step, Sequence[Shape], Shape], Any]
-    of_shapes: Callable[[Sequence[Shape]], Shape] | None = None
-    keep: tuple[Tensor, ...] = ()
-    floats_in: bool = False
-    floats_out: bool = False
+    write: Callable[[Step], None]
+    keep: tuple[Tensor, ...]
+    channels: int | None = None
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        return shapes[0] if self.of_shapes is None else self.of_shapes(shapes)
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        return {"affine": "image", "layer norm": "rows"}.get(self.kind, "any")
 
-    def fill(self, step: Step, shapes: Sequence[Shape], result: Shape) -> None:
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        check_channels(x, -1 if self.kind == "layer norm" else 1, self.channels)
+        return torch.empty_like(x)
+
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        if self.kind == "affine":
+            x, result = image(tensors[0]), image(y)
+            return None if x is None or result is None else [x, result]
+        return rows(*tensors, y) if self.kind == "layer norm" else folded(*tensors, y)
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> None:
         step.kind = KINDS[self.kind]
-        found = self.write(step, shapes, result)
-        if isinstance(found, Tensor):
-            self.keep = (*self.keep, found)
+        self.write(step)
 
 
 @dataclass(eq=False)
-class Concatenate(Operation):
-    """Tensors side by side in their channels; a plan lets them be written there."""
-
-    axis: int
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        first, axis = shapes[0], self.axis % len(shapes[0])
-        if axis != (1 if len(first) == 4 else len(first) - 1):
-            raise Unfit(f"it concatenates along axis {self.axis}, which is not that of the channels")
-        return (*first[:axis], sum(s[axis] for s in shapes), *first[axis + 1 :])
-
-
-@dataclass(eq=False)
-class Flatten(Operation):
-    """An image as a row of numbers."""
+class Maximum(Operation):
+    """The largest of a window; ``function`` is torch's own, for the shape."""
 
     function: Callable[..., Tensor]
     attributes: dict[str, Any]
+    layout: ClassVar[str] = "image"
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        found = tuple(self.function(torch.empty(shapes[0], device="meta"), **self.attributes).shape)
-        if len(shapes[0]) != 4 or found != (shapes[0][0], math.prod(shapes[0][1:])):
-            raise Unfit(f"it makes {list(found)} of {list(shapes[0])}, which is no image as a row")
-        return found
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        shape = self.function(torch.empty(x.shape, device="meta"), **self.attributes).shape
+        if x.ndim != 4 or len(shape) not in (2, 4) or shape[:2] != x.shape[:2]:
+            raise Unfit(f"it makes {list(shape)} of {list(x.shape)}")
+        last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=torch.uint8, memory_format=last)
+
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        x, result = image(tensors[0]), image(y)
+        return None if x is None or result is None else [x, result]
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
+        step.kind = KINDS["maximum"]
+        set_window(step, self.attributes)
+
+
+@dataclass(eq=False)
+class Average(Maximum):
+    """The mean of a window, of a part of the image (``adaptive average``) or of all of it (``mean``)."""
+
+    form: str
+    ratio: float
+    zero_points: tuple[int, int]
+    bounds: tuple[int, int]
+
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        y = super().result(x)
+        if self.form == "mean" and math.prod(y.shape[2:]) != 1:
+            raise Unfit(f"it makes {list(y.shape)} of {list(x.shape)}")
+        return y
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
+        step.kind, step.zero_point[:], step.scale[0] = KINDS["average"], self.zero_points, self.ratio
+        step.out.low, step.out.high = self.bounds
+        if self.form == "average":
+            set_window(step, self.attributes)
+            step.flags = FLAGS["counts_padding"] * bool(self.attributes.get("count_include_pad", True))
+            return None
+        x, y = views
+        spans = [(i * size // out, -((-(i + 1) * size) // out)) for size, out in ((x.h, y.h), (x.w, y.w)) for i in range(out)]
+        windows = torch.tensor(spans, dtype=torch.int32)
+        step.numbers = windows.data_ptr()
+        return windows
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(value)] * 2 if isinstance(value, int) else [int(v) for v in value]
+
+
+def set_window(step: Step, attributes: dict[str, Any]) -> None:
+    """Write a pool's window."""
+    kernel, stride = attributes["kernel_size"], attributes.get("stride")
+    step.window.kernel[:] = _pair(kernel)
+    step.window.stride[:] = _pair(kernel if stride is None or stride == [] else stride)
+    step.window.padding[:] = _pair(attributes.get("padding", 0))
+    step.window.dilation[:] = _pair(attributes.get("dilation", 1))
+
+
+class Concatenation(Operation):
+    """Tensors side by side along an axis; a plan lets them be written there, or copies them."""
+
+    def __init__(self, operands: list[int], axis: int) -> None:
+        super().__init__(operands)
+        self.axis = axis
+
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        shape = torch.cat([torch.empty(t.shape, device="meta") for t in (x, *others)], self.axis).shape
+        last = all(image(t) is not None for t in (x, *others)) and len(shape) == 4
+        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _as_large(x: Tensor, *others: Tensor) -> Tensor:
+    """A tensor of the shape that all have together, in the order of memory of one that has it."""
+    shape = torch.broadcast_shapes(*(t.shape for t in (x, *others)))
+    whole = next((t for t in (x, *others) if t.shape == shape and 0 not in t.stride()), None)
+    return torch.empty(shape, dtype=torch.uint8) if whole is None else torch.empty_like(whole)
 
 
 @dataclass(eq=False)
 class Add(Operation):
-    """A sum of two tensors of one shape."""
+    """A sum of two tensors."""
 
-    part: IntegerSum
-    zero_points: tuple[int, int]
+    numbers: Sum
 
-    def __post_init__(self) -> None:
-        self.numbers = addition(self.part, self.zero_points)
+    @property
+    def by_halves(self) -> bool:
+        """Whether both multipliers fit into two halves of 16 bits, as the fast way wants them."""
+        return max(self.numbers[1]) < 0x7FFF8000 and min(self.numbers[1]) >= -0x80000000
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        if shapes[0] != shapes[1]:
-            raise Unfit(f"it adds shapes {list(shapes[0])} and {list(shapes[1])}")
-        return shapes[0]
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        return _as_large(x, *others)
 
-    def fill(self, step: Step, shapes: Sequence[Shape], result: Shape) -> None:
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        return folded(*(t.expand(y.shape) for t in tensors), y)
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> None:
         step.kind = KINDS["add"]
+        step.flags = FLAGS["ties"] * (not self.by_halves)
         set_addition(step, self.numbers)
 
 
-def set_addition(step: Step, numbers: tuple[int, tuple[int, int], int, int, int]) -> None:
+def check_channels(x: Tensor, axis: int, channels: int | None) -> None:
+    """Refuse an input with another number of channels.
+
+    Raises:
+        InputError: it has one.
+    """
+    if channels is not None and (x.ndim <= max(axis, 0) or x.shape[axis] != channels):
+        raise InputError(f"a layer for {channels} channels is given a tensor of shape {list(x.shape)}.")
+
+
+def set_addition(step: Step, numbers: Sum) -> None:
     """Write the rule of a sum."""
     step.add.constant, step.add.q[:], step.add.shift = numbers[0], numbers[1], numbers[2]
     step.add.low, step.add.high = numbers[3:]
@@ -158,107 +263,48 @@ def set_rescaling(step: Step, rescaling: Rescaling, constants: Tensor) -> None:
 
 
 @dataclass(eq=False)
-class Weighted(Operation):
-    """A convolution over two dimensions, or a linear layer; what follows it may be done on the way out.
+class Product(Add):
+    """A product of two tensors, of which one may have a single number for all pixels of an image."""
 
-    Attributes:
-        zero_point: of the input, as held.
-        table: 256 bytes that the result is looked up in.
-        added: the sum that the result goes into, and whether it is its second operand.
-        to_float: whether the sums leave as floats.
-    """
-
-    part: IntegerWeighted
-    zero_point: int
-    table: Tensor | None = None
-    added: tuple[Add, bool] | None = None
-    to_float: bool = field(init=False)
-    by_lines: bool = field(init=False, default=False)
+    numbers: Any
+    zero_points: tuple[int, int]
+    constants: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        part = self.part
-        weight, reason = channels_first(part), unfit(part)
-        self.largest = largest_sum(part) + (0 if part.bias is None else int(part.bias.long().abs().max()))
-        if reason is not None or self.largest > INT32:
-            raise Unfit(reason or "its sums could overflow 32 bits")
-        self.to_float = part.output_dtype is None
-        self.is_linear = weight.ndim == 2
-        if weight.ndim not in (2, 4) or (self.to_float and not self.is_linear):
-            raise Unfit("only convolutions over two dimensions and linear layers are written natively")
-        geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.is_linear else geometry_of(part)
-        assert geometry is not None
-        self.geometry, self.channels, self.kernel = geometry, weight.shape[0], tuple(weight.shape[2:]) or (1, 1)
-        self.depth = weight.shape[1]
-        self.depthwise = geometry.groups > 1 and self.depth == 1 and geometry.groups == self.channels
-        stride = geometry.stride
-        self.three = self.depthwise and self.kernel == (3, 3) and geometry.dilation == [1, 1]
-        self.three = self.three and stride[0] == stride[1] and stride[1] in (1, 2)
-        self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
-        self.by_lines = geometry.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and geometry.dilation[1] == 1
-        self._lay_out(weight)
+        self.constants = self.numbers.laid_out(lambda values, _: values.contiguous())
 
-    def _lay_out(self, weight: Tensor) -> None:
-        groups = 1 if self.depthwise else self.geometry.groups
-        size = 64 // self.lines if self.depthwise else 16
-        order = woven if self.depthwise else torch.Tensor.contiguous
+    def fill(self, step: Step, views: Sequence[TensorView]) -> None:
+        step.kind, step.zero_point[:] = KINDS["multiply"], self.zero_points
+        set_rescaling(step, self.numbers, self.constants)
 
-        def spread(values: Tensor, fill: int = 0) -> Tensor:
-            return order(torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines))
 
-        self.bias = spread(folded_bias(self.part, weight, self.zero_point)).to(torch.int32)
-        if self.to_float:
-            scale = self.part.output_scale.double().reshape(-1).expand(self.channels)
-            self.constants = per_block(scale, size).contiguous()
-        else:
-            self.rescaling = rescaling_of(self.part, self.channels, self.largest)
-            self.constants = self.rescaling.laid_out(spread)
-        points = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
-        if self.three:
-            lines = weight.reshape(-1, 9)
-            filled = torch.nn.functional.pad(lines, (0, 0, 0, -len(lines) % size)).repeat(self.lines, 1)
-            self.weight = columns_weight(filled.reshape(-1, 3, 3))
-        elif self.depthwise:
-            self.weight = depthwise_weight(points[:, :, 0])
-        elif self.by_lines:
-            self.weight = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1)
-        else:
-            self.weight = dense_weight(points, groups)
-        self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
+@dataclass(eq=False)
+class Attention(Operation):
+    """Scaled dot-product attention of ``(batch, heads, tokens, numbers)``."""
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        first = shapes[0]
-        if self.is_linear:
-            return (*first[:-1], self.channels)
-        if len(first) != 4:
-            raise Unfit(f"its input has {len(first)} axes")
-        g = self.geometry
-        spans = zip(first[2:], self.kernel, g.stride, g.padding, g.dilation, strict=True)
-        sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans]
-        return (first[0], self.channels, *sizes)
+    zero_points: tuple[int, int, int, int]
+    units: tuple[float, float]
+    scale: float | None
+    causal: bool
+    bounds: tuple[int, int]
+    layout: ClassVar[str] = "rows"
 
-    def fill(self, step: Step, shapes: Sequence[Shape], result: Shape) -> None:
-        g, (high, wide) = self.geometry, self.kernel
-        three = self.three and as_image(result)[2] > 1
-        step.kind = KINDS["depthwise three" if three else "depthwise" if self.depthwise else "convolution"]
-        step.flags = FLAGS["grouped"] if g.groups > 1 else 0
-        step.window.stride[:], step.window.dilation[:] = g.stride, g.dilation
-        step.window.kernel[:] = (high, 1) if self.by_lines else (high, wide)
-        step.window.padding[:] = [0, 0] if self.by_lines else g.padding
-        step.groups = self.lines if self.depthwise else g.groups
-        step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
-        step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
-        step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
-        if self.to_float:
-            low, high_bound = self.part.clamp
-            step.flags |= FLAGS["to_float"]
-            step.numbers = self.constants.data_ptr()
-            step.scale[:] = [-math.inf if low is None else low, math.inf if high_bound is None else high_bound]
-            return
-        set_rescaling(step, self.rescaling, self.constants)
-        if self.table is not None:
-            step.out.table = self.table.data_ptr()
-        if self.added is not None:
-            add, second = self.added
-            constant, q, *rest = add.numbers
-            step.flags |= FLAGS["adds"]
-            set_addition(step, (constant, q[::-1] if second else q, *rest))  # type: ignore[arg-type]
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        key, value = others
+        if not (x.ndim == key.ndim == value.ndim == 4 and x.shape[:2] == key.shape[:2] == value.shape[:2]):
+            raise Unfit("its operands are not (batch, heads, tokens, numbers) of one batch and number of heads")
+        b, h, t, _ = x.shape
+        return torch.empty(b, t, h, value.shape[3], dtype=torch.uint8).transpose(1, 2)
+
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        return [Image(t, tuple(t.shape), t.stride()[:3]) for t in (*tensors, y)]
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
+        step.kind = KINDS["attention"]
+        depth = views[0].c
+        score = self.units[0] * (1 / math.sqrt(depth) if self.scale is None else self.scale)
+        query, key, value, result = self.zero_points
+        numbers = AttentionNumbers(views[2], query, key, value, int(self.causal), score, self.units[1])
+        step.numbers, step.zero_point[1] = ctypes.addressof(numbers), result
+        step.out.low, step.out.high = self.bounds
+        return numbers

@@ -1,333 +1,419 @@
-"""A native program for inputs of certain shapes: where every tensor lies, how each step is cut, and the steps themselves.
+"""A native program for inputs like some: where every tensor lies, how each step is cut, and the steps themselves.
 
-Tensors share one block of memory, each from its first writer to its last reader. What is concatenated is written side by
-side from the start: the last concatenation that a tensor goes into gives it a place, and an earlier one whose tensors
-already stand side by side is nothing but a view (a DenseNet copies nothing).
+A plan is found by walking through the lines with tensors whose memory nobody touches: torch says what a view of them is,
+and their addresses say who shares whose memory. Then memory that is not needed at the same time is shared in one block.
+What is concatenated is written side by side from the start: a second walk knows the places that the first one found (a
+DenseNet copies nothing). A tensor that a window reads by whole lines is written inside a border.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView, run_steps
-from fxquant.kernels.native.lowering import NativeProgram
-from fxquant.kernels.native.operations import Concatenate, Flatten, Operation, Shape, Simple, Weighted, as_image
+from fxquant.errors import InputError
+from fxquant.kernels.native.cut import cut
+from fxquant.kernels.native.layout import Image, axes_of, image
+from fxquant.kernels.native.library import KINDS, Step, TensorView, run_steps
+from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
+from fxquant.kernels.native.memory import Memory
+from fxquant.kernels.native.operations import Concatenation, Door, Operation
+from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.native.weights import Unfit
 
 __all__ = ["Plan"]
 
-_SLACK = 64
-"""Bytes behind a tensor that a kernel may read."""
-_UNIT = 2**19
-"""Multiplications that are worth a unit of work of their own, at least."""
-_WEIGHTS_IN_CACHE = 2**18
-_PIXELS_IN_CACHE = 2**16
+_AXES = 6
 
 
 @dataclass
-class _Place:
-    """A tensor's memory.
-
-    Attributes:
-        home: the value whose memory it is, its own or that of a concatenation.
-        channel: where in its home's channels it begins.
-    """
-
-    home: int
-    channel: int = 0
-
-
-@dataclass
-class _Line:
-    """A step before it has addresses."""
+class _Recorded:
+    """A step without addresses: tensors as the kernel sees them, the result last."""
 
     operation: Operation | None
-    kind: str
-    reads: list[int]
-    writes: int
+    images: list[Image]
 
 
 @dataclass
-class _Buffer:
-    size: int
-    first: int = 0
-    last: int = -1
-    offset: int = 0
-    fill: int | None = None
-    keep: list[Tensor] = field(default_factory=list)
+class _Home:
+    """Where a result is to be written: a part of a concatenation, or the inside of a border."""
+
+    line: int
+    axis: int = 0
+    start: int = 0
 
 
+class _Walk:
+    """One walk through the lines."""
+
+    def __init__(self, program: NativeProgram, inputs: Sequence[Tensor], homes: dict[int, _Home], shapes: Any) -> None:
+        self.program, self.homes, self.shapes = program, homes, shapes
+        self.values: list[Any] = [None] * len(program.lines)
+        self.native: set[int] = set()
+        self.tensors: dict[int, Tensor] = {}
+        """Tensors of our own by the address of their memory."""
+        self.borders: list[tuple[Tensor, int]] = []
+        self.steps: list[_Recorded] = []
+        self.doors: dict[int, int] = {}
+        """Lines whose results come from outside, by the address that they had."""
+        self.wholes: dict[int, Tensor] = {}
+        self.inside: dict[int, tuple[int, int]] = {}
+        for line, value in zip(program.inputs, inputs, strict=True):
+            self.values[line] = value
+        for index, line_ in enumerate(program.lines):
+            if not line_.gone and (line_.operation is not None or line_.run is not None):
+                self._walk(index, line_)
+
+    def _walk(self, index: int, line: Line) -> None:
+        try:
+            if line.operation is not None:
+                self.values[index] = self._compute(index, line.operation)
+                self.native.add(index)
+                return
+            assert line.run is not None
+            args, kwargs = _filled(line.args, self.values), _filled(line.kwargs, self.values)
+            mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.is_own(t)]
+            if mine and not (line.moves or line.measures):
+                raise Unfit("it computes outside the integers from what they gave")
+            if mine and line.moves:
+                self.values[index] = self._moved(line, args, kwargs, mine)
+                self.native.add(index)
+            else:
+                self.values[index] = line.run(*args, **kwargs)
+        except Unfit as reason:
+            raise Unfit(f"{line.name} has no native kernel: {reason}") from None
+        except InputError as error:
+            raise InputError(f"{line.name}: {error}") from None
+
+    def is_own(self, x: Tensor) -> bool:
+        """Whether a tensor's memory is the plan's."""
+        return x.untyped_storage().data_ptr() in self.tensors
+
+    def _moved(self, line: Line, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
+        """Views of our own tensors; where the function copies them, views of a copy whose elements follow each other."""
+        assert line.run is not None
+        if len(mine) != 1 or mine[0] is not args[0]:
+            raise Unfit("how it moves numbers is not written natively")
+        for first in (lambda: mine[0], lambda: self.copied(mine[0], torch.contiguous_format)):
+            try:
+                value = line.run(first(), *args[1:], **kwargs)
+            except RuntimeError:  # its strides allow no such view
+                continue
+            if all(not isinstance(t, Tensor) or self.is_own(t) for t in pytree.tree_leaves(value)):
+                return value
+        raise Unfit("how it moves numbers is not written natively")
+
+    # ---- results
+
+    def _compute(self, index: int, operation: Operation) -> Tensor:
+        tensors = [self._operand(line) for line in operation.operands]
+        if isinstance(operation, Concatenation):
+            return self._concatenated(index, operation, tensors)
+        wanted = {"image": torch.channels_last, "rows": torch.contiguous_format}.get(operation.layout)
+        if wanted is not None:
+            tensors = [self._laid(t, wanted) for t in tensors]
+        y = self._placed(index, operation.result(*tensors))
+        images = operation.images(tensors, y)
+        if images is None:
+            tensors = [self._like(t, y) for t in tensors]
+            images = operation.images(tensors, y)
+            if images is None:
+                raise Unfit("its tensors lie in memory as no kernel reads them")
+        if isinstance(operation, Weighted) and operation.by_lines:
+            images[0] = self._behind_border(tensors[0], operation)
+        self.steps.append(_Recorded(operation, images))
+        return y
+
+    def _operand(self, line: int) -> Tensor:
+        value = self.values[line]
+        if not isinstance(value, Tensor):
+            raise Unfit("an operand is no tensor")
+        if not self.is_own(value) and line not in self.doors.values():
+            value = self.values[line] = from_outside(value, self.program.lines[line].signed)
+            self.doors[value.untyped_storage().data_ptr()] = line
+        return value
+
+    def _laid(self, x: Tensor, wanted: torch.memory_format) -> Tensor:
+        """A tensor whose channels (or whose last axis) follow each other."""
+        if x.dtype != torch.uint8:
+            return x
+        if wanted is torch.channels_last and x.ndim == 4:
+            return x if image(x) is not None else self.copied(x, wanted)
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else self.copied(x, torch.contiguous_format)
+
+    def _like(self, x: Tensor, y: Tensor) -> Tensor:
+        """A copy of ``x`` that lies as ``y`` does, or just without gaps where their shapes differ."""
+        if x.shape == y.shape and y.dtype == torch.uint8:
+            return self._copy(x, self._own(torch.empty_like(y)))
+        return self.copied(x, torch.contiguous_format)
+
+    def copied(self, x: Tensor, wanted: torch.memory_format) -> Tensor:
+        """A copy in that order of memory."""
+        return self._copy(x, self._own(torch.empty(x.shape, dtype=torch.uint8, memory_format=wanted)))
+
+    def _copy(self, x: Tensor, y: Tensor) -> Tensor:
+        size = (1, 1, 1, 1)
+        self.steps.append(_Recorded(None, [Image(x, size, (0, 0, 0)), Image(y, size, (0, 0, 0))]))
+        return y
+
+    def _own(self, x: Tensor) -> Tensor:
+        self.tensors[x.untyped_storage().data_ptr()] = x
+        return x
+
+    # ---- places
+
+    def _placed(self, index: int, fresh: Tensor) -> Tensor:
+        """The memory for a result: its own, or where it is wanted."""
+        home = self.homes.get(index)
+        if home is None or fresh.dtype != torch.uint8:
+            return self._own(fresh)
+        consumer = self.program.lines[home.line].operation
+        if isinstance(consumer, Weighted):
+            return self._bordered(fresh, consumer)
+        parent = self.wholes.get(home.line)
+        if parent is None:
+            shape, order = self.shapes[home.line]
+            like = torch.empty(shape, dtype=torch.uint8, memory_format=order)
+            parent = self.wholes[home.line] = self._placed(home.line, like)
+        return parent.narrow(home.axis, home.start, fresh.shape[home.axis])
+
+    def _concatenated(self, index: int, operation: Concatenation, tensors: list[Tensor]) -> Tensor:
+        axis = operation.axis
+        side_by_side = _joined(tensors, axis)
+        y = self.wholes.get(index)
+        if y is None and side_by_side is not None:
+            return side_by_side
+        if y is None:
+            y = self._placed(index, operation.result(*tensors))
+        at = 0
+        for x in tensors:
+            part = y.narrow(axis, at, x.shape[axis])
+            if x.data_ptr() != part.data_ptr() or x.stride() != part.stride():
+                self._copy(x, part)
+            at += x.shape[axis]
+        return y
+
+    def _bordered(self, fresh: Tensor, consumer: Weighted) -> Tensor:
+        """The inside of a tensor with a border of the consumer's zero point."""
+        down, across = consumer.geometry.padding
+        n, c, h, w = fresh.shape
+        whole = torch.empty((n, c, h + 2 * down, w + 2 * across), dtype=torch.uint8, memory_format=torch.channels_last)
+        self.borders.append((self._own(whole), consumer.zero_point))
+        self.inside[whole.untyped_storage().data_ptr()] = (down, across)
+        return whole[:, :, down : down + h, across : across + w]
+
+    def _behind_border(self, x: Tensor, operation: Weighted) -> Image:
+        down, across = operation.geometry.padding
+        key = x.untyped_storage().data_ptr()
+        if self.inside.get(key) != (down, across):
+            inside = self._bordered(x, operation)
+            x = self._copy(x, inside)
+            key = x.untyped_storage().data_ptr()
+        seen = image(self.tensors[key])
+        assert seen is not None
+        return seen
+
+
+def from_outside(value: Tensor, signed: bool) -> Tensor:
+    """A tensor that Python computed, as the kernels read it."""
+    if value.is_floating_point():
+        return value.float().contiguous()
+    if signed and value.dtype == torch.int8:
+        return torch.bitwise_xor(value, -128).view(torch.uint8).contiguous()
+    if value.dtype != torch.uint8:
+        raise Unfit(f"an operand is a {value.dtype} tensor")
+    return value.contiguous()
+
+
+def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor | None:
+    """The tensors as one, if they lie side by side in one memory."""
+    first, at = tensors[0], tensors[0].data_ptr()
+    for x in tensors:
+        if x.data_ptr() != at or x.stride() != first.stride():
+            return None
+        at += x.shape[axis] * x.stride(axis)
+    if any(x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for x in tensors):
+        return None
+    shape = list(first.shape)
+    shape[axis] = sum(x.shape[axis] for x in tensors)
+    return first.as_strided(shape, first.stride())
+
+
+def _homes(program: NativeProgram, walk: _Walk) -> dict[int, _Home]:
+    """Where results are to be written, by line."""
+    homes: dict[int, _Home] = {}
+    uses: dict[int, int] = {}
+    for line in program.lines:
+        for used in _references(line):
+            uses[used] = uses.get(used, 0) + 1
+    for index in reversed(range(len(program.lines))):
+        operation = program.lines[index].operation
+        if isinstance(operation, Concatenation):
+            at = 0
+            for line in operation.operands:
+                made = program.lines[line].operation
+                if line not in homes and made is not None and not made.writes_floats:
+                    homes[line] = _Home(index, operation.axis, at)
+                at += walk.values[line].shape[operation.axis]
+        elif isinstance(operation, Weighted) and operation.by_lines:
+            (source, *_) = operation.operands
+            if isinstance(program.lines[source].operation, Door) and uses[source] == 1:
+                homes.setdefault(source, _Home(index))
+    return homes
+
+
+@dataclass
 class Plan:
     """Steps for inputs of these shapes.
 
-    Args:
-        program: what to compute.
-        shapes: of the graph's inputs.
-
     Attributes:
-        memory: bytes of all tensors between the steps.
-        count: steps.
+        program: what to compute.
+        count: how many steps there are.
+        memory: bytes of all tensors between them.
     """
 
-    def __init__(self, program: NativeProgram, shapes: Sequence[Shape]) -> None:
-        self.program = program
-        self.shapes: dict[int, Shape] = dict(zip(program.inputs, shapes, strict=True))
-        self.lines: list[_Line] = []
-        self.borders: dict[int, tuple[int, int, int]] = {}
-        for operation in program.operations:
-            self.shapes[operation.output] = operation.shape([self.shapes[v] for v in operation.inputs])
-        self.places = self._find_homes()
-        self._write_lines()
-        self._allocate()
-        self.steps = (Step * len(self.lines))()
-        self.count = len(self.lines)
-        for step, line in zip(self.steps, self.lines, strict=True):
-            self._fill(step, line)
+    program: NativeProgram
+    inputs: Sequence[Any]
+    count: int = 0
+    memory: int = 0
+    kept: list[Any] = field(default_factory=list)
 
-    # ---- where tensors lie
+    def __post_init__(self) -> None:
+        first = _Walk(self.program, self.inputs, {}, {})
+        shapes = {i: (tuple(v.shape), _order(v)) for i, v in enumerate(first.values) if isinstance(v, Tensor)}
+        walk = _Walk(self.program, self.inputs, _homes(self.program, first), shapes)
+        self.inputs = ()
+        arena = Memory(walk.tensors, [[i.tensor for i in s.images] for s in walk.steps], walk.borders)
+        self.arena, self.memory = arena.block, arena.size
+        varying = _varying(self.program, walk)
+        self.results = self._results(walk)
+        self.steps, self.count = (Step * len(walk.steps))(), len(walk.steps)
+        self.doors: list[tuple[Any, int, int]] = []
+        for step, recorded in zip(self.steps, walk.steps, strict=True):
+            self._fill(step, recorded, walk, arena, varying)
+        self.outside = self._outside(walk, varying)
+        self.values = [None if i in walk.native else v for i, v in enumerate(walk.values)]
 
-    def _find_homes(self) -> dict[int, _Place]:
-        places: dict[int, _Place] = {}
-        made = {o.output: o for o in self.program.operations}
-        fixed = {*self.program.inputs, *self.program.outputs}
-        for operation in reversed(self.program.operations):
-            place = places.setdefault(operation.output, _Place(operation.output))
-            if not isinstance(operation, Concatenate):
-                continue
-            at = place.channel
-            for value in operation.inputs:
-                if value not in places and value not in fixed and not isinstance(made[value], Flatten):
-                    places[value] = _Place(place.home, at)
-                at += as_image(self.shapes[value])[3]
-        for operation in self.program.operations:
-            if isinstance(operation, Concatenate):
-                self._make_view(operation, places)
-            elif isinstance(operation, Flatten) and math.prod(self.shapes[operation.inputs[0]][2:]) == 1:
-                source = places[operation.inputs[0]]
-                if places[operation.output].home == operation.output:
-                    places[operation.output] = source
-        return places
+    def _results(self, walk: _Walk) -> dict[int, tuple[int, ...]]:
+        """Lines whose floats the caller gets, with their shapes."""
+        found = {}
+        for line in sorted(_references(self.program.result) & walk.native):
+            operation = self.program.lines[line].operation
+            if operation is None or not operation.writes_floats:
+                raise Unfit(f"{self.program.lines[line].name}, which the model returns, is no tensor of floats")
+            found[line] = tuple(walk.values[line].shape)
+        self.addresses = {walk.values[line].untyped_storage().data_ptr(): line for line in found}
+        return found
 
-    def _make_view(self, operation: Concatenate, places: dict[int, _Place]) -> None:
-        """Where all tensors stand side by side already, the concatenation is there without being made."""
-        start = places[operation.inputs[0]]
-        at = start.channel
-        for value in operation.inputs:
-            if (places[value].home, places[value].channel) != (start.home, at):
-                return
-            at += as_image(self.shapes[value])[3]
-        if places[operation.output].home == operation.output:
-            places[operation.output] = start
-
-    # ---- which steps there are
-
-    def _write_lines(self) -> None:
-        uses: dict[int, int] = {}
-        for operation in self.program.operations:
-            for value in operation.inputs:
-                uses[value] = uses.get(value, 0) + 1
-        self.made = {o.output: o for o in self.program.operations}
-        self.fresh = max(self.shapes) + 1
-        for operation in self.program.operations:
-            if isinstance(operation, Concatenate):
-                self._copy_into(operation)
-            elif isinstance(operation, Flatten):
-                self._flatten(operation)
-            elif isinstance(operation, Weighted) and operation.by_lines:
-                self._behind_border(operation, uses)
-            else:
-                self.lines.append(_Line(operation, "", operation.inputs, operation.output))
-
-    def _copy_into(self, operation: Concatenate) -> None:
-        at = self.places[operation.output].channel
-        for value in operation.inputs:
-            place = self.places[value]
-            if (place.home, place.channel) != (self.places[operation.output].home, at):
-                part = self._extra(self.shapes[value], _Place(self.places[operation.output].home, at))
-                self.lines.append(_Line(None, "copy", [value], part))
-            at += as_image(self.shapes[value])[3]
-
-    def _flatten(self, operation: Flatten) -> None:
-        source, target = self.places[operation.inputs[0]], self.places[operation.output]
-        if source is not target:
-            self.lines.append(_Line(None, "transpose", operation.inputs, operation.output))
-
-    def _behind_border(self, operation: Weighted, uses: dict[int, int]) -> None:
-        """A window's line is read at once, across the border: the input is written inside of one."""
-        source, padding = operation.inputs[0], operation.geometry.padding
-        border = (padding[0], padding[1], operation.zero_point)
-        reads = list(operation.inputs)
-        producer = self.made.get(source)
-        writer = next((line for line in self.lines if line.writes == source), None)
-        alone = uses[source] == 1 and self.places[source].home == source and source not in self.program.outputs
-        if alone and writer is not None and isinstance(producer, Simple):
-            self.borders[source] = border
-        else:
-            reads[0] = self._extra(self.shapes[source])
-            self.borders[reads[0]] = border
-            self.lines.append(_Line(None, "copy", [source], reads[0]))
-        self.lines.append(_Line(operation, "", reads, operation.output))
-
-    def _extra(self, shape: Shape, place: _Place | None = None) -> int:
-        """A value that the program does not know."""
-        value, self.fresh = self.fresh, self.fresh + 1
-        self.shapes[value] = shape
-        self.places[value] = place or _Place(value)
-        return value
-
-    # ---- memory
-
-    def _allocate(self) -> None:
-        buffers: dict[int, _Buffer] = {}
-        for index, line in enumerate(self.lines):
-            for value in (*line.reads, line.writes):
-                if self._is_float(value):
-                    continue
-                home = self.places[value].home
-                if home not in buffers:
-                    buffers[home] = _Buffer(self._bytes(home), first=index)
-                buffers[home].last = index
-        self.buffers = buffers
-        for home in buffers:
-            if home in self.borders:  # its border is written once
-                buffers[home].first, buffers[home].last = 0, len(self.lines)
-        self.memory = _arrange(list(buffers.values()))
-        self.arena = torch.zeros(self.memory + 64, dtype=torch.uint8)
-        self.base = -(-self.arena.data_ptr() // 64) * 64
-        start = self.base - self.arena.data_ptr()
-        for home, (_, _, zero_point) in self.borders.items():
-            buffer = buffers[home]
-            self.arena[start + buffer.offset : start + buffer.offset + buffer.size] = zero_point
-
-    def _is_float(self, value: int) -> bool:
-        operation = self.made.get(value)
-        if value in self.program.inputs:
-            return True
-        return (isinstance(operation, Weighted) and operation.to_float) or (
-            isinstance(operation, Simple) and operation.floats_out
-        )
-
-    def _bytes(self, home: int) -> int:
-        n, h, w, c = as_image(self.shapes[home])
-        down, across, _ = self.borders.get(home, (0, 0, 0))
-        return n * (h + 2 * down) * (w + 2 * across) * c + _SLACK
-
-    def _view(self, value: int, inside: bool = True) -> TensorView:
-        """A value's tensor; the whole of it with its border where not ``inside``."""
-        n, h, w, c = as_image(self.shapes[value])
-        if self._is_float(value):
-            return TensorView(None, 4 * c, 4 * w * c, 4 * h * w * c, n, h, w, c)
-        place = self.places[value]
-        pixel = as_image(self.shapes[place.home])[3]
-        down, across, _ = self.borders.get(place.home, (0, 0, 0))
-        row = (w + 2 * across) * pixel
-        image = (h + 2 * down) * row
-        data = self.base + self.buffers[place.home].offset + place.channel
-        if not inside:
-            return TensorView(data, pixel, row, image, n, h + 2 * down, w + 2 * across, c)
-        return TensorView(data + down * row + across * pixel, pixel, row, image, n, h, w, c)
-
-    # ---- steps
-
-    def _fill(self, step: Step, line: _Line) -> None:
-        operation = line.operation
-        by_lines = isinstance(operation, Weighted) and operation.by_lines
-        step.x = self._view(line.reads[0], inside=not by_lines)
-        if len(line.reads) > 1:
-            step.z = self._view(line.reads[1])
-        step.y = self._view(line.writes)
+    def _fill(self, step: Step, recorded: _Recorded, walk: _Walk, arena: Memory, varying: set[int]) -> None:
+        views = []
+        for seen in recorded.images:
+            storage = seen.tensor.untyped_storage().data_ptr()
+            constant = storage in walk.doors and walk.doors[storage] not in varying
+            if constant:
+                self.kept.append(seen.tensor)
+            known = constant or storage in self.addresses or storage in walk.doors
+            address = seen.tensor.data_ptr() if known else arena.address(seen.tensor)
+            views.append(TensorView(address, *seen.strides[::-1], *seen.sizes))
+        step.x, step.y = views[0], views[-1]
+        if len(views) > 2:
+            step.z = views[1]
         step.groups = 1
-        if operation is None:
-            step.kind = KINDS[line.kind]
+        if recorded.operation is None:
+            step.kind = KINDS["copy"]
+            self.kept.append(_axes(step, *(i.tensor for i in recorded.images)))
         else:
-            shapes = [self.shapes[v] for v in operation.inputs]
-            operation.fill(step, shapes, self.shapes[operation.output])
-        _cut(step, self.shapes[line.reads[0]])
+            self.kept.append((recorded.operation, recorded.operation.fill(step, views)))
+        cut(step)
+        for place, seen in zip(("x", "z"), recorded.images[:-1], strict=False):
+            self._watch(step, place, seen, walk, varying)
+        self._watch(step, "y", recorded.images[-1], walk, varying)
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The results, as new tensors; one call at a time."""
-        addresses = dict(zip(self.program.inputs, (x.data_ptr() for x in inputs), strict=True))
-        results = [torch.empty(self.shapes[v]) for v in self.program.outputs]
-        addresses.update(zip(self.program.outputs, (y.data_ptr() for y in results), strict=True))
-        for step, reads, writes in self._doors():
-            if reads is not None:
-                step.x.data = addresses[reads]
-            if writes is not None:
-                step.y.data = addresses[writes]
+    def _watch(self, step: Step, place: str, seen: Image, walk: _Walk, varying: set[int]) -> None:
+        """Remember a tensor of a step whose address is known in each call only."""
+        storage = seen.tensor.untyped_storage().data_ptr()
+        line = walk.doors.get(storage, self.addresses.get(storage))
+        if line is not None and (line in varying or line in self.results):
+            self.doors.append((getattr(step, place), line, seen.tensor.data_ptr() - storage))
+
+    def _outside(self, walk: _Walk, varying: set[int]) -> list[int]:
+        """The lines that Python computes in each call, in order."""
+        wanted = {*walk.doors.values(), *_references(self.program.result)} & varying
+        for index in reversed(range(len(self.program.lines))):
+            if index in wanted:
+                wanted |= _references(self.program.lines[index]) & varying
+        return sorted(wanted - set(self.program.inputs))
+
+    def run(self, inputs: Sequence[Any]) -> Any:
+        """The result, in new tensors; one call at a time."""
+        values = list(self.values)
+        for line, value in zip(self.program.inputs, inputs, strict=True):
+            values[line] = value
+        for index in self.outside:
+            line_ = self.program.lines[index]
+            assert line_.run is not None
+            values[index] = line_.run(*_filled(line_.args, values), **_filled(line_.kwargs, values))
+        held = {}
+        for line, shape in self.results.items():
+            values[line] = held[line] = torch.empty(shape)
+        for view, line, offset in self.doors:
+            if line not in held:
+                held[line] = from_outside(values[line], self.program.lines[line].signed)
+            view.data = held[line].data_ptr() + offset
         run_steps(self.steps, self.count)
-        return results
-
-    def _doors(self) -> list[tuple[Any, int | None, int | None]]:
-        """The steps that read the caller's floats or write the floats that it gets."""
-        if not hasattr(self, "_found_doors"):
-            self._found_doors = [
-                (
-                    step,
-                    line.reads[0] if self._is_float(line.reads[0]) else None,
-                    line.writes if self._is_float(line.writes) else None,
-                )
-                for step, line in zip(self.steps, self.lines, strict=True)
-                if self._is_float(line.reads[0]) or self._is_float(line.writes)
-            ]
-        return self._found_doors
+        return _filled(self.program.result, values)
 
 
-def _arrange(buffers: list[_Buffer]) -> int:
-    """Give each buffer an offset, so that those that live at one time do not overlap; the largest first. The whole size."""
-    placed: list[_Buffer] = []
-    for buffer in sorted(buffers, key=lambda b: -b.size):
-        buffer.size = -(-buffer.size // 64) * 64
-        offset = 0
-        for other in sorted(placed, key=lambda b: b.offset):
-            if other.last < buffer.first or buffer.last < other.first:
-                continue
-            if other.offset >= offset + buffer.size:
-                break
-            offset = max(offset, other.offset + other.size)
-        buffer.offset = offset
-        placed.append(buffer)
-    return max((b.offset + b.size for b in buffers), default=0)
+def _references(source: Any) -> set[int]:
+    """The lines that a line, or a template, takes results from."""
+    template = (source.args, source.kwargs) if isinstance(source, Line) else source
+    found = list[int]()
+    fx.node.map_aggregate(template, lambda leaf: found.append(leaf.line) if isinstance(leaf, Reference) else None)
+    return set(found)
 
 
-def _is_row(step: Step) -> bool:
-    """Whether pixel i of the result depends on pixel i alone, and the pixels of all tensors follow each other."""
-    tensors = [step.x, step.y, *([step.z] if step.flags & FLAGS["adds"] else [])]
-    dense = all(t.row == t.w * t.pixel and t.image == t.h * t.row for t in tensors)
-    return dense and all((t.n, t.h, t.w) == (step.y.n, step.y.h, step.y.w) for t in tensors)
+def _varying(program: NativeProgram, walk: _Walk) -> set[int]:
+    """Lines whose results differ from call to call although Python computes them: not from shapes alone."""
+    varying = set(program.inputs)
+    for index, line in enumerate(program.lines):
+        if index not in walk.native and not line.measures and _references(line) & varying:
+            varying.add(index)
+    return varying
 
 
-def _cut(step: Step, read: Shape) -> None:
-    """How a step's work is shared: units small enough to keep all threads busy, and what they read in cache."""
-    y, kind = step.y, step.kind
-    pixels = y.n * y.h * y.w
-    if kind == KINDS["convolution"]:
-        per_pixel = step.taps * step.depth * y.c // step.groups
-        columns = -(-step.blocks // 4) * step.groups
-        weights = step.blocks * 16 * step.groups * step.taps * step.depth
-        stride = step.window.stride[0] * step.window.stride[1]
-        if step.taps == 1 and _is_row(step):
-            step.flags |= FLAGS["linear"]
-        step.outer = int(weights > _WEIGHTS_IN_CACHE)
-        in_cache = _PIXELS_IN_CACHE // max(1, step.x.c * stride) * (4 if step.outer else 1)
-        share = columns if step.outer else 1
-        fair = -(-pixels * share // 16)
-        enough = -(-_UNIT * share // max(1, per_pixel))
-        chunks = -(-pixels // max(24, min(max(in_cache, 24), max(enough, fair))))
-        step.units = chunks * share
-    elif kind == KINDS["depthwise three"]:
-        lines = -(-y.n * y.h // step.groups)
-        step.units = min(lines, max(1, min(32, pixels * y.c // 2**13)))
-    elif kind == KINDS["quantize"]:
-        step.units = y.n * y.h
-    elif kind in (KINDS["dequantize"], KINDS["transpose"]):
-        step.units = step.x.n * step.x.c
-    elif kind == KINDS["average"]:
-        step.units = y.n * y.h * -(-y.c // 64)
-    else:
-        cost = y.c * (step.taps if kind == KINDS["depthwise"] else step.window.kernel[0] * step.window.kernel[1] or 1)
-        step.units = -(-pixels // max(1, 2**14 // max(1, cost), -(-pixels // 16)))
+def _filled(template: Any, values: Sequence[Any]) -> Any:
+    if isinstance(template, Reference):
+        return values[template.line]
+    if isinstance(template, (tuple, list)):
+        return type(template)(_filled(item, values) for item in template)
+    if isinstance(template, dict):
+        return {key: _filled(value, values) for key, value in template.items()}
+    if isinstance(template, slice):
+        return slice(*(_filled(v, values) for v in (template.start, template.stop, template.step)))
+    return template
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _axes(step: Step, x: Tensor, y: Tensor) -> Tensor:
+    """Write the axes of a copy: sizes and strides, neighbours joined where both step through them alike."""
+    found: list[list[int]] = []
+    for axis in axes_of(y):
+        size, from_, to = y.shape[axis], x.stride(axis), y.stride(axis)
+        if found and found[-1][1] == from_ * size and found[-1][2] == to * size:
+            found[-1] = [found[-1][0] * size, from_, to]
+        else:
+            found.append([size, from_, to])
+    if len(found) > _AXES:
+        raise Unfit(f"it copies along {len(found)} axes")
+    numbers = torch.tensor(found or [[1, 1, 1]], dtype=torch.int64)
+    step.taps, step.numbers = len(numbers), numbers.data_ptr()
+    return numbers

@@ -139,34 +139,14 @@ def addition(part: IntegerSum, zero_points: tuple[int, int]) -> tuple[int, tuple
     if part.rounding == "float":
         raise Unfit("its recipe rounds as 'float'")
     zero_point, low, high = held(part)
-    # The kernel's halves of 16 bits hold a little less than 31: off by 2^-17 of a step at most, for one scale in 65,000.
-    a, b, one = (max(-0x7FFF8000, min(int(q), 0x7FFF7FFF)) for q in part.multipliers)
-    one, shift = int(part.multipliers[-1]), 31 - int(part.shift)
+    a, b, one = (int(q) for q in part.multipliers)
+    shift = 31 - int(part.shift)
     constant = one - a * zero_points[0] - b * zero_points[1] + (1 << (shift - 1)) + (zero_point << shift)
     if not 17 <= shift <= 40 or abs(constant) >= 2**46:
         raise Unfit("the scales of its operands and of its result are too far apart")
     return constant, (a, b), shift, low, high
 
 
-def channel_affine_numbers(gain: Tensor, offset: Tensor, zero_points: tuple[int, int]) -> tuple[Tensor, int]:
-    """``gain · (x - z_x) + offset`` in steps of the result, as 32-bit halves for the kernel, and the shift.
-
-    Args:
-        gain, offset: of each channel, in units of one step of the result for one step of the input, float64.
-        zero_points: held, of the input and of the result.
-    """
-    offset = offset - gain * zero_points[0] + zero_points[1]
-    largest = max(float(gain.abs().max()), 2.0**-10)
-    reach = float((255 * gain.abs() + offset.abs()).max()) + 1
-    shift = min(30 - _bits(largest), 45 - _bits(reach), 40)
-    if shift < 20:
-        raise Unfit("its gains are too large for 32 bits")
-    q = torch.round(torch.ldexp(gain, torch.tensor(shift))).long()
-    r = torch.round(torch.ldexp(offset, torch.tensor(shift))).long() + (1 << (shift - 1))
-    low = ((q + 2**15) & 0xFFFF) - 2**15
-    halves = [(q - low) >> 16 & 0xFFFF, low & 0xFFFF, r >> 16, r & 0xFFFF]
-    return torch.stack([woven(per_block(h, 64)).reshape(-1, 64) for h in halves], dim=1).to(torch.int32), shift
-
-
-def _bits(value: float) -> int:
-    return max(0, int(value)).bit_length()
+def channel_affine_numbers(gain: Tensor, offset: Tensor) -> Tensor:
+    """Gains and offsets of channels, float64, as ``[64 channels][gain, offset][64]``, woven."""
+    return torch.stack([woven(per_block(v, 64)).reshape(-1, 64) for v in (gain, offset)], dim=1).contiguous()

@@ -117,7 +117,7 @@ struct ThreeByThree {
         __m512i col[COLUMNS][4];
         int ready = INT32_MIN;  // the pixel whose columns the last ones would be
         for (int pair = 0; pair < s.y.w; pair += 2) {
-            const int x = std::min(pair, s.y.w - 2), left = x * STRIDE - s.window.padding[1];
+            const int x = std::max(0, std::min(pair, s.y.w - 2)), left = x * STRIDE - s.window.padding[1];
             constexpr int KEPT = 3 - STRIDE;
             if (ready == x) {
 #pragma GCC unroll 2
@@ -145,6 +145,7 @@ struct ThreeByThree {
             }
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
+                if (i == s.y.w) break;
                 __m512i bytes = finish(pack_woven(acc[i]));
                 uint8_t* out[LINES];
                 const uint8_t* plus[LINES];

@@ -52,14 +52,4 @@ inline void dequantize(const Step& s, int unit) {
     }
 }
 
-// NCHW bytes of a tensor: what flattening an image means. A unit is a channel of an image.
-inline void transpose(const Step& s, int unit) {
-    const int i = unit / s.x.c, c = unit % s.x.c;
-    uint8_t* y = s.y.data + i * s.y.image + static_cast<int64_t>(c) * s.x.h * s.x.w;
-    for (int line = 0; line < s.x.h; line++) {
-        const uint8_t* x = s.x.at(i, line, 0) + c;
-        for (int at = 0; at < s.x.w; at++, x += s.x.pixel) *y++ = *x;
-    }
-}
-
 }  // namespace fxquant

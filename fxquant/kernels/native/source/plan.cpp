@@ -2,9 +2,8 @@
 // for the others before the next step.
 #include <atomic>
 #include <thread>
-#include <vector>
 
-#include "doors.h"
+#include "attention.h"
 
 namespace fxquant {
 
@@ -14,6 +13,8 @@ static void compute(const Step& s, int unit, const Finish& finish) {
         case CONVOLUTION: return convolution(s, unit, finish);
         case DEPTHWISE: return depthwise(s, unit, finish);
         case DEPTHWISE_THREE: return depthwise_three(s, unit, finish);
+        case ATTENTION: return attend(s, unit);
+        case LAYER_NORM: return normalize(s, unit);
         case MAXIMUM: return maximum(s, unit);
         case AVERAGE: return average(s, unit);
         case TABLE: return look_up(s, unit);
@@ -21,7 +22,6 @@ static void compute(const Step& s, int unit, const Finish& finish) {
         case MULTIPLY: return multiply(s, unit);
         case AFFINE: return affine(s, unit);
         case COPY: return copy(s, unit);
-        case TRANSPOSE: return transpose(s, unit);
         case DEQUANTIZE: return dequantize(s, unit);
     }
 }

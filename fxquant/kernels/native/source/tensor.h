@@ -1,6 +1,7 @@
 // What the steps of a plan read and write. The Python side fills the same structures (fxquant/native/library.py).
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace fxquant {
 
@@ -55,8 +56,8 @@ struct Step {
 };
 
 enum Kind : int32_t {
-    QUANTIZE, CONVOLUTION, DEPTHWISE, MAXIMUM, AVERAGE, TABLE, ADD, MULTIPLY, AFFINE, COPY, TRANSPOSE, DEQUANTIZE,
-    DEPTHWISE_THREE
+    QUANTIZE, CONVOLUTION, DEPTHWISE, MAXIMUM, AVERAGE, TABLE, ADD, MULTIPLY, AFFINE, COPY, DEQUANTIZE,
+    DEPTHWISE_THREE, ATTENTION, LAYER_NORM
 };
 
 enum Flag : int32_t {

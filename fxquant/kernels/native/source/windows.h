@@ -105,28 +105,49 @@ inline void look_up(const Step& s, int unit) {
     });
 }
 
+// Up to six axes with strides of their own: numbers[axis] is size, stride in x, stride in y. A unit is some of the first.
+inline void copy_axes(const int64_t (*axis)[3], int axes, const uint8_t* x, uint8_t* y) {
+    const int64_t size = axis[0][0], from = axis[0][1], to = axis[0][2];
+    if (axes == 1) {
+        if (from == 1 && to == 1) {
+            std::memcpy(y, x, size);
+            return;
+        }
+        for (int64_t k = 0; k < size; k++) y[k * to] = x[k * from];
+        return;
+    }
+    for (int64_t k = 0; k < size; k++) copy_axes(axis + 1, axes - 1, x + k * from, y + k * to);
+}
+
 inline void copy(const Step& s, int unit) {
-    each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) { std::memcpy(y, x, s.y.c); });
+    int64_t axis[6][3];
+    std::memcpy(axis, s.numbers, sizeof(axis[0]) * s.taps);
+    const int64_t from = axis[0][0] * unit / s.units, end = axis[0][0] * (unit + 1) / s.units;
+    const int64_t x = from * axis[0][1], y = from * axis[0][2];
+    axis[0][0] = end - from;
+    copy_axes(axis, s.taps, s.x.data + x, s.y.data + y);
 }
 
 inline void add(const Step& s, int unit) {
     const Sum sum(s.add);
+    const bool wide = s.flags & TIES;
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
         const uint8_t* z = s.z.at(p.i, p.y, p.x);
-        for (int c = 0; c < s.y.c; c += 64)
-            store(y + c, sum(_mm512_loadu_si512(x + c), _mm512_loadu_si512(z + c)), s.y.c - c);
+        for (int c = 0; c < s.y.c; c += 64) {
+            const __m512i a = _mm512_loadu_si512(x + c), b = _mm512_loadu_si512(z + c);
+            store(y + c, wide ? wide_sum(s.add, a, b) : sum(a, b), s.y.c - c);
+        }
     });
 }
 
-// (x - zero point)(z - zero point) requantized; z may have one pixel for a whole image.
+// (x - zero point)(z - zero point) requantized.
 template <bool TIES>
 void product(const Step& s, int unit) {
     const Rescaling<TIES> rescaling(s, 0);
     const __m512i x_zero = _mm512_set1_epi32(s.zero_point[0]), z_zero = _mm512_set1_epi32(s.zero_point[1]);
     const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-    const bool spread_y = s.z.h == 1, spread_x = s.z.w == 1;
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
-        const uint8_t* z = s.z.at(s.z.n == 1 ? 0 : p.i, spread_y ? 0 : p.y, spread_x ? 0 : p.x);
+        const uint8_t* z = s.z.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64) {
             __m512i a[4], b[4];
             weave(_mm512_loadu_si512(x + c), a);
@@ -142,22 +163,23 @@ inline void multiply(const Step& s, int unit) {
     return s.flags & TIES ? product<true>(s, unit) : product<false>(s, unit);
 }
 
-// (x * q + r) >> s with q and r of each channel, in two halves of 16 bits as in Sum: numbers[64 channels][q high, q low,
-// r high, r low][64], woven; the shift is in zero_point[0].
+// round(x * gain + offset) of each channel in float64, ties to even: numbers[64 channels][gain, offset][64], woven.
 inline void affine(const Step& s, int unit) {
     const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-    const __m128i shift = _mm_cvtsi32_si128(s.zero_point[0] - 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512d magic = _mm512_set1_pd(s.out.magic);
     for (int c = 0; c < s.y.c; c += 64) {
-        const int32_t* numbers = static_cast<const int32_t*>(s.numbers) + 4 * c;
-            each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
+        const double* numbers = static_cast<const double*>(s.numbers) + 2 * c;
+        const auto eight = [&](__m256i q, const double* n) {
+            const __m512d real = _mm512_fmadd_pd(_mm512_cvtepi32_pd(q), _mm512_loadu_pd(n), _mm512_loadu_pd(n + 64));
+            return _mm512_castpd_si512(_mm512_add_pd(real, magic));
+        };
+        each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
             __m512i v[4];
             weave(_mm512_loadu_si512(x + c), v);
-            for (int j = 0; j < 4; j++) {
-                const int32_t* n = numbers + 16 * j;
-                const __m512i h = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 128), v[j], _mm512_loadu_si512(n));
-                const __m512i l = _mm512_dpwssd_epi32(_mm512_loadu_si512(n + 192), v[j], _mm512_loadu_si512(n + 64));
-                v[j] = _mm512_sra_epi32(_mm512_add_epi32(h, _mm512_srai_epi32(l, 16)), shift);
-            }
+            for (int j = 0; j < 4; j++)
+                v[j] = _mm512_permutex2var_epi32(eight(_mm512_castsi512_si256(v[j]), numbers + 16 * j), even,
+                                                 eight(_mm512_extracti64x4_epi64(v[j], 1), numbers + 16 * j + 8));
             store(y + c, clamp(pack_woven(v), low, high), s.y.c - c);
         });
     }

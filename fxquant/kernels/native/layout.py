@@ -1,0 +1,94 @@
+"""How torch's tensors look to the kernels: images of pixels of channels, with a stride for each but the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Image", "axes_of", "folded", "image", "rows"]
+
+
+class Image(NamedTuple):
+    """A tensor as n images of h lines of w pixels of c numbers that follow each other.
+
+    Attributes:
+        tensor: whose memory it is.
+        sizes: n, h, w, c.
+        strides: of images, lines and pixels, in elements.
+    """
+
+    tensor: Tensor
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def image(x: Tensor) -> Image | None:
+    """An NCHW tensor, or ``(n, c)`` for one pixel each; None where channels do not follow each other in memory."""
+    if x.ndim == 2:
+        x = x[:, :, None, None]
+    if x.ndim != 4 or (x.stride(1) != 1 and x.shape[1] != 1):
+        return None
+    n, c, h, w = x.shape
+    return Image(x, (n, h, w, c), (x.stride(0), x.stride(2), x.stride(3)))
+
+
+def rows(x: Tensor, *others: Tensor) -> list[Image] | None:
+    """Tensors of shapes that differ in the last axis alone, as pixels of that axis; None where that cannot be."""
+    if any(t.stride(-1) != 1 and t.shape[-1] != 1 for t in (x, *others)):
+        return None
+    lead = list(x.shape[:-1])
+    tensors = [x, *others]
+    found = _merged(lead, [t.stride()[:-1] for t in tensors])
+    if found is None or len(found[0]) > 3:
+        return None
+    sizes, strides = found
+    fill = 3 - len(sizes)
+    return [
+        Image(t, (*[1] * fill, *sizes, t.shape[-1]), (*[0] * fill, *own)) for t, own in zip(tensors, strides, strict=True)
+    ]
+
+
+def folded(*tensors: Tensor) -> list[Image] | None:
+    """Tensors of one shape, element for element; None where no order of axes gives all of them numbers in a row."""
+    order = axes_of(tensors[-1])
+    shape = [tensors[-1].shape[axis] for axis in order]
+    strides = [[t.stride(axis) for axis in order] for t in tensors]
+    found = _merged(shape, strides)
+    if found is None:
+        return None
+    sizes, merged = found
+    if len(sizes) > 4 or any(own[-1] != 1 for own in merged):
+        return None
+    fill = 4 - len(sizes)
+    return [
+        Image(t, (*[1] * fill, *sizes), (*[0] * fill, *own)[:3]) for t, own in zip(tensors, merged, strict=True)
+    ]
+
+
+def axes_of(x: Tensor) -> list[int]:
+    """The axes with more than one element, the one with the largest stride first."""
+    return sorted((a for a in range(x.ndim) if x.shape[a] > 1), key=lambda a: -x.stride(a))
+
+
+def _merged(
+    shape: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[list[int], list[list[int]]] | None:
+    """Sizes and strides with axes of one element left out, and neighbours joined that all tensors step through alike."""
+    sizes: list[int] = []
+    merged: list[list[int]] = [[] for _ in strides]
+    for axis, size in enumerate(shape):
+        if size == 1:
+            continue
+        if sizes and all(own[-1] == s[axis] * size for own, s in zip(merged, strides, strict=True)):
+            sizes[-1] *= size
+            for own, s in zip(merged, strides, strict=True):
+                own[-1] = s[axis]
+        else:
+            sizes.append(size)
+            for own, s in zip(merged, strides, strict=True):
+                own.append(s[axis])
+    if not sizes:
+        return [1], [[1] for _ in strides]
+    return sizes, merged

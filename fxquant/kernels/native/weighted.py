@@ -1,0 +1,155 @@
+"""Convolutions over two dimensions and linear layers, and what may follow on their way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import InputError
+from fxquant.kernels.native.layout import image, rows
+from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView
+from fxquant.kernels.native.operations import Images, Operation, Sum, check_channels, set_addition, set_rescaling
+from fxquant.kernels.native.weights import (
+    Unfit,
+    columns_weight,
+    dense_weight,
+    depthwise_weight,
+    folded_bias,
+    per_block,
+    rescaling_of,
+    woven,
+)
+from fxquant.kernels.saturation import INT32, channels_first, largest_sum
+from fxquant.kernels.weighted import Geometry, geometry_of, unfit
+from fxquant.nn.accumulating import IntegerWeighted
+
+__all__ = ["Weighted"]
+
+
+@dataclass(eq=False)
+class Weighted(Operation):
+    """A layer with weights, of which it keeps its own order.
+
+    Attributes:
+        part: the integer form.
+        zero_point: of the input, as held.
+        table: 256 bytes that the result is looked up in.
+        added: the sum that the result goes into.
+    """
+
+    part: InitVar[IntegerWeighted]
+    zero_point: int
+    table: Tensor | None = None
+    added: Sum | None = None
+    to_float: bool = field(init=False)
+
+    def __post_init__(self, part: IntegerWeighted) -> None:
+        weight, reason = channels_first(part), unfit(part)
+        largest = largest_sum(part) + (0 if part.bias is None else int(part.bias.long().abs().max()))
+        if reason is not None or largest > INT32:
+            raise Unfit(reason or "its sums could overflow 32 bits")
+        self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
+        if weight.ndim not in (2, 4) or (self.to_float and not self.linear):
+            raise Unfit("only convolutions over two dimensions and linear layers are written natively")
+        geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
+        assert geometry is not None
+        self.geometry, self.channels, self.depth = geometry, weight.shape[0], weight.shape[1]
+        self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
+        self._choose_form()
+        self._lay_out(part, weight, largest)
+        self.clamp = part.clamp if self.to_float else (None, None)
+
+    def _choose_form(self) -> None:
+        g = self.geometry
+        self.depthwise = g.groups > 1 and self.depth == 1 and g.groups == self.channels
+        self.three = self.depthwise and self.kernel == (3, 3) and g.dilation == [1, 1] and g.stride in ([1, 1], [2, 2])
+        self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
+        self.by_lines = g.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and g.dilation[1] == 1
+
+    def _lay_out(self, part: IntegerWeighted, weight: Tensor, largest: int) -> None:
+        groups = 1 if self.depthwise else self.geometry.groups
+        size = 64 // self.lines if self.depthwise else 16
+
+        def spread(values: Tensor, fill: int = 0) -> Tensor:
+            filled = torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines)
+            return woven(filled) if self.depthwise else filled.contiguous()
+
+        self.bias = spread(folded_bias(part, weight, self.zero_point)).to(torch.int32)
+        if self.to_float:
+            scale = part.output_scale.double().reshape(-1).expand(self.channels)
+            self.constants = per_block(scale, size).contiguous()
+        else:
+            self.rescaling = rescaling_of(part, self.channels, largest)
+            self.constants = self.rescaling.laid_out(spread)
+        points = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
+        if self.three:
+            filled = torch.nn.functional.pad(points[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
+            self.weight = columns_weight(filled.reshape(-1, 3, 3))
+        elif self.depthwise:
+            self.weight = depthwise_weight(points[:, :, 0])
+        elif self.by_lines:
+            self.weight = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1)
+        else:
+            self.weight = dense_weight(points, groups)
+        self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
+
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        return "rows" if self.linear else "image"
+
+    @property
+    def writes_floats(self) -> bool:  # type: ignore[override]
+        return self.to_float
+
+    def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
+        if self.linear:
+            return torch.empty((*x.shape[:-1], self.channels), dtype=torch.float32 if self.to_float else torch.uint8)
+        if x.ndim != 4:
+            raise Unfit(f"its input has {x.ndim} axes")
+        g = self.geometry
+        spans = zip(x.shape[2:], self.kernel, g.stride, g.padding, g.dilation, strict=True)
+        sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans]
+        if min(sizes) < 1:
+            raise InputError(f"a window of {list(self.kernel)} is larger than its input of {list(x.shape)}.")
+        shape = (x.shape[0], self.channels, *sizes)
+        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+
+    def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
+        if self.linear:
+            found = rows(tensors[0], *(t.expand(y.shape) for t in tensors[1:]), y)
+            if found is not None and self.to_float:
+                last = found[-1]
+                found[-1] = last._replace(strides=tuple(4 * s for s in last.strides))
+            return found
+        seen = [image(tensors[0]), *(image(t.expand(y.shape)) for t in tensors[1:]), image(y)]
+        return None if any(s is None for s in seen) else seen  # type: ignore[return-value]
+
+    def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
+        g, (high, wide) = self.geometry, self.kernel
+        step.kind = KINDS["depthwise three" if self.three else "depthwise" if self.depthwise else "convolution"]
+        step.flags = FLAGS["grouped"] if g.groups > 1 else 0
+        step.window.stride[:], step.window.dilation[:] = g.stride, g.dilation
+        step.window.kernel[:] = (high, 1) if self.by_lines else (high, wide)
+        step.window.padding[:] = [0, 0] if self.by_lines else g.padding
+        step.groups = self.lines if self.depthwise else g.groups
+        step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
+        step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
+        step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
+        if self.to_float:
+            low, most = self.clamp
+            step.flags |= FLAGS["to_float"]
+            step.numbers = self.constants.data_ptr()
+            step.scale[:] = [-math.inf if low is None else low, math.inf if most is None else most]
+            return
+        set_rescaling(step, self.rescaling, self.constants)
+        if self.table is not None:
+            step.out.table = self.table.data_ptr()
+        if self.added is not None:
+            step.flags |= FLAGS["adds"]
+            set_addition(step, self.added)
