@@ -119,6 +119,13 @@ def _in_torch(model: Any, example_inputs: Any, threads: int | None) -> Callable[
 def _in_native(model: Any, example_inputs: Any, threads: int | None) -> Callable[..., Any]:
     """The integer model on the native kernels, called once where an example is known, so that it is known to fit."""
     run = native_model(integer_model(model))
+    example = _known_call(model, example_inputs)
+    if example is not None:
+        try:
+            with torch_threads(threads):
+                run(*example.args, **example.kwargs)
+        except Unfit as reason:
+            raise _unfit(reason) from None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch_threads(threads):
@@ -126,24 +133,18 @@ def _in_native(model: Any, example_inputs: Any, threads: int | None) -> Callable
                 return run(*args, **kwargs)
             except Unfit as reason:
                 raise InputError(
-                    f"the native kernels do not take inputs of these shapes: {reason}.\n"
+                    f"the native kernels do not take this call: {reason}.\n"
                     "  what to do: compile(..., runtime='torch') takes whatever the model takes."
                 ) from None
 
-    example = _known_call(model, example_inputs)
-    if example is not None:
-        try:
-            call(*example.args, **example.kwargs)
-        except InputError as error:
-            raise ExportError(str(error)) from error
     return call
 
 
 def native_model(int8: Any) -> NativeModel:
-    """A converted model on the native kernels.
+    """A converted model on the native kernels; whether they have all of its ops may only show when it is first called.
 
     Raises:
-        ExportError: this machine, or an op of the model, is not for them; says why, and which op.
+        ExportError: this machine, or the model, is not for them; says why.
     """
     try:
         if not isinstance(int8, LeveledModule):
@@ -152,10 +153,14 @@ def native_model(int8: Any) -> NativeModel:
             raise Unfit("the model is not on the CPU")
         return NativeModel(int8)
     except Unfit as reason:
-        raise ExportError(
-            f"no native kernels: {reason}\n"
-            "  what to do: compile(..., runtime='torch') runs every op, runtime='auto' takes the fastest that can."
-        ) from None
+        raise _unfit(reason) from None
+
+
+def _unfit(reason: Unfit) -> ExportError:
+    return ExportError(
+        f"no native kernels: {reason}\n"
+        "  what to do: compile(..., runtime='torch') runs every op, runtime='auto' takes the fastest that can."
+    )
 
 
 def _known_call(model: Any, example_inputs: Any) -> Call | None:
@@ -212,7 +217,7 @@ def _fastest(model: Any, example_inputs: Any, threads: int | None) -> Compiled:
     found = {"torch": Compiled("torch", _in_torch(int8, example_inputs, threads))}
     try:
         found["native"] = Compiled("native", _in_native(int8, example_inputs, threads))
-    except ExportError as error:
+    except FxquantError as error:
         failed.append(_failure("native", error))
     made = None
     if is_installed("onnx") and is_installed("onnxscript"):
