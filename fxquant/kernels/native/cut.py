@@ -6,11 +6,11 @@ from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView
 
 __all__ = ["cut"]
 
-_UNIT = 2**19
+_UNIT = 2**18
 """Multiplications that are worth a unit of work of their own, at least."""
 _WEIGHTS_IN_CACHE = 2**18
 _PIXELS_IN_CACHE = 2**16
-_UNITS = 16
+_UNITS = 32
 """Units that a large step should have at least, for threads to end together."""
 _HEADS = 8
 

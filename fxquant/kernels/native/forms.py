@@ -23,7 +23,15 @@ from fxquant.kernels.native.operations import (
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import Unfit, addition, channel_affine_numbers, held, rescaling_of
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
-from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerLinearMap, IntegerOp, IntegerPass, IntegerTable, Quantize
+from fxquant.nn.integer import (
+    Dequantize,
+    IntegerEvaluate,
+    IntegerLinearMap,
+    IntegerOp,
+    IntegerPass,
+    IntegerTable,
+    Quantize,
+)
 from fxquant.ops.behaviour import ChannelAffine
 
 __all__ = ["FORMS", "PASSES", "Lines"]
@@ -112,8 +120,9 @@ def _product(lines: Lines, node: fx.Node, part: IntegerProduct) -> Operation:
 
 
 def _evaluate(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
-    form = part.entry.native  # type: ignore[attr-defined]
-    if isinstance(part.entry.behaviour, ChannelAffine):  # type: ignore[attr-defined]
+    entry: Any = part.entry
+    form = entry.native
+    if isinstance(entry.behaviour, ChannelAffine):
         build = _affine
     elif form in _EVALUATED:
         build = _EVALUATED[form]
@@ -172,28 +181,30 @@ def _attention(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     a = part.attributes
     if len(node.args) != 3 or node.kwargs or a.get("enable_gqa") or a.get("attn_mask") is not None:
         raise Unfit("it has a mask, or shares keys between heads")
-    zero_point, *bounds = held(part)
-    zero_points = (*(_zero_point(lines, node, part, i) for i in range(3)), zero_point)
+    zero_point, least, most = held(part)
+    before = [_zero_point(lines, node, part, i) for i in range(3)]
+    zero_points = before[0], before[1], before[2], zero_point
     query, key, value = (float(s) for s in part.input_scale[:3])
     units = query * key, value / float(part.output_scale)
     scale, causal = a.get("scale"), bool(a.get("is_causal", False))
-    return Attention(lines.operands(node.args), zero_points, units, scale, causal, tuple(bounds))  # type: ignore[arg-type]
+    return Attention(lines.operands(node.args), zero_points, units, scale, causal, (least, most))
 
 
 _EVALUATED = {"layer norm": _layer_norm, "attention": _attention}
 
 
 def _linear_map(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operation:
-    form, attributes = part.entry.native, dict(part.attributes)  # type: ignore[attr-defined]
+    entry: Any = part.entry
+    form, attributes = entry.native, dict(part.attributes)
     if form not in ("average", "adaptive average", "mean") or node.kwargs or len(node.args) != 1:
         raise Unfit("only averages over images are written natively")
     if attributes.get("divisor_override") is not None:
         raise Unfit("it divides by a number of its own")
     lines.gives(node, part.output_dtype)
-    zero_point, *bounds = held(part)
+    zero_point, least, most = held(part)
     zero_points = _zero_point(lines, node, part, 0), zero_point
-    function = part.entry.function
-    return Average(lines.operands(node.args), function, attributes, form, float(part.ratio), zero_points, tuple(bounds))  # type: ignore[arg-type]
+    ratio = float(part.ratio)
+    return Average(lines.operands(node.args), entry.function, attributes, form, ratio, zero_points, (least, most))
 
 
 def _maximum(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:

@@ -46,7 +46,8 @@ def rows(x: Tensor, *others: Tensor) -> list[Image] | None:
     sizes, strides = found
     fill = 3 - len(sizes)
     return [
-        Image(t, (*[1] * fill, *sizes, t.shape[-1]), (*[0] * fill, *own)) for t, own in zip(tensors, strides, strict=True)
+        Image(t, (*[1] * fill, *sizes, t.shape[-1]), (*[0] * fill, *own))
+        for t, own in zip(tensors, strides, strict=True)
     ]
 
 
@@ -62,19 +63,15 @@ def folded(*tensors: Tensor) -> list[Image] | None:
     if len(sizes) > 4 or any(own[-1] != 1 for own in merged):
         return None
     fill = 4 - len(sizes)
-    return [
-        Image(t, (*[1] * fill, *sizes), (*[0] * fill, *own)[:3]) for t, own in zip(tensors, merged, strict=True)
-    ]
+    return [Image(t, (*[1] * fill, *sizes), (*[0] * fill, *own)[:3]) for t, own in zip(tensors, merged, strict=True)]
 
 
 def axes_of(x: Tensor) -> list[int]:
     """The axes with more than one element, the one with the largest stride first."""
-    return sorted((a for a in range(x.ndim) if x.shape[a] > 1), key=lambda a: -x.stride(a))
+    return sorted((a for a in range(x.ndim) if x.shape[a] > 1), key=lambda axis: x.stride(axis), reverse=True)
 
 
-def _merged(
-    shape: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[list[int], list[list[int]]] | None:
+def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]] | None:
     """Sizes and strides with axes of one element left out, and neighbours joined that all tensors step through alike."""
     sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]

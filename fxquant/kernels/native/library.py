@@ -18,7 +18,18 @@ from typing import Any, ClassVar
 import torch
 
 __all__ = [
-    "FLAGS", "KINDS", "Addition", "AttentionNumbers", "Requantization", "Step", "TensorView", "Window", "load", "missing", "run_steps"]
+    "FLAGS",
+    "KINDS",
+    "Addition",
+    "AttentionNumbers",
+    "Requantization",
+    "Step",
+    "TensorView",
+    "Window",
+    "load",
+    "missing",
+    "run_steps",
+]
 
 _SOURCE = Path(__file__).parent / "source"
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi")
@@ -55,7 +66,13 @@ class Window(Structure):
 class Requantization(Structure):
     """``Requantization`` of tensor.h."""
 
-    _fields_: ClassVar[Any] = [("constants", c_void_p), ("table", c_void_p), ("magic", c_double), ("low", c_int32), ("high", c_int32)]
+    _fields_: ClassVar[Any] = [
+        ("constants", c_void_p),
+        ("table", c_void_p),
+        ("magic", c_double),
+        ("low", c_int32),
+        ("high", c_int32),
+    ]
 
 
 class Addition(Structure):

@@ -40,7 +40,7 @@ class Line:
         name: the node's, with its op.
         operation: what computes it natively.
         run: what computes it in Python; None for an input, and for a line that another does as well.
-        args, kwargs: with references for nodes.
+        arguments, keywords: of ``run``, with references for nodes.
         moves: whether ``run`` moves the numbers of a tensor of bytes.
         measures: whether ``run`` reads a tensor's shape or type alone.
         signed: whether its bytes are held 128 higher.
@@ -50,8 +50,8 @@ class Line:
     name: str
     operation: Operation | None = None
     run: Callable[..., Any] | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: Any = None
+    arguments: tuple[Any, ...] = ()
+    keywords: Any = None
     moves: bool = False
     measures: bool = False
     signed: bool = False
@@ -109,13 +109,15 @@ class _Lowering:
         return NativeProgram(self.lines, inputs, result)
 
     def _referring(self, value: Any) -> Any:
-        return fx.node.map_arg(value, lambda n: Reference(self.number[n]))
+        refer: Any = lambda node: Reference(self.number[node])  # noqa: E731 - fx asks for nodes and their kin
+        return fx.node.map_arg(value, refer)
 
     def _lower(self, node: fx.Node, line: Line) -> None:
         part = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        line.args, line.kwargs = self._referring(node.args), self._referring(node.kwargs)
+        line.arguments, line.keywords = self._referring(node.args), self._referring(node.kwargs)
         line.name = f"{node.name} ({part.entry.name})" if isinstance(part, IntegerOp) else node.name
-        form = PASSES.get(part.entry.native) if isinstance(part, IntegerPass) else FORMS.get(type(part))  # type: ignore[attr-defined]
+        entry: Any = getattr(part, "entry", None)
+        form = PASSES.get(entry.native) if isinstance(part, IntegerPass) else FORMS.get(type(part))
         if form is not None:
             try:
                 line.operation = form(self, node, part)
@@ -134,7 +136,7 @@ class _Lowering:
             line.signed = getattr(part, "output_dtype", None) == torch.int8
         elif node.op == "get_attr":
             value = _attribute(self.graph, str(node.target))
-            line.run, line.args = (lambda: value), ()
+            line.run, line.arguments = (lambda: value), ()
             line.signed = isinstance(value, Tensor) and value.dtype == torch.int8
         elif node.op == "call_method":
             name = str(node.target)
@@ -182,11 +184,11 @@ class _Lowering:
                 if ready:
                     ready[0][1].table = operation.keep[0]
                     self._take_over(index, *ready[0])
-            elif type(operation) is Add and operation.by_halves and ready:
+            elif type(operation) is Add and operation.by_halves and ready and len(set(operation.operands)) == 2:
                 last, layer = max(ready)
-                constant, q, *rest = operation.numbers
+                constant, q, *bounds = operation.numbers
                 first = last == operation.operands[0]
-                layer.added = (constant, q if first else q[::-1], *rest)  # type: ignore[assignment]
+                layer.added = constant, q if first else (q[1], q[0]), bounds[0], bounds[1], bounds[2]
                 layer.operands = [*layer.operands, operation.operands[1 if first else 0]]
                 self._take_over(index, last, layer)
 

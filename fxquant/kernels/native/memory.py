@@ -35,13 +35,17 @@ class Memory:
         size: how much of it is used.
     """
 
-    def __init__(self, tensors: dict[int, Tensor], steps: Sequence[Sequence[Tensor]], borders: Sequence[tuple[Tensor, int]]) -> None:
+    def __init__(
+        self, tensors: dict[int, Tensor], steps: Sequence[Sequence[Tensor]], borders: Sequence[tuple[Tensor, int]]
+    ) -> None:
         self.spans: dict[int, _Span] = {}
         for index, step in enumerate(steps):
             for x in step:
                 key = x.untyped_storage().data_ptr()
                 if key in tensors and x.dtype == torch.uint8:
-                    span = self.spans.setdefault(key, _Span(-(-(tensors[key].numel() + _LINE) // _LINE) * _LINE, index, index))
+                    span = self.spans.setdefault(
+                        key, _Span(-(-(tensors[key].numel() + _LINE) // _LINE) * _LINE, index, index)
+                    )
                     span.last = index
         for x, _ in borders:
             span = self.spans[x.untyped_storage().data_ptr()]

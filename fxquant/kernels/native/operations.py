@@ -10,7 +10,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,20 @@ from fxquant.kernels.native.layout import Image, folded, image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, AttentionNumbers, Step, TensorView
 from fxquant.kernels.native.weights import Rescaling, Unfit
 
-__all__ = ["Add", "Attention", "Average", "Concatenation", "Door", "Maximum", "Operation", "Pointwise", "Product", "check_channels", "set_addition", "set_rescaling"]
+__all__ = [
+    "Add",
+    "Attention",
+    "Average",
+    "Concatenation",
+    "Door",
+    "Maximum",
+    "Operation",
+    "Pointwise",
+    "Product",
+    "check_channels",
+    "set_addition",
+    "set_rescaling",
+]
 
 Images = list[Image] | None
 Sum = tuple[int, tuple[int, int], int, int, int]
@@ -33,13 +46,19 @@ class Operation:
 
     Attributes:
         operands: numbers of the lines whose results it reads.
-        layout: how its operands must lie: ``image`` (NCHW with channels in a row), ``rows`` (the last axis in a row),
-            or ``any``.
     """
 
     operands: list[int]
-    layout: ClassVar[str] = "any"
-    writes_floats: ClassVar[bool] = False
+
+    @property
+    def layout(self) -> str:
+        """How the operands must lie: ``image`` (NCHW with channels in a row), ``rows`` (the last axis) or ``any``."""
+        return "any"
+
+    @property
+    def writes_floats(self) -> bool:
+        """Whether the result is a tensor of floats."""
+        return False
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         """A tensor for the result."""
@@ -64,7 +83,7 @@ class Door(Operation):
     bounds: tuple[int, int]
 
     @property
-    def writes_floats(self) -> bool:  # type: ignore[override]
+    def writes_floats(self) -> bool:
         return self.kind == "dequantize"
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -91,7 +110,7 @@ class Door(Operation):
 def _lines(x: Tensor) -> Image | None:
     if not x.is_contiguous():
         return None
-    count, c = math.prod(x.shape[:-1]), x.shape[-1]
+    count, c = (math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim else (1, 1)
     return Image(x, (count, 1, 1, c), (c, c, c))
 
 
@@ -112,7 +131,7 @@ class Pointwise(Operation):
     channels: int | None = None
 
     @property
-    def layout(self) -> str:  # type: ignore[override]
+    def layout(self) -> str:
         return {"affine": "image", "layer norm": "rows"}.get(self.kind, "any")
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -136,7 +155,10 @@ class Maximum(Operation):
 
     function: Callable[..., Tensor]
     attributes: dict[str, Any]
-    layout: ClassVar[str] = "image"
+
+    @property
+    def layout(self) -> str:
+        return "image"
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = self.function(torch.empty(x.shape, device="meta"), **self.attributes).shape
@@ -177,7 +199,9 @@ class Average(Maximum):
             step.flags = FLAGS["counts_padding"] * bool(self.attributes.get("count_include_pad", True))
             return None
         x, y = views
-        spans = [(i * size // out, -((-(i + 1) * size) // out)) for size, out in ((x.h, y.h), (x.w, y.w)) for i in range(out)]
+        spans = [
+            (i * size // out, -((-(i + 1) * size) // out)) for size, out in ((x.h, y.h), (x.w, y.w)) for i in range(out)
+        ]
         windows = torch.tensor(spans, dtype=torch.int32)
         step.numbers = windows.data_ptr()
         return windows
@@ -206,7 +230,9 @@ class Concatenation(Operation):
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = torch.cat([torch.empty(t.shape, device="meta") for t in (x, *others)], self.axis).shape
         last = all(image(t) is not None for t in (x, *others)) and len(shape) == 4
-        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last if last else torch.contiguous_format)
+        return torch.empty(
+            shape, dtype=torch.uint8, memory_format=torch.channels_last if last else torch.contiguous_format
+        )
 
 
 def _as_large(x: Tensor, *others: Tensor) -> Tensor:
@@ -287,7 +313,10 @@ class Attention(Operation):
     scale: float | None
     causal: bool
     bounds: tuple[int, int]
-    layout: ClassVar[str] = "rows"
+
+    @property
+    def layout(self) -> str:
+        return "rows"
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         key, value = others

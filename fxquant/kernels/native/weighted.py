@@ -99,19 +99,19 @@ class Weighted(Operation):
         self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
 
     @property
-    def layout(self) -> str:  # type: ignore[override]
+    def layout(self) -> str:
         return "rows" if self.linear else "image"
 
     @property
-    def writes_floats(self) -> bool:  # type: ignore[override]
+    def writes_floats(self) -> bool:
         return self.to_float
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
+        if not self.linear and x.ndim != 4:
+            raise Unfit(f"its input has {x.ndim} axes")
         check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
         if self.linear:
             return torch.empty((*x.shape[:-1], self.channels), dtype=torch.float32 if self.to_float else torch.uint8)
-        if x.ndim != 4:
-            raise Unfit(f"its input has {x.ndim} axes")
         g = self.geometry
         spans = zip(x.shape[2:], self.kernel, g.stride, g.padding, g.dilation, strict=True)
         sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans]
@@ -128,7 +128,7 @@ class Weighted(Operation):
                 found[-1] = last._replace(strides=tuple(4 * s for s in last.strides))
             return found
         seen = [image(tensors[0]), *(image(t.expand(y.shape)) for t in tensors[1:]), image(y)]
-        return None if any(s is None for s in seen) else seen  # type: ignore[return-value]
+        return [s for s in seen if s is not None] if None not in seen else None
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
         g, (high, wide) = self.geometry, self.kernel

@@ -156,6 +156,57 @@ static const ToBytes TO_BYTES[2][5] = {
     {nullptr, to_bytes<1, true>, to_bytes<2, true>, to_bytes<3, true>, to_bytes<4, true>},
 };
 
+// The same with sums that are never stored, for tiles of at most 16 of them: more leave the compiler too few registers. Short
+// sums gain, since storing and reading them again would take as long as adding them up.
+template <int PIXELS, int BLOCKS>
+void at_once(const Step& s, const Tile& tile) {
+    __m512i acc[PIXELS][BLOCKS];
+#pragma GCC unroll 4
+    for (int j = 0; j < BLOCKS; j++) {
+        const __m512i b = _mm512_loadu_si512(tile.bias + 16 * j);
+#pragma GCC unroll 8
+        for (int i = 0; i < PIXELS; i++) acc[i][j] = b;
+    }
+    const uint8_t* const* rows = tile.rows;
+    const int8_t* weight = tile.weight;
+    for (int t = 0; t < tile.points; t++, rows += PIXELS) {
+        for (int64_t k = 0; k < tile.quads; k++, weight += 64 * BLOCKS) {
+            __m512i w[BLOCKS];
+#pragma GCC unroll 4
+            for (int j = 0; j < BLOCKS; j++) w[j] = _mm512_loadu_si512(weight + 64 * j);
+#pragma GCC unroll 8
+            for (int i = 0; i < PIXELS; i++) {
+                int32_t four;
+                std::memcpy(&four, rows[i] + tile.offset + 4 * k, 4);
+                const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+                for (int j = 0; j < BLOCKS; j++) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], x, w[j]);
+            }
+        }
+    }
+    const Rescaling<false> rescaling(s, tile.block);
+    const Finish& finish = *tile.finish;
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; i++) {
+        __m512i v[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) v[j] = j < BLOCKS ? rescaling(acc[i][j < BLOCKS ? j : 0], j) : v[0];
+        store(tile.to[i], finish(pack(v), tile.other[i]), tile.channels);
+    }
+}
+
+using AtOnce = void (*)(const Step&, const Tile&);
+constexpr int PIXELS_AT_ONCE[5] = {0, 8, 8, 4, 4}, QUADS_AT_ONCE[5] = {0, 1 << 30, 1 << 30, 16, 16};
+static const AtOnce AT_ONCE[5][MOST_PIXELS + 1] = {
+    {},
+    {nullptr, at_once<1, 1>, at_once<2, 1>, at_once<3, 1>, at_once<4, 1>, at_once<5, 1>, at_once<6, 1>, at_once<7, 1>,
+     at_once<8, 1>},
+    {nullptr, at_once<1, 2>, at_once<2, 2>, at_once<3, 2>, at_once<4, 2>, at_once<5, 2>, at_once<6, 2>, at_once<7, 2>,
+     at_once<8, 2>},
+    {nullptr, at_once<1, 3>, at_once<2, 3>, at_once<3, 3>, at_once<4, 3>},
+    {nullptr, at_once<1, 4>, at_once<2, 4>, at_once<3, 4>, at_once<4, 4>},
+};
+
 // Sums leave as floats: float(double(sum) * scale), clamped.
 inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int channels, uint8_t* y) {
     const double* scale = static_cast<const double*>(s.numbers) + channel;
@@ -189,7 +240,8 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
     tile.finish = &finish;
     tile.channels = channels;
 
-    const int most = PIXELS_FOR[blocks];
+    const bool at_once = !(s.flags & (TO_FLOAT | TIES)) && tile.points * tile.quads <= QUADS_AT_ONCE[blocks];
+    const int most = at_once ? PIXELS_AT_ONCE[blocks] : PIXELS_FOR[blocks];
     const int own = to_float ? 0 : channel;
     const bool linear = s.flags & LINEAR;
     Cursor cursor(s, index, static_cast<int64_t*>(alloca(sizeof(int64_t) * s.taps)));
@@ -209,13 +261,17 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
             tile.other[i] = s.z.at(p.i, p.y, p.x) + channel;
             cursor.next();
         }
+        index += count;
+        if (at_once) {
+            AT_ONCE[blocks][count](s, tile);
+            continue;
+        }
         ACCUMULATE[blocks][count](tile, sums);
         if (to_float) {
             for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, channels, tile.to[i]);
         } else {
             TO_BYTES[s.flags & TIES ? 1 : 0][blocks](s, tile, count, sums);
         }
-        index += count;
     }
 }
 

@@ -1,0 +1,285 @@
+"""One walk through a native program's lines, with tensors whose memory nobody touches.
+
+Torch says what a view of them is, and their addresses say who shares whose memory. What is concatenated is written side by
+side from the start where the places are known from a walk before. A tensor that a window reads by whole lines is written
+inside a border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import InputError
+from fxquant.kernels.native.layout import Image, image
+from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
+from fxquant.kernels.native.operations import Concatenation, Door, Operation
+from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.native.weights import Unfit
+
+__all__ = ["Home", "Recorded", "Walk", "filled", "find_homes", "from_outside", "references"]
+
+
+@dataclass
+class Recorded:
+    """A step without addresses: tensors as the kernel sees them, the result last."""
+
+    operation: Operation | None
+    images: list[Image]
+
+
+@dataclass
+class Home:
+    """Where a result is to be written: a part of a concatenation, or the inside of a border."""
+
+    line: int
+    axis: int = 0
+    start: int = 0
+
+
+class Walk:
+    """One walk through the lines."""
+
+    def __init__(self, program: NativeProgram, inputs: Sequence[Tensor], homes: dict[int, Home], shapes: Any) -> None:
+        self.program, self.homes, self.shapes = program, homes, shapes
+        self.values: list[Any] = [None] * len(program.lines)
+        self.native: set[int] = set()
+        self.tensors: dict[int, Tensor] = {}
+        """Tensors of our own by the address of their memory."""
+        self.borders: list[tuple[Tensor, int]] = []
+        self.steps: list[Recorded] = []
+        self.doors: dict[int, int] = {}
+        """Lines whose results come from outside, by the address that they had."""
+        self.wholes: dict[int, Tensor] = {}
+        self.inside: dict[int, tuple[int, int]] = {}
+        for line, value in zip(program.inputs, inputs, strict=True):
+            self.values[line] = value
+        for index, line_ in enumerate(program.lines):
+            if not line_.gone and (line_.operation is not None or line_.run is not None):
+                self._walk(index, line_)
+
+    def _walk(self, index: int, line: Line) -> None:
+        try:
+            if line.operation is not None:
+                self.values[index] = self._compute(index, line.operation)
+                self.native.add(index)
+                return
+            assert line.run is not None
+            args, kwargs = filled(line.arguments, self.values), filled(line.keywords, self.values)
+            mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.is_own(t)]
+            if mine and not (line.moves or line.measures):
+                raise Unfit("it computes outside the integers from what they gave")
+            if mine and line.moves:
+                self.values[index] = self._moved(line, args, kwargs, mine)
+                self.native.add(index)
+            else:
+                self.values[index] = line.run(*args, **kwargs)
+        except Unfit as reason:
+            raise Unfit(f"{line.name} has no native kernel: {reason}") from None
+        except InputError as error:
+            raise InputError(f"{line.name}: {error}") from None
+
+    def is_own(self, x: Tensor) -> bool:
+        """Whether a tensor's memory is the plan's."""
+        return x.untyped_storage().data_ptr() in self.tensors
+
+    def _moved(self, line: Line, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
+        """Views of our own tensors; where the function copies them, views of a copy whose elements follow each other."""
+        assert line.run is not None
+        if len(mine) != 1 or mine[0] is not args[0]:
+            raise Unfit("how it moves numbers is not written natively")
+        for first in (lambda: mine[0], lambda: self.copied(mine[0], torch.contiguous_format)):
+            try:
+                value = line.run(first(), *args[1:], **kwargs)
+            except RuntimeError:  # its strides allow no such view
+                continue
+            if all(not isinstance(t, Tensor) or self.is_own(t) for t in pytree.tree_leaves(value)):
+                return value
+        raise Unfit("how it moves numbers is not written natively")
+
+    # ---- results
+
+    def _compute(self, index: int, operation: Operation) -> Tensor:
+        tensors = [self._operand(line) for line in operation.operands]
+        if isinstance(operation, Concatenation):
+            return self._concatenated(index, operation, tensors)
+        wanted = {"image": torch.channels_last, "rows": torch.contiguous_format}.get(operation.layout)
+        if wanted is not None:
+            tensors = [self._laid(t, wanted) for t in tensors]
+        y = self._placed(index, operation.result(*tensors))
+        images = operation.images(tensors, y)
+        if images is None:
+            tensors = [self._like(t, y) for t in tensors]
+            images = operation.images(tensors, y)
+            if images is None:
+                raise Unfit("its tensors lie in memory as no kernel reads them")
+        if isinstance(operation, Weighted) and operation.by_lines:
+            images[0] = self._behind_border(tensors[0], operation)
+        self.steps.append(Recorded(operation, images))
+        return y
+
+    def _operand(self, line: int) -> Tensor:
+        value = self.values[line]
+        if not isinstance(value, Tensor):
+            raise Unfit("an operand is no tensor")
+        if not self.is_own(value) and line not in self.doors.values():
+            value = self.values[line] = from_outside(value, self.program.lines[line].signed)
+            self.doors[value.untyped_storage().data_ptr()] = line
+        return value
+
+    def _laid(self, x: Tensor, wanted: torch.memory_format) -> Tensor:
+        """A tensor whose channels (or whose last axis) follow each other."""
+        if x.dtype != torch.uint8:
+            return x
+        if wanted is torch.channels_last and x.ndim == 4:
+            return x if image(x) is not None else self.copied(x, wanted)
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else self.copied(x, torch.contiguous_format)
+
+    def _like(self, x: Tensor, y: Tensor) -> Tensor:
+        """A copy of ``x`` that lies as ``y`` does, or just without gaps where their shapes differ."""
+        if x.shape == y.shape and y.dtype == torch.uint8:
+            return self._copy(x, self._own(torch.empty_like(y)))
+        return self.copied(x, torch.contiguous_format)
+
+    def copied(self, x: Tensor, wanted: torch.memory_format) -> Tensor:
+        """A copy in that order of memory."""
+        return self._copy(x, self._own(torch.empty(x.shape, dtype=torch.uint8, memory_format=wanted)))
+
+    def _copy(self, x: Tensor, y: Tensor) -> Tensor:
+        size = (1, 1, 1, 1)
+        self.steps.append(Recorded(None, [Image(x, size, (0, 0, 0)), Image(y, size, (0, 0, 0))]))
+        return y
+
+    def _own(self, x: Tensor) -> Tensor:
+        self.tensors[x.untyped_storage().data_ptr()] = x
+        return x
+
+    # ---- places
+
+    def _placed(self, index: int, fresh: Tensor) -> Tensor:
+        """The memory for a result: its own, or where it is wanted."""
+        home = self.homes.get(index)
+        if home is None or fresh.dtype != torch.uint8:
+            return self._own(fresh)
+        consumer = self.program.lines[home.line].operation
+        if isinstance(consumer, Weighted):
+            return self._bordered(fresh, consumer)
+        parent = self.wholes.get(home.line)
+        if parent is None:
+            shape, order = self.shapes[home.line]
+            like = torch.empty(shape, dtype=torch.uint8, memory_format=order)
+            parent = self.wholes[home.line] = self._placed(home.line, like)
+        return parent.narrow(home.axis, home.start, fresh.shape[home.axis])
+
+    def _concatenated(self, index: int, operation: Concatenation, tensors: list[Tensor]) -> Tensor:
+        axis = operation.axis
+        side_by_side = _joined(tensors, axis)
+        y = self.wholes.get(index)
+        if y is None and side_by_side is not None:
+            return side_by_side
+        if y is None:
+            y = self._placed(index, operation.result(*tensors))
+        at = 0
+        for x in tensors:
+            part = y.narrow(axis, at, x.shape[axis])
+            if x.data_ptr() != part.data_ptr() or x.stride() != part.stride():
+                self._copy(x, part)
+            at += x.shape[axis]
+        return y
+
+    def _bordered(self, fresh: Tensor, consumer: Weighted) -> Tensor:
+        """The inside of a tensor with a border of the consumer's zero point."""
+        down, across = consumer.geometry.padding
+        n, c, h, w = fresh.shape
+        whole = torch.empty((n, c, h + 2 * down, w + 2 * across), dtype=torch.uint8, memory_format=torch.channels_last)
+        self.borders.append((self._own(whole), consumer.zero_point))
+        self.inside[whole.untyped_storage().data_ptr()] = (down, across)
+        return whole[:, :, down : down + h, across : across + w]
+
+    def _behind_border(self, x: Tensor, operation: Weighted) -> Image:
+        down, across = operation.geometry.padding
+        key = x.untyped_storage().data_ptr()
+        if self.inside.get(key) != (down, across):
+            inside = self._bordered(x, operation)
+            x = self._copy(x, inside)
+            key = x.untyped_storage().data_ptr()
+        seen = image(self.tensors[key])
+        assert seen is not None
+        return seen
+
+
+def from_outside(value: Tensor, signed: bool) -> Tensor:
+    """A tensor that Python computed, as the kernels read it."""
+    if value.is_floating_point():
+        return value.float().contiguous()
+    if signed and value.dtype == torch.int8:
+        return torch.bitwise_xor(value, -128).view(torch.uint8).contiguous()
+    if value.dtype != torch.uint8:
+        raise Unfit(f"an operand is a {value.dtype} tensor")
+    return value.contiguous()
+
+
+def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor | None:
+    """The tensors as one, if they lie side by side in one memory."""
+    first, at = tensors[0], tensors[0].data_ptr()
+    for x in tensors:
+        if x.data_ptr() != at or x.stride() != first.stride():
+            return None
+        at += x.shape[axis] * x.stride(axis)
+    if any(x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for x in tensors):
+        return None
+    shape = list(first.shape)
+    shape[axis] = sum(x.shape[axis] for x in tensors)
+    return first.as_strided(shape, first.stride())
+
+
+def find_homes(program: NativeProgram, walk: Walk) -> dict[int, Home]:
+    """Where results are to be written, by line."""
+    homes: dict[int, Home] = {}
+    uses: dict[int, int] = {}
+    for line in program.lines:
+        for used in references(line):
+            uses[used] = uses.get(used, 0) + 1
+    for index in reversed(range(len(program.lines))):
+        operation = program.lines[index].operation
+        if isinstance(operation, Concatenation):
+            at = 0
+            for part in operation.operands:
+                made = program.lines[part].operation
+                if part not in homes and made is not None and not made.writes_floats:
+                    homes[part] = Home(index, operation.axis, at)
+                at += walk.values[part].shape[operation.axis]
+        elif isinstance(operation, Weighted) and operation.by_lines:
+            (source, *_) = operation.operands
+            if isinstance(program.lines[source].operation, Door) and uses[source] == 1:
+                homes.setdefault(source, Home(index))
+    return homes
+
+
+def references(source: Any) -> set[int]:
+    """The lines that a line, or a template, takes results from."""
+    template = (source.arguments, source.keywords) if isinstance(source, Line) else source
+    found = list[int]()
+    fx.node.map_aggregate(template, lambda leaf: found.append(leaf.line) if isinstance(leaf, Reference) else None)
+    return set(found)
+
+
+def filled(template: Any, values: Sequence[Any]) -> Any:
+    """A template with results for references, in plain containers."""
+    if isinstance(template, Reference):
+        return values[template.line]
+    if isinstance(template, tuple):
+        items = [filled(item, values) for item in template]
+        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
+    if isinstance(template, list):
+        return [filled(item, values) for item in template]
+    if isinstance(template, dict):
+        return {key: filled(value, values) for key, value in template.items()}
+    if isinstance(template, slice):
+        return slice(*(filled(v, values) for v in (template.start, template.stop, template.step)))
+    return template
