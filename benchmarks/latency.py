@@ -17,6 +17,7 @@ import argparse
 import copy
 import gc
 import json
+import logging
 import os
 import statistics
 import time
@@ -292,6 +293,7 @@ def main() -> None:
     """Run the comparison and publish its table; each row is written when it is finished."""
     args = options()
     warnings.filterwarnings("ignore")  # every contender but float is deprecated somewhere
+    logging.disable(logging.WARNING)
     rows, reasons = kept_rows(args)
     with torch.no_grad():
         for name in args.models:

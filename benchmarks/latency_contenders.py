@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,17 @@ def _pt2e_inductor(model: nn.Module, x: Tensor) -> AtThreads:
     return at
 
 
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as the operators it stands for; torch's one operator for it in eval mode has no ONNX form."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _onnxruntime(model: nn.Module, x: Tensor) -> AtThreads:
     import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -113,7 +125,8 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> AtThreads:
     ort.set_default_logger_severity(3)
     with tempfile.TemporaryDirectory() as folder:
         float_path, ready, path = (f"{folder}/{name}.onnx" for name in ("float", "ready", "int8"))
-        torch.onnx.export(model, (x,), float_path, input_names=["x"], dynamo=False, opset_version=_OPSET)
+        with _plain_attention():
+            torch.onnx.export(model, (x,), float_path, input_names=["x"], dynamo=False, opset_version=_OPSET)
         quant_pre_process(float_path, ready, skip_symbolic_shape=True)
         kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(ready, path, Once(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
