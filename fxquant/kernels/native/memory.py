@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Memory"]
+__all__ = ["MEMORY_LINE", "Memory"]
 
-_LINE = 64
+MEMORY_LINE = 64
 """Bytes of a cache line: where tensors begin, and what a kernel may read behind one."""
 
 
@@ -44,15 +44,15 @@ class Memory:
                 key = x.untyped_storage().data_ptr()
                 if key in tensors and x.dtype == torch.uint8:
                     span = self.spans.setdefault(
-                        key, _Span(-(-(tensors[key].numel() + _LINE) // _LINE) * _LINE, index, index)
+                        key, _Span(-(-(tensors[key].numel() + MEMORY_LINE) // MEMORY_LINE) * MEMORY_LINE, index, index)
                     )
                     span.last = index
         for x, _ in borders:
             span = self.spans[x.untyped_storage().data_ptr()]
             span.first, span.last = 0, len(steps)
         self.size = _arrange(list(self.spans.values()))
-        self.block = torch.zeros(self.size + _LINE, dtype=torch.uint8)
-        self.start = -self.block.data_ptr() % _LINE
+        self.block = torch.zeros(self.size + MEMORY_LINE, dtype=torch.uint8)
+        self.start = -self.block.data_ptr() % MEMORY_LINE
         for x, number in borders:
             span = self.spans[x.untyped_storage().data_ptr()]
             self.block[self.start + span.offset : self.start + span.offset + span.size] = number

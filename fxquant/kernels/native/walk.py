@@ -7,7 +7,7 @@ inside a border.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import InputError
 from fxquant.kernels.native.layout import Image, image
 from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
+from fxquant.kernels.native.memory import MEMORY_LINE
 from fxquant.kernels.native.operations import Concatenation, Door, Operation
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import Unfit
@@ -91,11 +92,12 @@ class Walk:
     def _moved(self, line: Line, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
         """Views of our own tensors; where the function copies them, views of a copy whose elements follow each other."""
         assert line.run is not None
-        if len(mine) != 1 or mine[0] is not args[0]:
-            raise Unfit("how it moves numbers is not written natively")
-        for first in (lambda: mine[0], lambda: self.copied(mine[0], torch.contiguous_format)):
+        ways: list[Callable[[], Any]] = [lambda: args]
+        if len(mine) == 1 and mine[0] is args[0]:
+            ways.append(lambda: (self.copied(mine[0], torch.contiguous_format), *args[1:]))
+        for way in ways:
             try:
-                value = line.run(first(), *args[1:], **kwargs)
+                value = line.run(*way(), **kwargs)
             except RuntimeError:  # its strides allow no such view
                 continue
             if all(not isinstance(t, Tensor) or self.is_own(t) for t in pytree.tree_leaves(value)):
@@ -214,14 +216,14 @@ class Walk:
 
 
 def from_outside(value: Tensor, signed: bool) -> Tensor:
-    """A tensor that Python computed, as the kernels read it."""
+    """A tensor that Python computed, as the kernels read it: bytes have room behind them."""
     if value.is_floating_point():
         return value.float().contiguous()
-    if signed and value.dtype == torch.int8:
-        return torch.bitwise_xor(value, -128).view(torch.uint8).contiguous()
-    if value.dtype != torch.uint8:
+    if value.dtype not in (torch.uint8, torch.int8) or signed != (value.dtype == torch.int8):
         raise Unfit(f"an operand is a {value.dtype} tensor")
-    return value.contiguous()
+    room = torch.empty(value.numel() + MEMORY_LINE, dtype=torch.uint8)
+    held = room[: value.numel()].view(value.shape)
+    return held.copy_(torch.bitwise_xor(value, -128).view(torch.uint8) if signed else value)
 
 
 def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor | None:

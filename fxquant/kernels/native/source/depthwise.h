@@ -153,7 +153,7 @@ struct ThreeByThree {
                     out[l] = to[l] + (x + i) * s.y.pixel + c;
                     plus[l] = other[l] + (x + i) * s.z.pixel + c;
                 }
-                if (finish.adds) bytes = finish.plus(bytes, Together<LINES>::load(plus));
+                if (finish.adds) bytes = finish.sum(bytes, Together<LINES>::load(plus));
                 Together<LINES>::store(out, bytes, count);
             }
         }

@@ -65,8 +65,8 @@ enum Flag : int32_t {
     TO_FLOAT = 2,   // sums leave as floats: numbers are the scales, scale the bounds
     COUNTS_PADDING = 4,
     GROUPED = 8,
-    TIES = 32,
-    LINEAR = 16  // pixel i of the result comes from pixel i, and all tensors' pixels follow each other
+    LINEAR = 16,    // pixel i of the result comes from pixel i, and all tensors' pixels follow each other
+    TIES = 32       // sums can lie half way between two integers; of ADD: q needs 32 bits
 };
 
 }  // namespace fxquant

@@ -99,6 +99,8 @@ inline __m512i clamp(__m512i bytes, __m512i low, __m512i high) {
     return _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
 }
 
+static const uint8_t NO_TABLE[256] = {};
+
 struct Table {
     __m512i part[4];
 
@@ -165,23 +167,24 @@ inline __m512i wide_sum(const Addition& add, __m512i a, __m512i b) {
 // What happens to 64 bytes once they are requantized.
 struct Finish {
     __m512i low, high;
-    bool has_table, adds;
-    alignas(64) char table[sizeof(Table)], sum[sizeof(Sum)];
+    bool looks_up, adds;
+    Table table;
+    Sum sum;
 
-    explicit Finish(const Step& step) {
-        low = _mm512_set1_epi8(static_cast<char>(step.out.low)), high = _mm512_set1_epi8(static_cast<char>(step.out.high));
-        has_table = step.out.table != nullptr, adds = step.flags & ADDS;
-        if (has_table) new (table) Table(step.out.table);
-        if (adds) new (sum) Sum(step.add);
-    }
+    explicit Finish(const Step& step)
+        : low(_mm512_set1_epi8(static_cast<char>(step.out.low))),
+          high(_mm512_set1_epi8(static_cast<char>(step.out.high))),
+          looks_up(step.out.table != nullptr),
+          adds(step.flags & ADDS),
+          table(looks_up ? step.out.table : NO_TABLE),
+          sum(step.add) {}
     __m512i operator()(__m512i bytes) const {
         bytes = clamp(bytes, low, high);
-        return has_table ? (*reinterpret_cast<const Table*>(table))(bytes) : bytes;
+        return looks_up ? table(bytes) : bytes;
     }
-    __m512i plus(__m512i bytes, __m512i other) const { return (*reinterpret_cast<const Sum*>(sum))(bytes, other); }
     __m512i operator()(__m512i bytes, const uint8_t* other) const {
         bytes = (*this)(bytes);
-        return adds ? plus(bytes, _mm512_loadu_si512(other)) : bytes;
+        return adds ? sum(bytes, _mm512_loadu_si512(other)) : bytes;
     }
 };
 
