@@ -1,24 +1,30 @@
-"""Every contender of latency.py: one function each, from a float model and an example to a callable on such inputs.
+"""Every contender of latency.py: one function each, from a float model and an example to runs at any number of threads.
 
-Each peer is called as its own manual says, in the form that is fastest here. Imports stay inside the functions, so that
-a peer that is not installed costs nothing. A model has one input: images, or token ids.
+What does not depend on the number of threads (quantizing, exporting, writing a file) is done once; the function that comes
+back is then asked for a run at each number. Each peer is called as its own manual says, in the form that is fastest here,
+and what torch keeps for one number of threads is made anew for each. Imports stay inside the functions, so that a peer that
+is not installed costs nothing. A model has one input: images, or token ids.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from peers import Peer, fx_x86
 from torch import Tensor, nn
 
-__all__ = ["CONTENDERS", "ON_REQUEST", "OURS", "Run", "integer_model", "new_row"]
+__all__ = ["CONTENDERS", "ON_REQUEST", "OURS", "AtThreads", "Run", "integer_model", "new_row"]
 
 Run = Callable[[Tensor], Any]
+AtThreads = Callable[[int], Run]
 _WARM_UP = 3
 _OPSET = 17
 
@@ -34,43 +40,45 @@ def new_row(threads: int) -> None:
     config.compile_threads = 1  # no workers that would go on after a time limit
 
 
-def _float(model: nn.Module, x: Tensor, threads: int) -> Run:
-    return model
+def _float(model: nn.Module, x: Tensor) -> AtThreads:
+    return lambda threads: model
 
 
-def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
-    return torch.compile(model, options={"freezing": True})
+def _compiled(model: nn.Module, x: Tensor) -> AtThreads:
+    return lambda threads: torch.compile(copy.deepcopy(model), options={"freezing": True})
 
 
-def integer_model(model: nn.Module, x: Tensor, threads: int) -> Any:
-    """fxquant's int8 model, called as it is."""
+def integer_model(model: nn.Module, x: Tensor) -> Any:
+    """fxquant's int8 model, which all contenders of ours start from."""
     import fxquant
 
     prepared = fxquant.prepare(model, (x,))
     return fxquant.convert(fxquant.calibrate(prepared, [x], progress=False))
 
 
-def _frozen(model: nn.Module, x: Tensor, threads: int) -> Run:
+def _int8(int8: Any, x: Tensor) -> AtThreads:
+    return lambda threads: copy.deepcopy(int8)
+
+
+def _in_runtime(int8: Any, x: Tensor, *, runtime: str) -> AtThreads:
     import fxquant
 
-    return fxquant.compile(integer_model(model, x, threads), (x,), runtime="torch", threads=threads)
+    return lambda threads: fxquant.compile(copy.deepcopy(int8), (x,), runtime=runtime, threads=threads)
 
 
-def _auto(model: nn.Module, x: Tensor, threads: int) -> Run:
-    import fxquant
+def _fx_frozen(model: nn.Module, x: Tensor) -> AtThreads:
+    converted = fx_x86(model, [(x, torch.zeros(len(x)))]).eval()
 
-    return fxquant.compile(integer_model(model, x, threads), (x,), runtime="auto", threads=threads)
+    def at(threads: int) -> Run:
+        frozen = torch.jit.freeze(torch.jit.trace(copy.deepcopy(converted), x, check_trace=False))
+        for _ in range(_WARM_UP):
+            frozen(x)
+        return frozen
 
-
-def _fx_frozen(model: nn.Module, x: Tensor, threads: int) -> Run:
-    converted = fx_x86(model, [(x, torch.zeros(len(x)))])
-    frozen = torch.jit.freeze(torch.jit.trace(converted.eval(), x, check_trace=False))
-    for _ in range(_WARM_UP):
-        frozen(x)
-    return frozen
+    return at
 
 
-def _pt2e_inductor(model: nn.Module, x: Tensor, threads: int) -> Run:
+def _pt2e_inductor(model: nn.Module, x: Tensor) -> AtThreads:
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
     from torch._inductor import config
     from torchao.quantization.pt2e import move_exported_model_to_eval
@@ -81,13 +89,28 @@ def _pt2e_inductor(model: nn.Module, x: Tensor, threads: int) -> Run:
     prepared(x)
     converted = convert_pt2e(prepared)
     move_exported_model_to_eval(converted)
-    compiled = torch.compile(converted)
-    with config.patch(freezing=True), torch.no_grad():
-        compiled(x)  # compiled when it is first called
-    return compiled
+
+    def at(threads: int) -> Run:
+        compiled = torch.compile(copy.deepcopy(converted))
+        with config.patch(freezing=True), torch.no_grad():
+            compiled(x)  # compiled when it is first called
+        return compiled
+
+    return at
 
 
-def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as the operators it stands for; torch's one operator for it in eval mode has no ONNX form."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _onnxruntime(model: nn.Module, x: Tensor) -> AtThreads:
     import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -102,17 +125,23 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
     ort.set_default_logger_severity(3)
     with tempfile.TemporaryDirectory() as folder:
         float_path, ready, path = (f"{folder}/{name}.onnx" for name in ("float", "ready", "int8"))
-        torch.onnx.export(model, (x,), float_path, input_names=["x"], dynamo=False, opset_version=_OPSET)
+        with _plain_attention():
+            torch.onnx.export(model, (x,), float_path, input_names=["x"], dynamo=False, opset_version=_OPSET)
         quant_pre_process(float_path, ready, skip_symbolic_shape=True)
         kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(ready, path, Once(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+        content = Path(path).read_bytes()
+
+    def at(threads: int) -> Run:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x.numpy()})
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return lambda x: session.run(None, {"x": x.numpy()})
+
+    return at
 
 
-def _openvino(model: nn.Module, x: Tensor, threads: int, precision: str | None = None) -> Run:
+def _openvino(model: nn.Module, x: Tensor, precision: str | None = None) -> AtThreads:
     import nncf
     import openvino
 
@@ -121,11 +150,15 @@ def _openvino(model: nn.Module, x: Tensor, threads: int, precision: str | None =
     converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
     kind = nncf.ModelType.TRANSFORMER if is_transformer else None
     quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]), model_type=kind, subset_size=1)
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    if precision is not None:  # by default bf16 where the processor has it
-        settings["INFERENCE_PRECISION_HINT"] = precision
-    request = openvino.compile_model(quantized, "CPU", settings).create_infer_request()
-    return lambda x: request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+
+    def at(threads: int) -> Run:
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        if precision is not None:  # by default bf16 where the processor has it
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        request = openvino.compile_model(quantized, "CPU", settings).create_infer_request()
+        return lambda x: request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+
+    return at
 
 
 class _Both(Peer):
@@ -145,10 +178,12 @@ CONTENDERS = {
     "ORT": Peer("ORT", "onnxruntime", _onnxruntime),
     "OpenVINO": _Both("OpenVINO", "nncf", _openvino),
     "OpenVINO f32": _Both("OpenVINO f32", "nncf", partial(_openvino, precision="f32")),
-    "fxquant": Peer("fxquant", "fxquant", integer_model),
-    "fxquant frozen": Peer("fxquant frozen", "fxquant", _frozen),
-    "fxquant auto": Peer("fxquant auto", "fxquant", _auto),
+    "fxquant": Peer("fxquant", "fxquant", _int8),
+    "fxquant frozen": Peer("fxquant frozen", "fxquant", partial(_in_runtime, runtime="torch")),
+    "fxquant native": Peer("fxquant native", "fxquant", partial(_in_runtime, runtime="native")),
+    "fxquant auto": Peer("fxquant auto", "fxquant", partial(_in_runtime, runtime="auto")),
 }
 ON_REQUEST = ("OpenVINO f32",)
 """Contenders that differ from another in a setting."""
 OURS = tuple(name for name, peer in CONTENDERS.items() if peer.package == "fxquant")
+"""Contenders that start from ``integer_model`` and not from the float model."""

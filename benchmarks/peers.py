@@ -27,7 +27,7 @@ class Peer:
 
     name: str
     package: str
-    build: Callable[[nn.Module, Any], nn.Module]
+    build: Callable[[nn.Module, Any], Any]
 
     @property
     def missing(self) -> str | None:

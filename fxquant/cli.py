@@ -18,6 +18,7 @@ from fxquant import __version__
 from fxquant.benchmark.bench import bench
 from fxquant.checkpoint import save
 from fxquant.errors import FxquantError, InputError
+from fxquant.export.runtimes import RUNTIMES
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
@@ -146,7 +147,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="sizes (default 1)")
     threads = "numbers of threads (default: each runtime's own choice)"
     parser.add_argument("--threads", type=_positive, nargs="+", default=[None], metavar="N", help=threads)
-    names = "some of torch,onnxruntime,openvino (default: all)"
+    names = f"some of {','.join(RUNTIMES)} (default: all)"
     parser.add_argument("--runtimes", type=_runtimes, default="auto", metavar="A,B", help=names)
     parser.add_argument("--compiled", action="store_true", help="also the float model behind torch.compile")
     limit = "seconds that compiling may take (default %(default)s)"

@@ -24,6 +24,7 @@ from fxquant.benchmark.time_limit import OutOfTimeError, time_limit
 from fxquant.cli import main
 from fxquant.errors import CalibrationError, InputError
 from fxquant.export import turns
+from fxquant.export.runtimes import RUNTIMES
 from fxquant.export.turns import Turns, take_turns
 
 SPEC = f"{Path(__file__).parent / 'golden' / 'model.py'}:Sample"
@@ -51,15 +52,15 @@ def rows_of(found: Benchmark) -> dict[str, Row]:
 
 
 def test_turns_are_counted_by_the_given_clock():
-    now = itertools.count()
+    now = itertools.count(step=3)
     found = take_turns({"a": lambda: None, "b": lambda: None}, rounds=3, least=4.0, clock=lambda: float(next(now)))
-    assert {name: own.seconds for name, own in found.items()} == {"a": (0.25,) * 3, "b": (0.25,) * 3}
+    assert {name: own.seconds for name, own in found.items()} == {"a": (3.0,) * 3, "b": (3.0,) * 3}
 
 
 def test_turns_move_on_by_one_each_round():
     order: list[str] = []
     take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, least=0.0)
-    assert order == [*"aabb", *"aabb", *"bbaa"]
+    assert order == [*"aaabbb", *"aabb", *"bbaa"]
 
 
 def test_the_spread_is_half_of_the_middle_half():
@@ -75,10 +76,12 @@ def test_a_float_model_in_every_runtime(net):
     state, x = copy.deepcopy(net.state_dict()), torch.randn(2, 3, 16, 16)
     found = fxquant.bench(net, x, batches=[1, 3], **QUICK)
     assert net.training and all(torch.equal(v, net.state_dict()[k]) for k, v in state.items())
-    names = ["float torch", "int8 torch", "int8 onnxruntime", "int8 openvino"]
+    names = ["float torch", "int8 torch", "int8 native", "int8 onnxruntime", "int8 openvino"]
     assert [f"{row.contender} {row.runtime}" for row in found.rows] == names * 2
-    assert [row.batch for row in found.rows] == [1] * 4 + [3] * 4
-    assert all(row.milliseconds > 0 and row.spread >= 0 and row.threads == 1 and not row.note for row in found.rows)
+    assert [row.batch for row in found.rows] == [1] * 5 + [3] * 5
+    timed = [row for row in found.rows if row.runtime != "native" or row.milliseconds is not None]
+    assert all(row.milliseconds > 0 and row.spread >= 0 and row.threads == 1 and not row.note for row in timed)
+    assert all(row.note for row in found.rows if row not in timed)
     rows = rows_of(found)
     file = io.BytesIO()
     torch.save(net.state_dict(), file)
@@ -195,7 +198,7 @@ def _elsewhere() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtimes": "tensorrt"}, "'tensorrt' is not known. Choose among torch, onnxruntime, openvino"),
+        ({"runtimes": "tensorrt"}, "'tensorrt' is not known. Choose among torch, native, onnxruntime, openvino"),
         ({"runtimes": ["torch", "trt"]}, "'trt' is not known"),
         ({"threads": 0}, "threads=0: give a positive number"),
         ({"batches": [1, -1]}, "give a positive number"),
@@ -249,7 +252,7 @@ def test_the_command(tmp_path, capsys):
 def test_the_command_times_every_runtime(more, capsys):
     assert main(["bench", SPEC, "--shape", "1,3,8,8", "--rounds", "2", "--no-memory", *more]) == 0
     printed = capsys.readouterr().out
-    assert all(f"int8, {runtime}" in printed for runtime in ("torch", "onnxruntime", "openvino"))
+    assert all(f"int8, {runtime}" in printed for runtime in RUNTIMES)
 
 
 def test_the_command_on_images(tmp_path, capsys):

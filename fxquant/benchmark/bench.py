@@ -62,8 +62,8 @@ def bench(
         calibration: batches to calibrate on, as for ``calibrate``; the example inputs where None.
         recipe: how a float model is quantized, as for ``prepare``.
         reference: the float model to compare a converted one with.
-        runtimes: ``auto`` for all, or the names of some: ``torch``, ``onnxruntime``, ``openvino``. One that is not
-            installed gets a row that says so.
+        runtimes: ``auto`` for all, or the names of some: ``torch``, ``native``, ``onnxruntime``, ``openvino``. One that
+            is not installed, or does not take the model, gets a row that says so.
         threads: how many threads, one number or several; None for the runtimes' own choice.
         batches: batch sizes, one or several: the rows of the example, repeated or cut off. None for the example as it is.
         compiled: also time the float model behind ``torch.compile``.

@@ -25,6 +25,8 @@ from fxquant.export.to_onnx import OnnxFile, make_onnx
 __all__ = ["Contender", "UnavailableError", "contenders_of"]
 
 Run = Callable[..., Any]
+_HERE = ("torch", "native")
+"""Runtimes that take the model itself; the others take its file."""
 
 
 class UnavailableError(Exception):
@@ -70,18 +72,16 @@ def contenders_of(
         if compile_limit is not None:
             build = partial(_compiled, float_model, compile_limit)
             found.append(Contender("float compiled", "torch", build, size, lambda _: None))
-    file = _File(int8, example)
+    file, saved = _File(int8, example), _once(partial(_saved_size, int8))
     for runtime in RUNTIMES:
         if runtime not in runtimes:
             continue
-        if runtime == "torch":
-            found.append(
-                Contender("int8", runtime, partial(_frozen, int8), partial(_saved_size, int8), partial(_carry, int8))
-            )
+        if runtime in _HERE:
+            build, carried = partial(_in_process, int8, runtime), partial(_carry, int8, runtime=runtime)
+            found.append(Contender("int8", runtime, build, saved, carried))
         else:
-            found.append(
-                Contender("int8", runtime, partial(file.build, runtime), file.size, partial(file.carry, runtime))
-            )
+            build, carried = partial(file.build, runtime), partial(file.carry, runtime)
+            found.append(Contender("int8", runtime, build, file.size, carried))
     return found
 
 
@@ -93,8 +93,8 @@ def _in_torch(run: Run, threads: int | None) -> Run:
     return call
 
 
-def _frozen(int8: Any, call: Call, threads: int | None) -> Run:
-    return compile(int8, call.kwargs or call.args, runtime="torch", threads=threads)
+def _in_process(int8: Any, runtime: str, call: Call, threads: int | None) -> Run:
+    return compile(int8, call.kwargs or call.args, runtime=runtime, threads=threads)
 
 
 def _compiled(model: nn.Module, limit: float, call: Call, threads: int | None) -> Run:
@@ -147,8 +147,8 @@ class _File:
         return {"runtime": runtime, "content": made.content, "tensors": tensors}
 
 
-def _carry(model: nn.Module, call: Call) -> Carried:
-    return {"runtime": "torch", "model": model, "call": (call.args, call.kwargs)}
+def _carry(model: nn.Module, call: Call, *, runtime: str = "torch") -> Carried:
+    return {"runtime": runtime, "model": model, "call": (call.args, call.kwargs)}
 
 
 def _missing(extra: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.export.runtimes import native_model
 from fxquant.export.sessions import onnxruntime_session, openvino_session
 
 __all__ = ["Carried", "peak_memory"]
@@ -76,6 +77,7 @@ def _run(folder: str) -> int:
         run, args, kwargs = session, (carried["tensors"],), dict[str, Any]()
     else:
         run, (args, kwargs) = carried.pop("model"), carried["call"]
+        run = native_model(run) if kind == "native" else run
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
     with torch.no_grad():

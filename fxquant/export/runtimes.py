@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.capture.calls import Call
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.exchange_model import example_call, integer_model, needed_bits
 from fxquant.export.installed import is_installed, require
@@ -21,14 +22,19 @@ from fxquant.export.sessions import Session, onnxruntime_session, openvino_sessi
 from fxquant.export.signature import Signature
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 from fxquant.export.turns import take_turns
+from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.frozen import fastest
+from fxquant.kernels.native.model import NativeModel, Unfit
 
-__all__ = ["EXTRA", "RUNTIMES", "Compiled", "Timing", "compile", "compile_file", "torch_threads"]
+__all__ = ["EXTRA", "RUNTIMES", "Compiled", "Timing", "compile", "compile_file", "native_model", "torch_threads"]
 
-RUNTIMES = ("torch", "onnxruntime", "openvino")
+RUNTIMES = ("torch", "native", "onnxruntime", "openvino")
 _OPEN: dict[str, Callable[..., Session]] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
 EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
 """The extra of fxquant that brings a runtime."""
+
+_ROUNDS, _SECONDS = 25, 2.5
+"""For ``auto``: turns of each runtime, of which fewer are taken once that much time has gone."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,18 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
     Args:
         model: what ``calibrate``, ``freeze`` or ``convert`` returned; not touched.
         example_inputs: as for ``prepare``; None for noise of the shapes that the model was prepared with.
-        runtime: ``torch`` (the integer model on torch's own int8 operators), ``onnxruntime``, ``openvino``, or ``auto``:
-            the fastest of those installed on the example, measured in turns.
-        threads: how many the runtime uses; None for its own choice. For torch, the number is set during each call.
+        runtime: ``torch`` (the integer model on torch's own int8 operators), ``native`` (our own kernels: the whole graph
+            as one call, bit for bit the exact reference; for x86-64 with AVX512-VNNI, and compiled when first used),
+            ``onnxruntime``, ``openvino``, or ``auto``: the fastest of those that are here and take the model, on the
+            example, measured in turns for some seconds.
+        threads: how many the runtime uses; None for its own choice. For torch and native, the number is set during each
+            call.
 
     Raises:
         LevelError, CalibrationError: the model is not ready.
         MissingPackageError: the runtime, or what writes its file, is not installed.
-        InputError, ExportError: as for ``export_onnx``.
+        InputError, ExportError: as for ``export_onnx``; ``ExportError`` too where the native kernels do not have this
+            machine or an op of the model.
     """
     if runtime not in (*RUNTIMES, "auto"):
         raise InputError(f"runtime={runtime!r} is not known. Choose one of {', '.join((*RUNTIMES, 'auto'))}.")
@@ -85,6 +95,8 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
         return _fastest(model, example_inputs, threads)
     if runtime == "torch":
         return Compiled("torch", _in_torch(model, example_inputs, threads))
+    if runtime == "native":
+        return Compiled("native", _in_native(model, example_inputs, threads))
     require(runtime, f"runtime={runtime!r}", EXTRA[runtime])
     return compile_file(runtime, make_onnx(model, example_inputs), threads)
 
@@ -92,12 +104,8 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
 def _in_torch(model: Any, example_inputs: Any, threads: int | None) -> Callable[..., Any]:
     """The integer model with the least of Python between its operators; as it is where no example is known."""
     run = integer_model(model).eval()
-    try:
-        example = example_call(model, example_inputs)
-    except InputError:
-        if example_inputs is not None:
-            raise
-    else:
+    example = _known_call(model, example_inputs)
+    if example is not None:
         with torch.no_grad(), torch_threads(threads):
             run = fastest(run, *example.args, **example.kwargs)
 
@@ -106,6 +114,63 @@ def _in_torch(model: Any, example_inputs: Any, threads: int | None) -> Callable[
             return run(*args, **kwargs)
 
     return call
+
+
+def _in_native(model: Any, example_inputs: Any, threads: int | None) -> Callable[..., Any]:
+    """The integer model on the native kernels, called once where an example is known, so that it is known to fit."""
+    run = native_model(integer_model(model))
+    example = _known_call(model, example_inputs)
+    if example is not None:
+        try:
+            with torch_threads(threads):
+                run(*example.args, **example.kwargs)
+        except Unfit as reason:
+            raise _unfit(reason) from None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch_threads(threads):
+            try:
+                return run(*args, **kwargs)
+            except Unfit as reason:
+                raise InputError(
+                    f"the native kernels do not take this call: {reason}.\n"
+                    "  what to do: compile(..., runtime='torch') takes whatever the model takes."
+                ) from None
+
+    return call
+
+
+def native_model(int8: Any) -> NativeModel:
+    """A converted model on the native kernels; whether they have all of its ops may only show when it is first called.
+
+    Raises:
+        ExportError: this machine, or the model, is not for them; says why.
+    """
+    try:
+        if not isinstance(int8, LeveledModule):
+            raise Unfit(f"a {type(int8).__name__} is no graph")
+        if any(x.device.type != "cpu" for x in (*int8.parameters(), *int8.buffers())):
+            raise Unfit("the model is not on the CPU")
+        return NativeModel(int8)
+    except Unfit as reason:
+        raise _unfit(reason) from None
+
+
+def _unfit(reason: Unfit) -> ExportError:
+    return ExportError(
+        f"no native kernels: {reason}\n"
+        "  what to do: compile(..., runtime='torch') runs every op, runtime='auto' takes the fastest that can."
+    )
+
+
+def _known_call(model: Any, example_inputs: Any) -> Call | None:
+    """The example as a call; None where none was given and the model was prepared without one."""
+    try:
+        return example_call(model, example_inputs)
+    except InputError:
+        if example_inputs is not None:
+            raise
+        return None
 
 
 @contextmanager
@@ -148,13 +213,18 @@ def _caller(session: Session, signature: Signature) -> Callable[..., Any]:
 
 def _fastest(model: Any, example_inputs: Any, threads: int | None) -> Compiled:
     """Every runtime that is installed and takes the model, measured in turns on the example."""
-    found, failed = dict[str, Compiled](), list[Timing]()
+    int8, failed = integer_model(model), list[Timing]()
+    found = {"torch": Compiled("torch", _in_torch(int8, example_inputs, threads))}
+    try:
+        found["native"] = Compiled("native", _in_native(int8, example_inputs, threads))
+    except FxquantError as error:
+        failed.append(_failure("native", error))
     made = None
     if is_installed("onnx") and is_installed("onnxscript"):
         try:
             made = make_onnx(model, example_inputs)
         except ExportError as error:
-            failed += [Timing(name, None, f"cannot: {str(error).splitlines()[0]}") for name in _OPEN]
+            failed += [_failure(name, error) for name in _OPEN]
     for name in _OPEN:
         if not is_installed(name):
             failed.append(Timing(name, None, f"is not installed (pip install 'fxquant[{EXTRA[name]}]')"))
@@ -162,12 +232,19 @@ def _fastest(model: Any, example_inputs: Any, threads: int | None) -> Compiled:
             try:
                 found[name] = compile_file(name, made, threads)
             except FxquantError as error:
-                failed.append(Timing(name, None, f"cannot: {str(error).splitlines()[0]}"))
-    found["torch"] = Compiled("torch", _in_torch(model, example_inputs, threads))
-    if made is None:
+                failed.append(_failure(name, error))
+    call = _known_call(int8, example_inputs)
+    if len(found) == 1:
         return Compiled("torch", found["torch"], (Timing("torch", None, "is all there is"), *failed))
-    call = made.model.signature.call(tuple(made.model.inputs))
-    turns = take_turns({name: partial(own, *call.args, **call.kwargs) for name, own in found.items()})
+    if call is None:
+        unknown = [Timing(name, None, "is not measured: no example is known") for name in found]
+        return Compiled("torch", found["torch"], (*unknown, *failed))
+    runs = {name: partial(own, *call.args, **call.kwargs) for name, own in found.items()}
+    turns = take_turns(runs, rounds=_ROUNDS, seconds=_SECONDS)
     order = sorted(turns, key=lambda name: turns[name].median)
     report = (*(Timing(name, 1e3 * turns[name].median) for name in order), *failed)
     return Compiled(order[0], found[order[0]], report)
+
+
+def _failure(runtime: str, error: Exception) -> Timing:
+    return Timing(runtime, None, f"cannot: {str(error).splitlines()[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,9 @@ __all__ = ["Turns", "take_turns"]
 
 _ROUNDS, _LEAST_SECONDS = 9, 0.02
 _MOST_CALLS = 200
+_FEWEST_ROUNDS = 3
+_LONG = 0.05
+"""Seconds of a call beside which what another has left behind, in caches and spinning threads, weighs nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +43,48 @@ def take_turns(
     *,
     rounds: int = _ROUNDS,
     least: float = _LEAST_SECONDS,
+    seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
     done: Callable[[], Any] | None = None,
 ) -> dict[str, Turns]:
     """Call each in turn, in an order that moves on by one each round, and return the times of each.
 
-    A turn is as many calls as take ``least`` seconds, behind one that is not counted.
+    A turn is as many calls as take ``least`` seconds, behind one that is not counted, and counts as its middle call: a
+    call that the system interrupts does not weigh on it.
 
     Args:
         runs: what to call, by name.
         rounds: turns of each.
         least: seconds that a turn should take.
+        seconds: once they have gone no further round begins, but three are taken in any case.
         clock: what time it is, in seconds.
         done: called after every turn, for a progress bar.
     """
-    names, calls = list(runs), dict[str, int]()
-    for name in names:
-        runs[name]()
-        start = clock()
-        runs[name]()
-        calls[name] = max(1, min(_MOST_CALLS, int(least / max(clock() - start, 1e-6))))
+    names, began = list(runs), clock()
+    usual = {name: _warm(runs[name], clock) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
+    for index in range(rounds if names else 0):
+        if index >= _FEWEST_ROUNDS and clock() - began >= seconds:
+            break
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            if len(names) > 1:
+            if len(names) > 1 and usual[name] < _LONG:
                 runs[name]()  # what another has put out of the caches, or left spinning, is not this one's
-            start = clock()
-            for _ in range(calls[name]):
-                runs[name]()
-            times[name].append((clock() - start) / calls[name])
+            calls = max(1, min(_MOST_CALLS, int(least / usual[name])))
+            times[name].append(statistics.median(_timed(runs[name], clock) for _ in range(calls)))
             if done is not None:
                 done()
     return {name: Turns(tuple(own)) for name, own in times.items()}
+
+
+def _warm(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """What a call takes, more or less, after one that prepares it."""
+    run()
+    found = _timed(run, clock)
+    return max(found if found >= _LONG else min(found, _timed(run, clock)), 1e-6)
+
+
+def _timed(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return clock() - start

@@ -146,8 +146,14 @@ def _report(search: Search, chosen: Kept, runtime: str, seconds: float) -> Place
 
 
 def _require_fit(prepared: Any, runtime: str, threads: int | None, budget: float) -> None:
+    if runtime == "native":
+        raise InputError(
+            "runtime='native': the native kernels run whole integer graphs only, so there is no placement to choose.\n"
+            "  what to do: compile(model, runtime='native') without it, or tune for another runtime."
+        )
     if runtime not in RUNTIMES:
-        raise InputError(f"runtime={runtime!r} is not known. Choose one of {', '.join(RUNTIMES)}.")
+        known = ", ".join(name for name in RUNTIMES if name != "native")
+        raise InputError(f"runtime={runtime!r} is not known. Choose one of {known}.")
     if not budget > 0:
         raise InputError(f"budget={budget}: a search needs time. Give a positive number of seconds.")
     if threads is not None and threads < 1:
