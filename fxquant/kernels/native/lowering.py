@@ -122,7 +122,7 @@ class _Lowering:
             try:
                 line.operation = form(self, node, part)
             except Unfit as reason:
-                raise Unfit(f"{line.name} has no native kernel: {reason}") from None
+                raise Unfit(f"{line.name}: {reason}") from None
         else:
             self._as_python(node, part, line)
         if isinstance(part, IntegerPass):

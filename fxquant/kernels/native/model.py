@@ -45,7 +45,8 @@ class NativeModel:
         """Call the model.
 
         Raises:
-            InputError: an input is no float32 tensor on the CPU, or is empty.
+            InputError: an input is neither a plain number nor a tensor on the CPU that is not empty.
+        Unfit: an op of the model has no native kernel for inputs of these shapes.
         """
         inputs = [_checked(x) for x in (list(args) if self.spec is None else self.spec.bind(args, kwargs))]
         with self._lock, torch.no_grad():

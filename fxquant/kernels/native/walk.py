@@ -87,7 +87,7 @@ class Walk:
             else:
                 self.values[index] = line.run(*args, **kwargs)
         except Unfit as reason:
-            raise Unfit(f"{line.name} has no native kernel: {reason}") from None
+            raise Unfit(f"{line.name}: {reason}") from None
         except InputError as error:
             raise InputError(f"{line.name}: {error}") from None
 
