@@ -851,16 +851,17 @@ NATIVE_MODELS = {
 }  # fmt: skip
 
 
-OPEN_GOOGLENET = pytest.param(
-    "googlenet",
-    marks=pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason="one nearly dead channel refuses the whole model"
-    ),
-)
+OPEN = {"googlenet", "resnet18", "mobilenet_v3_small", "efficientnet_b0"}
+"""Where a nearly dead channel, whose scale is below 2^-24 of its operands', refuses the whole model."""
+
+
+def models() -> list[Any]:
+    broken = pytest.mark.xfail(strict=True, raises=AssertionError, reason="one nearly dead channel refuses the model")
+    return [pytest.param(n, marks=broken) if n in OPEN else n for n in (*zoo.NAMES, "resnext50_32x4d")]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [OPEN_GOOGLENET if n == "googlenet" else n for n in zoo.NAMES] + ["resnext50_32x4d"])
+@pytest.mark.parametrize("name", models())
 def test_models(name):
     """torchvision's own, at another batch and another image size; those of ``NATIVE_MODELS`` have to have kernels."""
     x = zoo.images(2)[:, :, :48, :48] if name not in ("vgg11_bn",) else zoo.images(2)
