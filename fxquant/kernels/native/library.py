@@ -154,7 +154,11 @@ def _open() -> ctypes.CDLL:
     lacking = set(_INSTRUCTIONS) - _instructions_here()
     if lacking:
         raise _UnusableError(f"this processor lacks {', '.join(sorted(lacking))}")
-    library = ctypes.CDLL(str(_compiled()))
+    made = _compiled()
+    try:
+        library = ctypes.CDLL(str(made))
+    except OSError as error:
+        raise _UnusableError(f"{made} could not be loaded: {error}") from error
     if not library.fxquant_runs_here() or library.fxquant_step_size() != ctypes.sizeof(Step):
         raise _UnusableError("the compiled library does not fit this processor or this version of fxquant")
     library.fxquant_run.argtypes = [c_void_p, ctypes.c_int, ctypes.c_int, c_void_p]
@@ -171,15 +175,19 @@ def _instructions_here() -> set[str]:
     return {name.replace("_", "") for name in flags.split()}
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def _compiled() -> Path:
     """The shared library's file, by what it was compiled from."""
     sources = sorted(_SOURCE.iterdir())
     content = b"".join(path.name.encode() + path.read_bytes() for path in sources)
-    key = hashlib.sha256(content + " ".join(_OPTIONS).encode()).hexdigest()[:16]
+    key = _digest(content + " ".join(_OPTIONS).encode())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
-    made = root / f"native-{key}.so"
-    if made.is_file():
-        return made
+    for made in sorted(root.glob(f"native-{key}-*.so")):
+        if made.name == f"native-{key}-{_digest(made.read_bytes())}.so":  # whole, and not another's
+            return made
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise _UnusableError("it is compiled when first used, and no C++ compiler was found (g++, clang++, or $CXX)")
@@ -192,6 +200,8 @@ def _compiled() -> Path:
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
                 raise _UnusableError(f"{compiler} could not compile it: {first}")
+            content = fresh.read_bytes()
+            made = root / f"native-{key}-{_digest(content)}.so"
             fresh.replace(made)
     except (OSError, subprocess.SubprocessError) as error:
         raise _UnusableError(f"it could not be compiled into {root}: {error}") from error

@@ -112,6 +112,12 @@ class Weighted(Operation):
         if not self.linear and x.ndim != 4:
             raise Unfit(f"its input has {x.ndim} axes")
         check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
+        y = self._own_result(x)
+        if any(torch.broadcast_shapes(y.shape, t.shape) != y.shape for t in others):
+            raise Unfit(f"it is added to a tensor of shape {[list(t.shape) for t in others]}, which is larger")
+        return y
+
+    def _own_result(self, x: Tensor) -> Tensor:
         if self.linear:
             return torch.empty((*x.shape[:-1], self.channels), dtype=torch.float32 if self.to_float else torch.uint8)
         g = self.geometry

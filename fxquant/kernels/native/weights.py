@@ -89,13 +89,17 @@ def rescaling_of(part: Any, channels: int, largest: int) -> Rescaling:
     zero_point, low, high = held(part)
     q = part.multiplier.reshape(-1).long().expand(channels)
     s = (31 - part.shift).reshape(-1).long().expand(channels)
-    if int(s.max()) > 54 or largest * float(torch.ldexp(q.double(), -s).max()) >= 2**30:
+    reach = largest * torch.ldexp(q.double(), -s)
+    if float(reach.max()) >= 2**30:
         raise Unfit("its scale and those of its operands are too far apart")
     # acc · q is an odd multiple of 2^(s - 1) only if both have that many factors of two together.
     twos = torch.where(q == 0, 0, torch.log2((q & -q).clamp(min=1).double()).long())
     ties = bool((twos + largest.bit_length() >= s).any())
-    one = torch.ones_like(s)
-    exact = torch.stack([q, (one << (s - 1)) + (zero_point << s), s], dim=1)
+    never = reach < 0.5  # all of such a channel's sums round to nothing, and its s may be large
+    exact_q, exact_s = q.masked_fill(never, 0), s.masked_fill(never, 1)
+    if ties and int(exact_s.max()) > 54:
+        raise Unfit("its scale and those of its operands are too far apart")
+    exact = torch.stack([exact_q, (torch.ones_like(s) << (exact_s - 1)) + (zero_point << exact_s), exact_s], dim=1)
     magic = 1.5 * 2**52 + zero_point
     return Rescaling(exact if ties else torch.ldexp(q.double(), -s), ties, magic, low, high)
 
