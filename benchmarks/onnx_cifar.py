@@ -1,7 +1,7 @@
 """Top-1 of the CIFAR ResNets as ONNX files in ONNX Runtime and OpenVINO, beside our integer model's.
 
-Models and calibration are those of `ptq_cifar.py`. One file a network, exported from an example of one image, is run on
-the test images one by one and eight by eight.
+Models and calibration are those of `ptq_cifar.py`. One file a network and target, exported from an example of one image,
+is run on the test images one by one and eight by eight, and compared with the integer model of that same target.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fxquant.export.sessions import Session, onnxruntime_session, openvino_sessi
 from fxquant.export.to_onnx import make_onnx
 
 BATCHES = (1, 8)
+TARGETS = ("x86", "openvino")
 RUNTIMES = {"ORT": ("onnxruntime", onnxruntime_session), "OpenVINO": ("openvino", openvino_session)}
 
 
@@ -32,13 +33,14 @@ def classes(session: Session, test: Cifar10, batch: int, label: str) -> Tensor:
     return torch.cat([session([images])[0].argmax(1) for images, _ in batches])
 
 
-def row(name: str, args: argparse.Namespace, batches: list[Any], test: Cifar10) -> dict[str, Any]:
-    """One network's row."""
+def row(name: str, target: str, args: argparse.Namespace, batches: list[Any], test: Cifar10) -> dict[str, Any]:
+    """The row of one network prepared for one target."""
     model = load_resnet(name, args.weights / f"{name}-cifar10.pt")
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    prepared = fxquant.calibrate(fxquant.prepare(model, (batches[0][0][:1],)), batches, progress=False)
-    made = make_onnx(prepared)
-    columns: dict[str, Any] = {"model": name, "float": percent(predictions(model, test, "float") == test.labels)}
+    prepared = fxquant.prepare(model, (batches[0][0][:1],), target=target)
+    made = make_onnx(fxquant.calibrate(prepared, batches, progress=False))
+    columns: dict[str, Any] = {"model": name, "target": target}
+    columns["float"] = percent(predictions(model, test, "float") == test.labels)
     integer = predictions(fxquant.convert(prepared), test, "integer")
     columns |= {"integer": percent(integer == test.labels), "size": round(len(made.content) / size, 3)}
     for title, (package, open_session) in RUNTIMES.items():
@@ -58,6 +60,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="as for ptq_cifar.py")
     parser.add_argument("--weights", type=Path, help="as for ptq_cifar.py")
     parser.add_argument("--models", nargs="+", choices=DEPTHS, default=list(DEPTHS), metavar="NAME")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
     parser.add_argument("--limit", type=int, help="use only this many test images, evenly spread over the classes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     add_output_option(parser, "onnx_cifar")
@@ -76,9 +79,10 @@ def main() -> None:
         test = test.take(torch.linspace(0, len(test) - 1, args.limit).long())
     batches = calibration_batches(load_cifar10(args.data, "train"))
     rows: list[dict[str, Any]] = []
-    for name in tqdm(args.models, desc="models"):
-        rows.append(row(name, args, batches, test))
-        publish(rows, args, quiet=len(rows) < len(args.models), test_images=len(test))
+    pairs = [(name, target) for target in args.targets for name in args.models]
+    for name, target in tqdm(pairs, desc="models"):
+        rows.append(row(name, target, args, batches, test))
+        publish(rows, args, quiet=len(rows) < len(pairs), test_images=len(test))
 
 
 if __name__ == "__main__":
