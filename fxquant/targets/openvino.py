@@ -1,7 +1,9 @@
 """OpenVINO on a CPU: unsigned tensors, signed weights, and fusions that want no rounding inside.
 
 A weighted op runs in one kernel with the activation and the sum behind it, which read its accumulator; the other operand
-of the sum is quantized.
+of the sum is quantized. OpenVINO 2026.4 does so even where a file asks for a rounding between the two: it clamps to that
+grid and does not round (its integers equal those of such a model, and not those of the file). Placed for this target,
+nothing is asked for that it skips.
 """
 
 from __future__ import annotations
