@@ -187,7 +187,10 @@ def equal_share(model: nn.Module, x: Tensor) -> Row:
     share = sum(a.equal for a in found) / sum(a.values for a in found)
     use_kernels(int8, "reference")
     try:
-        native = torch.equal(fxquant.compile(int8, (x,), runtime="native")(x), int8(x))
+        wanted = int8(x)
+        native = torch.equal(fxquant.compile(int8, (x,), runtime="native")(x), wanted)
+        if wanted.unique().numel() == 1:  # torchvision's ViT begins with a head of zeros
+            native = None
     except ExportError:
         native = None
     return {"equal": f"{100 * share:.4f} %", "worst": int(max(a.worst for a in found)), "native is exact": native}
