@@ -1231,3 +1231,27 @@ def test_two_processes_compile_at_once(tmp_path):
     assert [process.communicate(timeout=300)[0].strip() for process in both] == [b"None", b"None"]
     assert len(list(tmp_path.glob("fxquant/*.so"))) == 1
     assert len(list(tmp_path.glob("fxquant/*"))) == 1, "something was left behind"
+
+
+class Two(nn.Module):
+    """Two inputs that are never combined before they are integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.a(x).relu() * 2 + self.b(y).relu()).mean((2, 3)) * 1.5
+
+
+def test_a_first_call_on_parts_of_a_tensor_says_nothing_of_later_ones():
+    """Where an input began in its memory, and what shared it, was once taken for the model's own."""
+    torch.manual_seed(0)
+    images = torch.randn(6, 3, 8, 8)
+    example = images[:1].clone(), images[1:2].clone()
+    int8 = fxquant.convert(fxquant.calibrate(fxquant.prepare(Two().eval(), example), [example]), kernels="reference")
+    calls = [(images[i : i + 1], images[j : j + 1]) for i, j in ((4, 5), (2, 2), (0, 1), (3, 0))]
+    for first in calls:
+        native = NativeModel(int8)
+        for x, y in (first, *calls):
+            assert torch.equal(native(x, y), int8(x, y))

@@ -143,7 +143,6 @@ _passing(
     lambda x: torch.flatten(x, 1, 2),
     (2, 3, 4, 5),
     onnx="Flatten",
-    native="flattening",
     methods=("flatten",),
     modules=(nn.Flatten,),
     quantized=True,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Image", "axes_of", "folded", "image", "rows"]
+__all__ = ["Image", "axes_of", "folded", "image", "merged", "rows"]
 
 
 class Image(NamedTuple):
@@ -40,10 +40,9 @@ def rows(x: Tensor, *others: Tensor) -> list[Image] | None:
         return None
     lead = list(x.shape[:-1])
     tensors = [x, *others]
-    found = _merged(lead, [t.stride()[:-1] for t in tensors])
-    if found is None or len(found[0]) > 3:
+    sizes, strides = merged(lead, [t.stride()[:-1] for t in tensors])
+    if len(sizes) > 3:
         return None
-    sizes, strides = found
     fill = 3 - len(sizes)
     return [
         Image(t, (*[1] * fill, *sizes, t.shape[-1]), (*[0] * fill, *own))
@@ -56,14 +55,11 @@ def folded(*tensors: Tensor) -> list[Image] | None:
     order = axes_of(tensors[-1])
     shape = [tensors[-1].shape[axis] for axis in order]
     strides = [[t.stride(axis) for axis in order] for t in tensors]
-    found = _merged(shape, strides)
-    if found is None:
-        return None
-    sizes, merged = found
-    if len(sizes) > 4 or any(own[-1] != 1 for own in merged):
+    sizes, steps = merged(shape, strides)
+    if len(sizes) > 4 or any(own[-1] != 1 for own in steps):
         return None
     fill = 4 - len(sizes)
-    return [Image(t, (*[1] * fill, *sizes), (*[0] * fill, *own)[:3]) for t, own in zip(tensors, merged, strict=True)]
+    return [Image(t, (*[1] * fill, *sizes), (*[0] * fill, *own)[:3]) for t, own in zip(tensors, steps, strict=True)]
 
 
 def axes_of(x: Tensor) -> list[int]:
@@ -71,21 +67,21 @@ def axes_of(x: Tensor) -> list[int]:
     return sorted((a for a in range(x.ndim) if x.shape[a] > 1), key=lambda axis: x.stride(axis), reverse=True)
 
 
-def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]] | None:
+def merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Sizes and strides with axes of one element left out, and neighbours joined that all tensors step through alike."""
     sizes: list[int] = []
-    merged: list[list[int]] = [[] for _ in strides]
+    joined: list[list[int]] = [[] for _ in strides]
     for axis, size in enumerate(shape):
         if size == 1:
             continue
-        if sizes and all(own[-1] == s[axis] * size for own, s in zip(merged, strides, strict=True)):
+        if sizes and all(own[-1] == s[axis] * size for own, s in zip(joined, strides, strict=True)):
             sizes[-1] *= size
-            for own, s in zip(merged, strides, strict=True):
+            for own, s in zip(joined, strides, strict=True):
                 own[-1] = s[axis]
         else:
             sizes.append(size)
-            for own, s in zip(merged, strides, strict=True):
+            for own, s in zip(joined, strides, strict=True):
                 own.append(s[axis])
     if not sizes:
         return [1], [[1] for _ in strides]
-    return sizes, merged
+    return sizes, joined

@@ -105,7 +105,7 @@ class _Lowering:
                 self._lower(node, self.lines[-1])
         if not any(line.operation for line in self.lines):
             raise Unfit("nothing in the model is computed in bytes")
-        self._fuse(result)
+        self._fuse()
         return NativeProgram(self.lines, inputs, result)
 
     def _referring(self, value: Any) -> Any:
@@ -165,7 +165,7 @@ class _Lowering:
 
     # ---- what is done on a layer's way out
 
-    def _fuse(self, result: Any) -> None:
+    def _fuse(self) -> None:
         """A table or a sum that only continues a layer becomes that layer's way out."""
         shapes = {self.number[n]: n.meta.get("shape") for n in self.number}
         uses = {self.number[n]: len(n.users) for n in self.number}

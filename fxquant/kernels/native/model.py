@@ -46,16 +46,12 @@ class NativeModel:
 
         Raises:
             InputError: an input is neither a plain number nor a tensor on the CPU that is not empty.
-        Unfit: an op of the model has no native kernel for inputs of these shapes.
+            Unfit: an op of the model has no native kernel for inputs of these shapes.
         """
         inputs = [_checked(x) for x in (list(args) if self.spec is None else self.spec.bind(args, kwargs))]
         with self._lock, torch.no_grad():
             result = self._plan(inputs).run(inputs)
         return result if self.spec is None else self.spec.restore(result)
-
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for such a call."""
-        return self._plan([_checked(x) for x in (list(args) if self.spec is None else self.spec.bind(args, kwargs))])
 
     def _plan(self, inputs: Sequence[Any]) -> Plan:
         key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)

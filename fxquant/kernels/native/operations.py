@@ -119,7 +119,7 @@ class Pointwise(Operation):
     """A function of one number or one channel, and what looks at all numbers along an axis.
 
     Attributes:
-        kind: ``table``, ``affine`` or ``layer norm``.
+        kind: ``table``, ``affine``, ``layer norm`` or ``softmax``.
         write: sets the fields of a step.
         keep: tensors whose memory the step reads.
         channels: how many there must be, where that matters.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxquant.kernels.native.cut import cut
-from fxquant.kernels.native.layout import Image, axes_of
+from fxquant.kernels.native.layout import Image, axes_of, merged
 from fxquant.kernels.native.library import KINDS, Step, TensorView, run_steps
 from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.memory import Memory
@@ -151,15 +151,10 @@ def _order(x: Tensor) -> torch.memory_format:
 
 def _axes(step: Step, x: Tensor, y: Tensor) -> Tensor:
     """Write the axes of a copy: sizes and strides, neighbours joined where both step through them alike."""
-    found: list[list[int]] = []
-    for axis in axes_of(y):
-        size, from_, to = y.shape[axis], x.stride(axis), y.stride(axis)
-        if found and found[-1][1] == from_ * size and found[-1][2] == to * size:
-            found[-1] = [found[-1][0] * size, from_, to]
-        else:
-            found.append([size, from_, to])
-    if len(found) > _AXES:
-        raise Unfit(f"it copies along {len(found)} axes")
-    numbers = torch.tensor(found or [[1, 1, 1]], dtype=torch.int64)
+    order = axes_of(y)
+    sizes, (from_, to) = merged([y.shape[a] for a in order], [[t.stride(a) for a in order] for t in (x, y)])
+    if len(sizes) > _AXES:
+        raise Unfit(f"it copies along {len(sizes)} axes")
+    numbers = torch.tensor([sizes, from_, to], dtype=torch.int64).t().contiguous()
     step.taps, step.numbers = len(numbers), numbers.data_ptr()
     return numbers

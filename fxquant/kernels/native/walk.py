@@ -138,7 +138,9 @@ class Walk:
         if line in self.after or (self.is_own(value) and value.dtype != torch.uint8):
             raise Unfit("an operand was a float between two parts in integers")
         if not self.is_own(value) and line not in self.doors.values():
-            value = self.values[line] = from_outside(value, self.program.lines[line].signed)
+            own = from_outside(value, self.program.lines[line].signed)
+            # Floats are cloned, as bytes are copied: a caller's tensors may be parts of one, or one and the same.
+            value = self.values[line] = own.clone() if own.is_floating_point() else own
             self.doors[value.untyped_storage().data_ptr()] = line
         return value
 
