@@ -26,6 +26,7 @@ from fxquant import Recipe, Scheme, Setting
 from fxquant.errors import InputError, SpecializationError
 from fxquant.kernels.native import library
 from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.native.weighted import Weighted
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
 from fxquant.nn.integer import IntegerEvaluate, IntegerLinearMap
 
@@ -334,6 +335,38 @@ def test_multipliers_with_any_number_of_factors_of_two(form):
             part.multiplier.copy_((part.multiplier >> zeros << zeros) | 2**30)
             part.shift.copy_(torch.randint(-12, 0, part.shift.shape))
         require_same(integer, (x,), values=5)
+
+
+WAYS: dict[str, tuple[int, int, int, str]] = {
+    "all of 31 bits": (20, -13, 1, "float64"),
+    "sums of 24 bits": (24, -13, 0, "float32"),
+    "sums of 25 bits": (25, -13, 0, "float64"),
+    "results of 15 bits": (24, -9, 0, "float32"),
+    "results of 16 bits": (24, -8, 0, "float64"),
+}
+"""Bits of the largest sum, shift, lowest bit of the multipliers, and how sums are rescaled then."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", FORMS)
+def test_each_way_of_rescaling(form, way):
+    """Float32 where it is exact, and float64 as soon as it is not."""
+    build, shape = FORMS[form]
+    x = signal(*shape)
+    integer = integers_of(build(), x)
+    bits, shift, odd, rule = WAYS[way]
+    for part in weighted(integer):
+        reach = 255 * int(part.weight.long().abs().flatten(1).sum(1).max())
+        most = 2**bits - 1 - reach
+        part.bias.copy_(torch.where(torch.arange(len(part.bias)) % 2 == 0, most, -most))
+        mantissa = torch.randint(2**23, 2**24 - 2**18, part.multiplier.shape) | 1  # no sum is half way
+        part.multiplier.copy_(mantissa << 7 | odd)
+        part.shift.fill_(shift)
+    native = NativeModel(integer)
+    operations = [line.operation for line in native.program.lines if isinstance(line.operation, Weighted)]
+    assert {operation.rescaling.rule for operation in operations} == {rule}
+    for call in (x, signal(*shape, seed=4, gain=30)):
+        assert torch.equal(native(call), integer(call))
 
 
 def test_large_biases():

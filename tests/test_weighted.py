@@ -59,7 +59,8 @@ def oracle(layer: nn.Module, frozen: nn.Module, q_x: np.ndarray, rounding: str) 
     bias = np.zeros(channels) if part.bias is None else part.bias.detach().double().numpy()
     out = np.empty_like(acc)
     for c in range(channels):
-        m = Fraction(s_x * s_w[c] / float(y_grid.scale))
+        m = s_x * s_w[c] / float(y_grid.scale)
+        m = Fraction(float(np.float32(m)) if rounding == "single" else m)
         b = round(bias[c] / (s_x * s_w[c]))
         for index, value in np.ndenumerate(acc[c]):
             q = requantized(int(value) + b, m, rounding) + int(y_grid.zero_point)
@@ -82,6 +83,17 @@ def test_integers_are_exactly_the_oracles(name, weight, rounding):
     expected = oracle(layer, frozen, q_x, rounding)
     assert np.array_equal(got, expected), f"{(got != expected).sum()} of {got.size} differ"
     assert len(np.unique(expected)) >= min(20, expected.size // 2)
+
+
+@pytest.mark.parametrize(("rounding", "bits"), [("single", 24), ("double", 31)])
+def test_significant_bits_of_multipliers(rounding, bits):
+    """Kernels that rescale in float32 rely on those of ``single``."""
+    layer, shape = LAYERS["conv2d depthwise"]
+    integer = fxquant.convert(calibrated(example(layer, shape)(), recipe_with()), rounding=rounding)
+    q = next(p for p in integer.modules() if isinstance(p, IntegerWeighted)).multiplier
+    assert ((q >= 2**30) & (q < 2**31)).all()
+    assert (q % 2 ** (31 - bits) == 0).all()
+    assert (q % 2 ** (32 - bits) != 0).any()
 
 
 def test_wide_accumulators_stay_exact():

@@ -150,6 +150,9 @@ class IntegerOp(nn.Module):
         self.numbers = {name: int(getattr(self, name)) for name in self.numbers}
 
     def _set_multiplier(self, multiplier: Tensor) -> None:
+        if self.rounding == "single":
+            # 24 significant bits, so that a fused multiply-add in float32 gives the very same integers (kernels/native).
+            multiplier = multiplier.float()
         q, shift = quantize_multiplier(multiplier.double())
         self.register_buffer("multiplier", q)
         self.register_buffer("shift", shift)

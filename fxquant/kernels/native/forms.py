@@ -116,7 +116,7 @@ def _product(lines: Lines, node: fx.Node, part: IntegerProduct) -> Operation:
         raise Unfit("its factors have scales of different signs")
     lines.gives(node, part.output_dtype)
     zero_points = _zero_point(lines, node, part, 0), _zero_point(lines, node, part, 1)
-    return Product(lines.operands(node.args), rescaling_of(part, 16, 255 * 255), zero_points)
+    return Product(lines.operands(node.args), rescaling_of(part, 16, torch.tensor(255 * 255)), zero_points)
 
 
 def _evaluate(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:

@@ -41,7 +41,7 @@ _NAMES = (
 )
 KINDS = {name: index for index, name in enumerate(_NAMES)}
 """As ``Kind`` in tensor.h."""
-FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8, "linear": 16, "ties": 32}
+FLAGS = {"adds": 1, "to_float": 2, "counts_padding": 4, "grouped": 8, "linear": 16, "ties": 32, "in_float64": 64}
 """As ``Flag`` in tensor.h."""
 
 _Pair = c_int32 * 2

@@ -290,7 +290,7 @@ def set_rescaling(step: Step, rescaling: Rescaling, constants: Tensor) -> None:
     """Write how sums become bytes."""
     step.out.constants, step.out.magic = constants.data_ptr(), rescaling.magic
     step.out.low, step.out.high = rescaling.low, rescaling.high
-    step.flags |= FLAGS["ties"] * rescaling.ties
+    step.flags |= {"integers": FLAGS["ties"], "float64": FLAGS["in_float64"], "float32": 0}[rescaling.rule]
 
 
 @dataclass(eq=False)

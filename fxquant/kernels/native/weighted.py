@@ -24,7 +24,7 @@ from fxquant.kernels.native.weights import (
     rescaling_of,
     woven,
 )
-from fxquant.kernels.saturation import INT32, channels_first, largest_sum
+from fxquant.kernels.saturation import INT32, channels_first, one_sided_sums
 from fxquant.kernels.weighted import Geometry, geometry_of, unfit
 from fxquant.nn.accumulating import IntegerWeighted
 
@@ -50,12 +50,16 @@ class Weighted(Operation):
 
     def __post_init__(self, part: IntegerWeighted) -> None:
         weight, reason = channels_first(part), unfit(part)
-        largest = largest_sum(part) + (0 if part.bias is None else int(part.bias.long().abs().max()))
-        if reason is not None or largest > INT32:
-            raise Unfit(reason or "its sums could overflow 32 bits")
-        self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
+        if reason is not None:
+            raise Unfit(reason)
         if weight.ndim not in (2, 4):
             raise Unfit("only convolutions over two dimensions and linear layers are written natively")
+        bias = folded_bias(part, weight, self.zero_point)
+        above, below = one_sided_sums(part)
+        largest = torch.maximum((bias + 255 * above).abs(), (bias - 255 * below).abs())
+        if int(largest.max()) > INT32:
+            raise Unfit("its sums could overflow 32 bits")
+        self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
         geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
         assert geometry is not None
         self.geometry, self.channels, self.depth = geometry, weight.shape[0], weight.shape[1]
@@ -63,7 +67,7 @@ class Weighted(Operation):
         self._choose_form()
         if self.depthwise and self.to_float:
             raise Unfit("its sums leave as floats, and each channel has a filter of its own")
-        self._lay_out(part, weight, largest)
+        self._lay_out(part, weight, bias, largest)
         self.clamp = part.clamp if self.to_float else (None, None)
 
     def _choose_form(self) -> None:
@@ -73,7 +77,7 @@ class Weighted(Operation):
         self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
         self.by_lines = g.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and g.dilation[1] == 1
 
-    def _lay_out(self, part: IntegerWeighted, weight: Tensor, largest: int) -> None:
+    def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, largest: Tensor) -> None:
         groups = 1 if self.depthwise else self.geometry.groups
         size = 64 // self.lines if self.depthwise else 16
 
@@ -81,7 +85,7 @@ class Weighted(Operation):
             filled = torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines)
             return woven(filled) if self.depthwise else filled.contiguous()
 
-        self.bias = spread(folded_bias(part, weight, self.zero_point)).to(torch.int32)
+        self.bias = spread(bias).to(torch.int32)
         if self.to_float:
             scale = part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()

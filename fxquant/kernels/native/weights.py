@@ -53,69 +53,70 @@ def per_block(values: Tensor, size: int, fill: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Rescaling:
-    """How sums of 32 bits become bytes; the rule is told in tensor.h.
+    """How sums of 32 bits become bytes; the rules are told in tensor.h.
 
     Attributes:
-        channels: of each output channel, one float64 number, or q, r and s as int64 ``(channels, 3)``.
-        ties: whether a sum could be half way between two bytes, and the second form is needed.
-        magic: what the first form adds.
+        rule: ``float32``, ``float64`` or ``integers``.
+        channels: of each output channel, one number of that type, or q, r and s as int64 ``(channels, 3)``.
+        magic: what the first two add.
         low, high: bounds.
     """
 
+    rule: str
     channels: Tensor
-    ties: bool
     magic: float
     low: int
     high: int
 
     def laid_out(self, spread: Callable[[Tensor, int], Tensor]) -> Tensor:
         """The numbers as the kernels read them, where ``spread`` orders channels and fills them up to whole blocks."""
-        if not self.ties:
+        if self.rule != "integers":
             return spread(self.channels, 0)
         columns = [spread(c, fill) for c, fill in zip(self.channels.unbind(1), (0, 0, 1), strict=True)]
         return torch.stack(columns, dim=1).reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
 
 
-def rescaling_of(part: Any, channels: int, largest: int) -> Rescaling:
+def rescaling_of(part: Any, channels: int, largest: Tensor) -> Rescaling:
     """How an integer form requantizes its sums.
 
     Args:
         part: the form.
         channels: how many it has.
-        largest: no sum can exceed that magnitude.
+        largest: of each channel, or of all, the magnitude that no sum can exceed, int64.
     """
     if part.rounding != "single":
         raise Unfit(f"its recipe rounds as {part.rounding!r}")
     zero_point, low, high = held(part)
     q = part.multiplier.reshape(-1).long().expand(channels)
     s = (31 - part.shift).reshape(-1).long().expand(channels)
-    reach = largest * torch.ldexp(q.double(), -s)
+    numbers = torch.ldexp(q.double(), -s)
+    reach = largest * numbers
     if float(reach.max()) >= 2**30:
         raise Unfit("its scale and those of its operands are too far apart")
     # acc · q is an odd multiple of 2^(s - 1) only if both have that many factors of two together.
     twos = torch.where(q == 0, 0, torch.log2((q & -q).clamp(min=1).double()).long())
-    ties = bool((twos + largest.bit_length() >= s).any())
-    never = reach < 0.5  # all of such a channel's sums round to nothing, and its s may be large
-    exact_q, exact_s = q.masked_fill(never, 0), s.masked_fill(never, 1)
-    if ties and int(exact_s.max()) > 54:
-        raise Unfit("its scale and those of its operands are too far apart")
-    exact = torch.stack([exact_q, (torch.ones_like(s) << (exact_s - 1)) + (zero_point << exact_s), exact_s], dim=1)
-    magic = 1.5 * 2**52 + zero_point
-    return Rescaling(exact if ties else torch.ldexp(q.double(), -s), ties, magic, low, high)
+    if bool((twos + torch.frexp(largest.double()).exponent >= s).any()):
+        never = reach < 0.5  # all of such a channel's sums round to nothing, and its s may be large
+        q, s = q.masked_fill(never, 0), s.masked_fill(never, 1)
+        if int(s.max()) > 54:
+            raise Unfit("its scale and those of its operands are too far apart")
+        r = (torch.ones_like(s) << (s - 1)) + (zero_point << s)
+        return Rescaling("integers", torch.stack([q, r, s], dim=1), 0.0, low, high)
+    single = numbers.float()
+    if int(largest.max()) < 2**24 and float(reach.max()) < 2**15 - 256 and torch.equal(single.double(), numbers):
+        return Rescaling("float32", single, 1.5 * 2**23 + zero_point, low, high)
+    return Rescaling("float64", numbers, 1.5 * 2**52 + zero_point, low, high)
 
 
 def dense_weight(weight: Tensor, groups: int) -> Tensor:
-    """Weights ``(channels, points, depth)`` as bundles of blocks, ``[point][four of depth][block][16][4]`` each."""
+    """Weights ``(channels, points, depth)`` as bundles of four blocks, ``[point][four of depth][block][16][4]`` each."""
     fours = -weight.shape[2] % 4
     bundles = []
     for rows in torch.nn.functional.pad(weight, (0, fours)).chunk(groups):
         blocks = -(-rows.shape[0] // 16)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 16 * blocks - rows.shape[0]))
         rows = rows.reshape(blocks, 16, rows.shape[1], -1, 4)
-        count = -(-blocks // 4)
-        for i in range(count):
-            bundle = rows[blocks * i // count : blocks * (i + 1) // count]
-            bundles.append(bundle.permute(2, 3, 0, 1, 4).flatten())
+        bundles += [bundle.permute(2, 3, 0, 1, 4).flatten() for bundle in rows.split(4)]
     return torch.cat(bundles).contiguous()
 
 

@@ -35,6 +35,8 @@ struct Cursor {
     int across, y0, x0, reach_y, reach_x;
     bool lines_inside;
     const uint8_t* start;
+    uint8_t* to;           // the pixel of the result
+    const uint8_t* other;  // and what is added to it
     int64_t* offsets;
 
     Cursor(const Step& s, int64_t index, int64_t* offsets) : s(s), p(point_of(index, s.y)), offsets(offsets) {
@@ -50,31 +52,33 @@ struct Cursor {
         y0 = p.y * s.window.stride[0] - s.window.padding[0], x0 = p.x * s.window.stride[1] - s.window.padding[1];
         lines_inside = y0 >= 0 && y0 + reach_y < s.x.h;
         start = s.x.data + p.i * s.x.image + y0 * s.x.row + x0 * s.x.pixel;
+        to = s.y.at(p.i, p.y, p.x), other = s.z.at(p.i, p.y, p.x);
     }
     void next() {
         if (p.x + 1 < s.y.w) {
-            p.x++, x0 += s.window.stride[1], start += s.window.stride[1] * s.x.pixel;
+            p.x++, x0 += s.window.stride[1], start += s.window.stride[1] * s.x.pixel, to += s.y.pixel, other += s.z.pixel;
         } else {
             advance(p, s.y);
             find_start();
         }
     }
-    // rows[point * step]
-    void rows(const uint8_t** rows, int step) const {
-        if (lines_inside && x0 >= 0 && x0 + reach_x < s.x.w) {
-            for (int t = 0; t < s.taps; t++) rows[t * step] = start + offsets[t];
+    bool inside() const { return lines_inside && x0 >= 0 && x0 + reach_x < s.x.w; }
+    // rows[point]
+    void rows(const uint8_t** rows) const {
+        if (inside()) {
+            for (int t = 0; t < s.taps; t++) rows[t] = start + offsets[t];
             return;
         }
         for (int t = 0; t < s.taps; t++) {
             const int y = y0 + t / across * s.window.dilation[0], x = x0 + t % across * s.window.dilation[1];
-            rows[t * step] = y >= 0 && y < s.x.h && x >= 0 && x < s.x.w ? start + offsets[t] : s.border;
+            rows[t] = y >= 0 && y < s.x.h && x >= 0 && x < s.x.w ? start + offsets[t] : s.border;
         }
     }
 };
 
 // What a tile needs besides its numbers of pixels and blocks.
 struct Tile {
-    const uint8_t** rows;  // [point][pixel]
+    const uint8_t** rows;  // [point][MOST_PIXELS]
     int64_t offset;        // of the group's channels in a pixel
     int points, quads;     // points of the window, fours of channels in each
     const int8_t* weight;
@@ -99,7 +103,7 @@ void accumulate(const Tile& tile, int32_t* sums) {
     const uint8_t* const* rows = tile.rows;
     const int8_t* weight = tile.weight;
     const int64_t quads = tile.quads, offset = tile.offset;
-    for (int t = 0; t < tile.points; t++, rows += PIXELS) {
+    for (int t = 0; t < tile.points; t++, rows += MOST_PIXELS) {
         const uint8_t* at[PIXELS];
 #pragma GCC unroll 8
         for (int i = 0; i < PIXELS; i++) at[i] = rows[i] + offset;
@@ -138,22 +142,23 @@ static const Accumulate ACCUMULATE[5][MOST_PIXELS + 1] = {
 };
 
 // From sums to the bytes of a tile.
-template <int BLOCKS, bool TIES>
+template <int BLOCKS, Rule RULE>
 void to_bytes(const Step& s, const Tile& tile, int count, const int32_t* sums) {
-    const Rescaling<TIES> rescaling(s, tile.block);
+    const Rescaling<RULE> rescaling(s, tile.block);
     const Finish& finish = *tile.finish;
     for (int i = 0; i < count; i++, sums += 64) {
         __m512i v[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) v[j] = j < BLOCKS ? rescaling(sums + 16 * j, j) : v[0];
-        store(tile.to[i], finish(pack(v), tile.other[i]), tile.channels);
+        for (int j = 0; j < 4; j++) v[j] = j < BLOCKS ? rescaling(_mm512_load_si512(sums + 16 * j), j) : v[0];
+        store(tile.to[i], finish(rescaling.bytes(v), tile.other[i]), tile.channels);
     }
 }
 
 using ToBytes = void (*)(const Step&, const Tile&, int, const int32_t*);
-static const ToBytes TO_BYTES[2][5] = {
-    {nullptr, to_bytes<1, false>, to_bytes<2, false>, to_bytes<3, false>, to_bytes<4, false>},
-    {nullptr, to_bytes<1, true>, to_bytes<2, true>, to_bytes<3, true>, to_bytes<4, true>},
+static const ToBytes TO_BYTES[3][5] = {
+    {nullptr, to_bytes<1, FLOAT32>, to_bytes<2, FLOAT32>, to_bytes<3, FLOAT32>, to_bytes<4, FLOAT32>},
+    {nullptr, to_bytes<1, FLOAT64>, to_bytes<2, FLOAT64>, to_bytes<3, FLOAT64>, to_bytes<4, FLOAT64>},
+    {nullptr, to_bytes<1, INTEGERS>, to_bytes<2, INTEGERS>, to_bytes<3, INTEGERS>, to_bytes<4, INTEGERS>},
 };
 
 // The same with sums that are never stored, for tiles of at most 16 of them: more leave the compiler too few registers. Short
@@ -169,7 +174,7 @@ void at_once(const Step& s, const Tile& tile) {
     }
     const uint8_t* const* rows = tile.rows;
     const int8_t* weight = tile.weight;
-    for (int t = 0; t < tile.points; t++, rows += PIXELS) {
+    for (int t = 0; t < tile.points; t++, rows += MOST_PIXELS) {
         for (int64_t k = 0; k < tile.quads; k++, weight += 64 * BLOCKS) {
             __m512i w[BLOCKS];
 #pragma GCC unroll 4
@@ -184,19 +189,19 @@ void at_once(const Step& s, const Tile& tile) {
             }
         }
     }
-    const Rescaling<false> rescaling(s, tile.block);
+    const Rescaling<FLOAT32> rescaling(s, tile.block);
     const Finish& finish = *tile.finish;
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; i++) {
         __m512i v[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) v[j] = j < BLOCKS ? rescaling(acc[i][j < BLOCKS ? j : 0], j) : v[0];
-        store(tile.to[i], finish(pack(v), tile.other[i]), tile.channels);
+        store(tile.to[i], finish(rescaling.bytes(v), tile.other[i]), tile.channels);
     }
 }
 
 using AtOnce = void (*)(const Step&, const Tile&);
-constexpr int PIXELS_AT_ONCE[5] = {0, 8, 8, 4, 4}, QUADS_AT_ONCE[5] = {0, 1 << 30, 1 << 30, 16, 16};
+constexpr int PIXELS_AT_ONCE[5] = {0, 8, 8, 4, 4}, QUADS_AT_ONCE[5] = {0, 1 << 30, 1 << 30, 12, 12};
 static const AtOnce AT_ONCE[5][MOST_PIXELS + 1] = {
     {},
     {nullptr, at_once<1, 1>, at_once<2, 1>, at_once<3, 1>, at_once<4, 1>, at_once<5, 1>, at_once<6, 1>, at_once<7, 1>,
@@ -220,11 +225,38 @@ inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int
     }
 }
 
-// Some pixels of the result by one bundle of up to four blocks of 16 channels. Bundles are as even as they can be.
+// The next pixels: their points of the window, eight pixels at a time, and where they go.
+inline void take(Cursor& cursor, int count, int own, int channel, Tile& tile) {
+    const Step& s = cursor.s;
+    alignas(64) int64_t start[MOST_PIXELS], y0[MOST_PIXELS], x0[MOST_PIXELS];
+    bool inside = true;
+    for (int i = 0; i < count; i++, cursor.next()) {
+        start[i] = reinterpret_cast<int64_t>(cursor.start), y0[i] = cursor.y0, x0[i] = cursor.x0;
+        inside &= cursor.inside();
+        tile.to[i] = cursor.to + own, tile.other[i] = cursor.other + channel;
+    }
+    const __m512i from = _mm512_load_si512(start);
+    if (inside) {
+        for (int t = 0; t < s.taps; t++)
+            _mm512_storeu_si512(tile.rows + MOST_PIXELS * t, _mm512_add_epi64(from, _mm512_set1_epi64(cursor.offsets[t])));
+        return;
+    }
+    const __m512i border = _mm512_set1_epi64(reinterpret_cast<int64_t>(s.border));
+    const __m512i h = _mm512_set1_epi64(s.x.h), w = _mm512_set1_epi64(s.x.w), ys = _mm512_load_si512(y0), xs = _mm512_load_si512(x0);
+    for (int t = 0; t < s.taps; t++) {
+        const int down = t / cursor.across * s.window.dilation[0], right = t % cursor.across * s.window.dilation[1];
+        const __mmask8 there = _mm512_cmplt_epu64_mask(_mm512_add_epi64(ys, _mm512_set1_epi64(down)), h) &
+                               _mm512_cmplt_epu64_mask(_mm512_add_epi64(xs, _mm512_set1_epi64(right)), w);
+        const __m512i row = _mm512_add_epi64(from, _mm512_set1_epi64(cursor.offsets[t]));
+        _mm512_storeu_si512(tile.rows + MOST_PIXELS * t, _mm512_mask_mov_epi64(border, there, row));
+    }
+}
+
+// Some pixels of the result by one bundle of up to four blocks of 16 channels.
 inline void convolve(const Step& s, int column, int64_t index, int64_t end, const Finish& finish) {
     const int bundles = (s.blocks + 3) / 4;
     const int group = column / bundles, bundle = column % bundles;
-    const int from = s.blocks * bundle / bundles, blocks = s.blocks * (bundle + 1) / bundles - from;
+    const int from = 4 * bundle, blocks = std::min(4, s.blocks - from);
     const int per_group = s.y.c / s.groups, inside = 16 * from, channel = group * per_group + inside;
     const int channels = std::min(16 * blocks, per_group - inside);
     const int block = group * s.blocks + from;
@@ -240,7 +272,7 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
     tile.finish = &finish;
     tile.channels = channels;
 
-    const bool at_once = !(s.flags & (TO_FLOAT | TIES)) && tile.points * tile.quads <= QUADS_AT_ONCE[blocks];
+    const bool at_once = !(s.flags & (TO_FLOAT | TIES | IN_FLOAT64)) && tile.points * tile.quads <= QUADS_AT_ONCE[blocks];
     const int most = at_once ? PIXELS_AT_ONCE[blocks] : PIXELS_FOR[blocks];
     const int own = to_float ? 0 : channel;
     const bool linear = s.flags & LINEAR;
@@ -248,18 +280,14 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
     alignas(64) int32_t sums[MOST_PIXELS * 64];
     for (int tiles = static_cast<int>((end - index + most - 1) / most); tiles > 0; tiles--) {
         const int count = static_cast<int>((end - index + tiles - 1) / tiles);
-        for (int i = 0; i < count; i++) {
-            if (linear) {
+        if (linear) {
+            for (int i = 0; i < count; i++) {
                 tile.rows[i] = s.x.data + (index + i) * s.x.pixel;
                 tile.to[i] = s.y.data + (index + i) * s.y.pixel + own;
                 tile.other[i] = s.z.data + (index + i) * s.z.pixel + channel;
-                continue;
             }
-            const Point& p = cursor.p;
-            cursor.rows(tile.rows + i, count);
-            tile.to[i] = s.y.at(p.i, p.y, p.x) + own;
-            tile.other[i] = s.z.at(p.i, p.y, p.x) + channel;
-            cursor.next();
+        } else {
+            take(cursor, count, own, channel, tile);
         }
         index += count;
         if (at_once) {
@@ -270,7 +298,7 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
         if (to_float) {
             for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, channels, tile.to[i]);
         } else {
-            TO_BYTES[s.flags & TIES ? 1 : 0][blocks](s, tile, count, sums);
+            TO_BYTES[rule_of(s)][blocks](s, tile, count, sums);
         }
     }
 }

@@ -14,7 +14,7 @@ inline void weave_four(__m512i a, __m512i b, __m512i c, __m512i d, __m512i v[4])
 }
 
 // Any window: weight[64 channels][four points][64][4].
-template <bool TIES>
+template <Rule RULE>
 void any_window(const Step& s, int unit, const Finish& finish) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
     const int64_t from = pixels * unit / s.units, end = pixels * (unit + 1) / s.units;
@@ -23,10 +23,7 @@ void any_window(const Step& s, int unit, const Finish& finish) {
     for (int t = s.taps; t < fours * 4; t++) rows[t] = s.border;
     Cursor cursor(s, from, static_cast<int64_t*>(alloca(sizeof(int64_t) * s.taps)));
     for (int64_t index = from; index < end; index++, cursor.next()) {
-        const Point& p = cursor.p;
-        cursor.rows(rows, 1);
-        uint8_t* to = s.y.at(p.i, p.y, p.x);
-        const uint8_t* other = s.z.at(p.i, p.y, p.x);
+        cursor.rows(rows);
         for (int c = 0; c < s.y.c; c += 64) {
             __m512i acc[4];
             for (int j = 0; j < 4; j++) acc[j] = _mm512_loadu_si512(s.bias + c + 16 * j);
@@ -39,15 +36,19 @@ void any_window(const Step& s, int unit, const Finish& finish) {
                 for (int j = 0; j < 4; j++)
                     acc[j] = _mm512_dpbusd_epi32(acc[j], v[j], _mm512_loadu_si512(weight + 64 * j));
             }
-            const Rescaling<TIES> rescaling(s, c / 16);
+            const Rescaling<RULE> rescaling(s, c / 16);
             for (int j = 0; j < 4; j++) acc[j] = rescaling(acc[j], j);
-            store(to + c, finish(pack_woven(acc), other + c), s.y.c - c);
+            store(cursor.to + c, finish(rescaling.woven_bytes(acc), cursor.other + c), s.y.c - c);
         }
     }
 }
 
 inline void depthwise(const Step& s, int unit, const Finish& finish) {
-    return s.flags & TIES ? any_window<true>(s, unit, finish) : any_window<false>(s, unit, finish);
+    switch (rule_of(s)) {
+        case FLOAT32: return any_window<FLOAT32>(s, unit, finish);
+        case FLOAT64: return any_window<FLOAT64>(s, unit, finish);
+        case INTEGERS: return any_window<INTEGERS>(s, unit, finish);
+    }
 }
 
 // The same channels of LINES lines of the result, of 64 / LINES channels each, in one vector.
@@ -76,7 +77,7 @@ struct Together {
 
 // 64 channels (or fewer, of several lines) of two pixels of the result at once, so that what is read of weights and rules
 // serves both. weight[column][64][4], the fourth zero.
-template <int STRIDE, int LINES, bool TIES>
+template <int STRIDE, int LINES, Rule RULE>
 struct ThreeByThree {
     static constexpr int COLUMNS = STRIDE + 3;
     const Step& s;
@@ -113,7 +114,7 @@ struct ThreeByThree {
     void channels(int c) const {
         const int count = std::min(s.y.c - c, 64 / LINES);
         const int8_t* weight = s.weight + 12 * static_cast<int64_t>(c);
-        const Rescaling<TIES> rescaling(s, c / 16);
+        const Rescaling<RULE> rescaling(s, c / 16);
         __m512i col[COLUMNS][4];
         int ready = INT32_MIN;  // the pixel whose columns the last ones would be
         for (int pair = 0; pair < s.y.w; pair += 2) {
@@ -146,7 +147,7 @@ struct ThreeByThree {
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
                 if (i == s.y.w) break;
-                __m512i bytes = finish(pack_woven(acc[i]));
+                __m512i bytes = finish(rescaling.woven_bytes(acc[i]));
                 uint8_t* out[LINES];
                 const uint8_t* plus[LINES];
                 for (int l = 0; l < LINES; l++) {
@@ -170,8 +171,11 @@ template <int STRIDE, int LINES>
 void three_by_three(const Step& s, int unit, const Finish& finish) {
     const int64_t lines = static_cast<int64_t>(s.y.n) * s.y.h;
     const int64_t from = lines * unit / s.units, end = lines * (unit + 1) / s.units;
-    if (s.flags & TIES) return ThreeByThree<STRIDE, LINES, true>{s, finish, {}, {}, {}, {}}.lines(from, end);
-    return ThreeByThree<STRIDE, LINES, false>{s, finish, {}, {}, {}, {}}.lines(from, end);
+    switch (rule_of(s)) {
+        case FLOAT32: return ThreeByThree<STRIDE, LINES, FLOAT32>{s, finish, {}, {}, {}, {}}.lines(from, end);
+        case FLOAT64: return ThreeByThree<STRIDE, LINES, FLOAT64>{s, finish, {}, {}, {}, {}}.lines(from, end);
+        case INTEGERS: return ThreeByThree<STRIDE, LINES, INTEGERS>{s, finish, {}, {}, {}, {}}.lines(from, end);
+    }
 }
 
 // groups: how many lines share a vector.

@@ -20,10 +20,12 @@ struct Window {
     int32_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// From sums of 32 bits to bytes: y = clamp(floor((acc * q + r) / 2^s)), r being half a step and the zero point, q of 31 bits.
-// Where acc * q / 2^s cannot lie half way between two integers, a fused multiply-add of float64 gives the same: adding
-// magic = 1.5 * 2^52 + zero point rounds to a whole number, once. Then each channel has one number, q / 2^s. Where it can
-// (flag TIES), 16 channels have 48: q, r and s of the even ones, then of the odd ones.
+// From sums of 32 bits to bytes: y = clamp(floor((acc * q + r) / 2^s)), r being half a step and the zero point, q / 2^s a
+// float32. Where acc * q / 2^s cannot lie half way between two integers, a fused multiply-add gives the same: adding
+// magic = 1.5 * 2^23 + zero point in float32, or 1.5 * 2^52 + zero point in float64, rounds to a whole number, once. Float32
+// does where sums have less than 24 bits and results less than 16; it leaves results in the lower half of 32 bits, and
+// something else in the upper one. Both read one number q / 2^s a channel. Where a sum can be half way (flag TIES), 16
+// channels have 48 integers: q, r and s of the even ones, then of the odd ones.
 // The byte may go through a table of 256 (and then be added to another tensor).
 struct Requantization {
     const void* constants;
@@ -66,7 +68,8 @@ enum Flag : int32_t {
     COUNTS_PADDING = 4,
     GROUPED = 8,
     LINEAR = 16,    // pixel i of the result comes from pixel i, and all tensors' pixels follow each other
-    TIES = 32       // sums can lie half way between two integers; of ADD: q needs 32 bits
+    TIES = 32,      // sums can lie half way between two integers; of ADD: q needs 32 bits
+    IN_FLOAT64 = 64 // sums are rescaled in float64, not float32
 };
 
 }  // namespace fxquant

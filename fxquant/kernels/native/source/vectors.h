@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "tensor.h"
 
 namespace fxquant {
@@ -27,7 +29,12 @@ inline void store(uint8_t* to, __m512i v, int count) {
 }
 
 // round(acc * number) + zero point of 16 sums by 16 numbers: the fused multiply-add leaves a whole number in the low bits.
-inline __m512i rescale(__m256i low, __m256i high, const double* number, __m512d magic) {
+inline __m512i rescale(__m512i acc, const float* number, __m512 magic) {
+    return _mm512_castps_si512(_mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_loadu_ps(number), magic));
+}
+
+inline __m512i rescale(__m512i acc, const double* number, __m512d magic) {
+    const __m256i low = _mm512_castsi512_si256(acc), high = _mm512_extracti64x4_epi64(acc, 1);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512d a = _mm512_fmadd_pd(_mm512_cvtepi32_pd(low), _mm512_loadu_pd(number), magic);
     const __m512d b = _mm512_fmadd_pd(_mm512_cvtepi32_pd(high), _mm512_loadu_pd(number + 8), magic);
@@ -54,28 +61,6 @@ struct Multiplier {
     }
 };
 
-// Either, for a block of 16 channels.
-template <bool TIES>
-struct Rescaling {
-    const void* constants;
-    __m512d magic;
-
-    Rescaling(const Step& step, int64_t block)
-        : constants(static_cast<const int64_t*>(step.out.constants) + (TIES ? 48 : 16) * block),
-          magic(_mm512_set1_pd(step.out.magic)) {}
-    __m512i operator()(__m512i acc, int block) const {
-        if constexpr (TIES) return Multiplier(static_cast<const int64_t*>(constants) + 48 * block)(acc);
-        return rescale(_mm512_castsi512_si256(acc), _mm512_extracti64x4_epi64(acc, 1),
-                       static_cast<const double*>(constants) + 16 * block, magic);
-    }
-    __m512i operator()(const int32_t* acc, int block) const {
-        if constexpr (TIES) return (*this)(_mm512_load_si512(acc), block);
-        const __m256i* half = reinterpret_cast<const __m256i*>(acc);
-        return rescale(_mm256_load_si256(half), _mm256_load_si256(half + 1),
-                       static_cast<const double*>(constants) + 16 * block, magic);
-    }
-};
-
 // Four vectors of 16 numbers as 64 saturated bytes. "Woven" numbers come as unpacking bytes twice leaves them: vector j has
 // the channels 16 L + 4 j + (0..3) of each lane L.
 inline __m512i pack_woven(const __m512i v[4]) {
@@ -86,6 +71,51 @@ inline __m512i pack(const __m512i v[4]) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, pack_woven(v));
 }
+
+// The same of numbers of 16 bits, whatever the upper half of their 32 is.
+inline __m512i low_words(const uint16_t order[32], const __m512i v[4]) {
+    const __m512i from = _mm512_load_si512(order);
+    return _mm512_packus_epi16(_mm512_permutex2var_epi16(v[0], from, v[1]), _mm512_permutex2var_epi16(v[2], from, v[3]));
+}
+
+alignas(64) static const uint16_t WOVEN_WORDS[32] = {0,  2,  4,  6,  32, 34, 36, 38, 8,  10, 12, 14, 40, 42, 44, 46,
+                                                     16, 18, 20, 22, 48, 50, 52, 54, 24, 26, 28, 30, 56, 58, 60, 62};
+alignas(64) static const uint16_t WORDS[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                               32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+
+inline __m512i pack_woven_words(const __m512i v[4]) { return low_words(WOVEN_WORDS, v); }
+
+inline __m512i pack_words(const __m512i v[4]) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), low_words(WORDS, v));
+}
+
+// The ways from sums to numbers (see Requantization), for a block of 16 channels.
+enum Rule { FLOAT32, FLOAT64, INTEGERS };
+
+inline Rule rule_of(const Step& s) { return s.flags & TIES ? INTEGERS : s.flags & IN_FLOAT64 ? FLOAT64 : FLOAT32; }
+
+template <Rule RULE>
+struct Rescaling {
+    using Constant = std::conditional_t<RULE == FLOAT32, float, std::conditional_t<RULE == FLOAT64, double, int64_t>>;
+    static constexpr int A_BLOCK = RULE == INTEGERS ? 48 : 16;
+    const Constant* constants;
+    double magic;
+
+    Rescaling(const Step& s, int64_t block)
+        : constants(static_cast<const Constant*>(s.out.constants) + A_BLOCK * block), magic(s.out.magic) {}
+    __m512i operator()(__m512i acc, int block) const {
+        const Constant* own = constants + A_BLOCK * block;
+        if constexpr (RULE == FLOAT32) {
+            return rescale(acc, own, _mm512_set1_ps(static_cast<float>(magic)));
+        } else if constexpr (RULE == FLOAT64) {
+            return rescale(acc, own, _mm512_set1_pd(magic));
+        } else {
+            return Multiplier(own)(acc);
+        }
+    }
+    static __m512i bytes(const __m512i v[4]) { return RULE == FLOAT32 ? pack_words(v) : pack(v); }
+    static __m512i woven_bytes(const __m512i v[4]) { return RULE == FLOAT32 ? pack_woven_words(v) : pack_woven(v); }
+};
 
 // The opposite of pack_woven.
 inline void weave(__m512i bytes, __m512i v[4]) {

@@ -141,9 +141,9 @@ inline void add(const Step& s, int unit) {
 }
 
 // (x - zero point)(z - zero point) requantized.
-template <bool TIES>
+template <Rule RULE>
 void product(const Step& s, int unit) {
-    const Rescaling<TIES> rescaling(s, 0);
+    const Rescaling<RULE> rescaling(s, 0);
     const __m512i x_zero = _mm512_set1_epi32(s.zero_point[0]), z_zero = _mm512_set1_epi32(s.zero_point[1]);
     const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
@@ -154,13 +154,17 @@ void product(const Step& s, int unit) {
             weave(_mm512_loadu_si512(z + c), b);
             for (int j = 0; j < 4; j++)
                 a[j] = rescaling(_mm512_mullo_epi32(_mm512_sub_epi32(a[j], x_zero), _mm512_sub_epi32(b[j], z_zero)), 0);
-            store(y + c, clamp(pack_woven(a), low, high), s.y.c - c);
+            store(y + c, clamp(rescaling.woven_bytes(a), low, high), s.y.c - c);
         }
     });
 }
 
 inline void multiply(const Step& s, int unit) {
-    return s.flags & TIES ? product<true>(s, unit) : product<false>(s, unit);
+    switch (rule_of(s)) {
+        case FLOAT32: return product<FLOAT32>(s, unit);
+        case FLOAT64: return product<FLOAT64>(s, unit);
+        case INTEGERS: return product<INTEGERS>(s, unit);
+    }
 }
 
 // round(x * gain + offset) of each channel in float64, ties to even: numbers[64 channels][gain, offset][64], woven.
