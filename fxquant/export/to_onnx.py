@@ -24,7 +24,8 @@ from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nod
 from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
 from fxquant.export.free_sizes import contradicted_size
 from fxquant.export.installed import require
-from fxquant.export.program import emit, integers_name
+from fxquant.export.names import integers_name
+from fxquant.export.program import emit
 from fxquant.export.sessions import onnxruntime_session, run_session
 from fxquant.export.tensorrt_rules import Violation, tensorrt_violations
 from fxquant.export.trace import first_line, has_free_batch, refusal, trace, two_rows
