@@ -404,7 +404,7 @@ def test_an_answer_that_always_holds_leaves_sizes_free(tmp_path):
 ARGUMENTS = {
     "suffix": ({"path": "model.pt"}, InputError, "does not end in .onnx"),
     "folder": ({"path": "nowhere/model.onnx"}, InputError, "there is no folder"),
-    "form": ({"form": "qoperator"}, InputError, "form='qoperator'"),
+    "form": ({"form": "qlinear"}, InputError, "form='qlinear' is not known. Choose"),
     "dynamic": ({"dynamic": "all"}, InputError, "dynamic='all'"),
     "verify": ({"verify": "often"}, InputError, "verify='often'"),
     "opset": ({"opset": 13}, InputError, "too old: this model needs 18"),

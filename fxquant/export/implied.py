@@ -18,7 +18,7 @@ __all__ = ["drop_defaults", "drop_zero_points"]
 
 _DEFAULT_ELEMENT = {"dilations": 1, "strides": 1, "pads": 0, "output_padding": 0}
 """Of lists with an entry an axis, whose defaults the standard states in words."""
-_WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
+_WINDOWS = ("Conv", "ConvTranspose", "QLinearConv", "ConvInteger", "MaxPool", "AveragePool", "LpPool")
 _SUMS_WITHOUT_ZERO_POINTS = ("Conv", "ConvTranspose")
 
 

@@ -2,7 +2,8 @@
 
     layer1.0.conv1             the operator of that module; layer1.0.conv1_1 a second one
     layer1.0.conv1:integers    what its rounding makes
-    layer1.0.conv1.weight      a weight's integers, layer1.0.conv1.weight:scale what they are multiplied by
+    layer1.0.conv1.weight      a weight's integers, layer1.0.conv1.weight:scale what they are multiplied by;
+                               fc.weight:transposed where an operator wants them so
     batch, x_2                 a free first axis, and the free axis 2 of input x
 
 The exporter names each tensor after the operator that makes it, twice a tensor, which is most of what a small network's

@@ -16,7 +16,9 @@ import torch
 from fxquant.errors import ExportError
 from fxquant.export.batch_axis import copy_batch_size, count_rows
 from fxquant.export.implied import drop_defaults, drop_zero_points
+from fxquant.export.integer_moves import move_integers
 from fxquant.export.names import name_axes, name_operators, name_tensors
+from fxquant.export.qoperators import to_qoperators
 from fxquant.export.repeated_roundings import drop_repeated_roundings
 from fxquant.export.trace import quiet
 
@@ -24,7 +26,12 @@ __all__ = ["emit"]
 
 
 def emit(
-    program: torch.export.ExportedProgram, opset: int, inputs: list[str], outputs: list[str], narrow: set[str]
+    program: torch.export.ExportedProgram,
+    opset: int,
+    inputs: list[str],
+    outputs: list[str],
+    narrow: set[str],
+    form: str = "qdq",
 ) -> bytes:
     """``program`` as the bytes of an ONNX file.
 
@@ -33,6 +40,7 @@ def emit(
         opset: version of the operator set.
         inputs, outputs: names.
         narrow: names of the buffers whose integers fit into 4 bits and are stored so.
+        form: ``qdq`` or ``qoperator``.
 
     Raises:
         ExportError: it holds an operator that has no ONNX form.
@@ -66,6 +74,9 @@ def emit(
         name_operators(model)
         _clean(model)
         drop_repeated_roundings(model)
+        if form == "qoperator":
+            move_integers(model)
+            to_qoperators(model)
         drop_zero_points(model)
         drop_defaults(model)
         common.RemoveUnusedNodesPass()(model)
