@@ -15,7 +15,7 @@ from op_cases import prepared_of, run
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.export.implied import drop_defaults, drop_zero_points
+from fxquant.export.implied import drop_copies, drop_defaults, drop_zero_points
 from fxquant.export.names import integers_name
 from fxquant.export.sessions import onnxruntime_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
@@ -161,6 +161,20 @@ def test_zero_points_go_where_they_are_zero_and_convolutions_alone_read(zero, re
     model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]))
     drop_zero_points(model)
     assert len(model.graph[0].inputs) == kept
+
+
+def test_copies_are_those_of_the_same_type_shape_and_numbers():
+    """In whatever order they lie in memory: the exporter's folded constants may be views."""
+    square = np.arange(6, dtype=np.float32).reshape(2, 3)
+    arrays = {"a": square, "b": np.asfortranarray(square), "c": square.reshape(3, 2), "d": square.astype(np.int32)}
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 18})
+    for name, array in arrays.items():
+        graph.register_initializer(ir.Value(name=name, const_value=ir.Tensor(array, name=name)))
+    nodes = [ir.Node("", "Identity", [graph.initializers[name]]) for name in arrays]
+    graph.extend(nodes)
+    drop_copies(ir.Model(graph, ir_version=10))
+    assert list(graph.initializers) == ["a", "c", "d"]
+    assert [node.inputs[0].name for node in nodes] == ["a", "a", "c", "d"]
 
 
 def test_what_was_dropped_changes_no_bit(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a file need not say because the standard says it: attributes at their defaults, zero points of weights.
+"""What a file need not say: attributes at their defaults, zero points of weights, and the same constant twice.
 
     Conv(x, w, group=1, dilations=[1, 1], kernel_shape=[3, 3])   →   Conv(x, w, kernel_shape=[3, 3])
     DequantizeLinear(q, scale, [0, 0, …], axis=0)                →   DequantizeLinear(q, scale, axis=0)
@@ -10,11 +10,12 @@ Source: ONNX operators DequantizeLinear, Conv, MaxPool.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 
-__all__ = ["drop_defaults", "drop_zero_points"]
+__all__ = ["drop_copies", "drop_defaults", "drop_zero_points"]
 
 _DEFAULT_ELEMENT = {"dilations": 1, "strides": 1, "pads": 0, "output_padding": 0}
 """Of lists with an entry an axis, whose defaults the standard states in words."""
@@ -58,3 +59,17 @@ def drop_zero_points(model: Any) -> None:
         readers = [reader.op_type for reader in node.outputs[0].consumers()]
         if readers and all(reader in _SUMS_WITHOUT_ZERO_POINTS for reader in readers):
             node.resize_inputs(2)
+
+
+def drop_copies(model: Any) -> None:
+    """Keep one of the constants in a graph of ``model`` that have the same type, shape and numbers."""
+    for graph in model.graphs():
+        fixed, first = {id(value) for value in (*graph.inputs, *graph.outputs)}, dict[Any, Any]()
+        for name, value in list(graph.initializers.items()):
+            held = value.const_value
+            if held is None or id(value) in fixed or held.dtype.name == "STRING":
+                continue
+            kept = first.setdefault((held.dtype, tuple(held.shape), hashlib.sha256(held.tobytes()).digest()), value)
+            if kept is not value:
+                value.replace_all_uses_with(kept)
+                del graph.initializers[name]

@@ -15,7 +15,7 @@ import torch
 
 from fxquant.errors import ExportError
 from fxquant.export.batch_axis import copy_batch_size, count_rows
-from fxquant.export.implied import drop_defaults, drop_zero_points
+from fxquant.export.implied import drop_copies, drop_defaults, drop_zero_points
 from fxquant.export.integer_moves import move_integers
 from fxquant.export.names import name_axes, name_operators, name_tensors
 from fxquant.export.qoperators import to_qoperators
@@ -80,7 +80,7 @@ def emit(
         drop_zero_points(model)
         drop_defaults(model)
         common.RemoveUnusedNodesPass()(model)
-        common.DeduplicateHashedInitializersPass()(model)
+        drop_copies(model)
         name_tensors(model, {*program.state_dict, *program.constants})
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
