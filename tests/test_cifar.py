@@ -13,6 +13,7 @@ from comparisons import assert_same_top1
 from torch import nn
 
 import fxquant
+from fxquant.export.to_onnx import make_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -57,3 +58,16 @@ def test_resnet20_in_integers(cifar):
     assert 78 < top1(exact, test.labels) < 84
     assert top1(integers, test.labels) >= top1(exact, test.labels) - 0.5
     assert_same_top1(integers, simulated, 0.995)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet44", "resnet56"])
+def test_onnx_files_hold_little_but_the_weights(cifar, name):
+    pytest.importorskip("onnx")
+    model = cifar.load_resnet(name, DATA / f"{name}-cifar10.pt")
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    images = torch.rand(4, 3, 32, 32)
+    for target in ("x86", "openvino"):
+        prepared = fxquant.calibrate(fxquant.prepare(model, images, target=target), [images], progress=False)
+        share = len(make_onnx(prepared).content) / size
+        print(f"{name} for {target}: {share:.4f}")
+        assert share <= 0.27

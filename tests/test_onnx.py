@@ -111,7 +111,7 @@ def test_weights_are_integers_behind_one_dequantize_along_their_axis(name):
     (weight,) = [n for n in stored if len(constants[n.input[0]].dims) > 1]
     bias = [n for n in stored if n is not weight]
     assert constants[weight.input[0]].data_type == onnx.TensorProto.INT8
-    assert [a.i for a in weight.attribute if a.name == "axis"] == [AXES[name]]
+    assert next((a.i for a in weight.attribute if a.name == "axis"), 1) == AXES[name]
     assert [constants[n.input[0]].data_type for n in bias] == [onnx.TensorProto.INT32]
     assert not [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
     assert {node.domain for node in graph.node} == {""}
@@ -140,7 +140,7 @@ def test_torchvision_models_in_both_runtimes_at_other_sizes_from_one_file(name):
             noise, signal = float((actual - expected).square().sum()), float(expected.square().sum())
             assert noise < 10 ** (-2.5) * signal, f"{name} at {shape}"  # 25 dB
     size = sum(p.numel() for p in model.parameters()) * 4
-    assert len(made.content) < (0.27 if name == "resnet18" else 0.36) * size
+    assert len(made.content) < (0.27 if name in ("resnet18", "squeezenet1_1") else 0.28) * size
 
 
 def test_convolutions_sums_pools_and_products_become_integer_kernels(tmp_path):
@@ -404,7 +404,7 @@ def test_an_answer_that_always_holds_leaves_sizes_free(tmp_path):
 ARGUMENTS = {
     "suffix": ({"path": "model.pt"}, InputError, "does not end in .onnx"),
     "folder": ({"path": "nowhere/model.onnx"}, InputError, "there is no folder"),
-    "form": ({"form": "qoperator"}, InputError, "form='qoperator'"),
+    "form": ({"form": "qlinear"}, InputError, "form='qlinear' is not known. Choose"),
     "dynamic": ({"dynamic": "all"}, InputError, "dynamic='all'"),
     "verify": ({"verify": "often"}, InputError, "verify='often'"),
     "opset": ({"opset": 13}, InputError, "too old: this model needs 18"),

@@ -6,7 +6,6 @@ leaves behind (traces of source lines, duplicate constants, 4-bit integers in 8-
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import re
 from collections.abc import Iterator
@@ -16,14 +15,23 @@ import torch
 
 from fxquant.errors import ExportError
 from fxquant.export.batch_axis import copy_batch_size, count_rows
+from fxquant.export.implied import drop_copies, drop_defaults, drop_zero_points
+from fxquant.export.integer_moves import move_integers
+from fxquant.export.names import name_axes, name_operators, name_tensors
+from fxquant.export.qoperators import to_qoperators
 from fxquant.export.repeated_roundings import drop_repeated_roundings
 from fxquant.export.trace import quiet
 
-__all__ = ["emit", "integers_name"]
+__all__ = ["emit"]
 
 
 def emit(
-    program: torch.export.ExportedProgram, opset: int, inputs: list[str], outputs: list[str], narrow: set[str]
+    program: torch.export.ExportedProgram,
+    opset: int,
+    inputs: list[str],
+    outputs: list[str],
+    narrow: set[str],
+    form: str = "qdq",
 ) -> bytes:
     """``program`` as the bytes of an ONNX file.
 
@@ -32,11 +40,13 @@ def emit(
         opset: version of the operator set.
         inputs, outputs: names.
         narrow: names of the buffers whose integers fit into 4 bits and are stored so.
+        form: ``qdq`` or ``qoperator``.
 
     Raises:
         ExportError: it holds an operator that has no ONNX form.
     """
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     try:
         with quiet(), _without_pairwise_rules():
@@ -61,8 +71,17 @@ def emit(
         count_rows(model)
         _separate(model, inputs, outputs)
         _pack(model, narrow)
+        name_operators(model)
         _clean(model)
         drop_repeated_roundings(model)
+        if form == "qoperator":
+            move_integers(model)
+            to_qoperators(model)
+        drop_zero_points(model)
+        drop_defaults(model)
+        common.RemoveUnusedNodesPass()(model)
+        drop_copies(model)
+        name_tensors(model, {*program.state_dict, *program.constants})
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
     return bytes(proto.SerializeToString())
@@ -164,35 +183,18 @@ def _pack(model: Any, narrow: set[str]) -> None:
 
 
 def _clean(model: Any) -> None:
-    """Name the integers after the modules that make them; drop what speaks of this machine, and constants' copies."""
-    from onnx_ir.passes import common
-
-    taken, sizes = set[str](), _size_names(model.graph.inputs)
+    """Drop what speaks of this machine, and name free sizes."""
+    sizes = name_axes(model.graph.inputs)
     for node in model.graph.all_nodes():
-        if node.op_type == "QuantizeLinear":
-            node.outputs[0].name = integers_name(_module_path(node), taken)
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
             _clean_value(value, sizes)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         _clean_value(value, sizes)
-    common.DeduplicateInitializersPass()(model)
     model.producer_name, model.producer_version = "fxquant", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-
-
-def _size_names(inputs: Any) -> dict[str, str]:
-    """Free sizes by the exporter's symbols: ``batch`` for the first axis, ``NAME_AXIS`` for others."""
-    names: dict[str, str] = {}
-    for value in inputs:
-        for axis, size in enumerate(value.shape or ()):
-            symbol = str(getattr(size, "value", size))
-            if symbol.isidentifier() and symbol not in names:
-                name = f"{value.name}_{axis}" if axis or "batch" in names.values() else "batch"
-                names[symbol] = name
-    return names
 
 
 def _clean_value(value: Any, names: dict[str, str]) -> None:
@@ -206,18 +208,3 @@ def _clean_value(value: Any, names: dict[str, str]) -> None:
 
 def _size(text: str, names: dict[str, str]) -> int | str:
     return int(text) if text.isdigit() else re.sub(r"\w+", lambda match: names.get(match[0], match[0]), text)
-
-
-def _module_path(node: Any) -> str:
-    """The path of the module that a node was traced in, in the model that was exported."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
-    return str(scopes[-2]).removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""
-
-
-def integers_name(path: str, taken: set[str]) -> str:
-    """The name in the file of the integers that the rounding at ``path`` makes; numbered where it runs repeatedly."""
-    name = wanted = f"{path.removesuffix('.rounding')}:integers"
-    while name in taken:
-        name = f"{wanted}_{sum(other.startswith(wanted) for other in taken)}"
-    taken.add(name)
-    return name

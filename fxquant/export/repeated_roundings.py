@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["drop_repeated_roundings"]
+__all__ = ["drop_repeated_roundings", "have_same_grid"]
 
 
 def drop_repeated_roundings(model: Any) -> None:
@@ -23,16 +23,16 @@ def drop_repeated_roundings(model: Any) -> None:
     dropped = False
     for node in list(model.graph.all_nodes()):
         before = node.inputs[0].producer() if node.op_type == "QuantizeLinear" else None
-        if before is not None and before.op_type == "DequantizeLinear" and _have_same_grid(before, node):
+        if before is not None and before.op_type == "DequantizeLinear" and have_same_grid(before, node):
             node.outputs[0].replace_all_uses_with(before.inputs[0])
             dropped = True
     if dropped:
         common.RemoveUnusedNodesPass()(model)
 
 
-def _have_same_grid(dequantize: Any, quantize: Any) -> bool:
-    """Whether both have one scale and one zero point, of the same values and types."""
-    ours, theirs = dequantize.inputs[1:], quantize.inputs[1:]
+def have_same_grid(one: Any, other: Any) -> bool:
+    """Whether two nodes, each a Quantize or Dequantize, have one scale and zero point, of the same values and types."""
+    ours, theirs = one.inputs[1:], other.inputs[1:]
     if len(ours) != 2 or len(theirs) != 2 or any(value is None or value.const_value is None for value in ours + theirs):
         return False
     pairs = [(a.const_value, b.const_value) for a, b in zip(ours, theirs, strict=True)]

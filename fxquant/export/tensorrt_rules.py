@@ -40,7 +40,8 @@ class Violation:
 
     Attributes:
         rule: the rule, by the name of its function.
-        node: the node, by its name; empty where the file as a whole breaks it.
+        node: the node, by its name; a Q or DQ that has none by that of its integers. Empty where the file as a whole
+            breaks it.
         operator: what it computes.
         what: what is wrong, and what would be right.
         refused: whether TensorRT refuses the file for it; otherwise it runs, with less in integers.
@@ -68,10 +69,17 @@ def tensorrt_violations(file: bytes | str | os.PathLike[str]) -> list[Violation]
     onnx: Any = require("onnx", "reading an ONNX file", "onnx")
     read = _File(onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(os.fspath(file)))
     return [
-        Violation(rule.__name__, getattr(node, "name", ""), getattr(node, "op_type", ""), what, rule in PARSER_RULES)
+        Violation(rule.__name__, _name(node), getattr(node, "op_type", ""), what, rule in PARSER_RULES)
         for rule in (*PARSER_RULES, *FUSION_RULES)
         for node, what in rule(read)
     ]
+
+
+def _name(node: Any) -> str:
+    """What a node is called in a message; nothing where it is None."""
+    if node is None or node.name:
+        return "" if node is None else str(node.name)
+    return str(node.input[0] if node.op_type == "DequantizeLinear" else node.output[0])
 
 
 class _File:
@@ -217,7 +225,7 @@ def weights_have_their_axis(file: _File) -> Iterator[tuple[Any, str]]:
         axis = next((a.i for a in made.attribute if a.name == "axis"), 1) % rank
         wanted = _output_axis(file, node, rank)
         if axis != wanted:
-            yield made, f"its scales run along axis {axis}; for {node.op_type} {node.name} they must along {wanted}"
+            yield made, f"its scales run along axis {axis}; for {node.op_type} {_name(node)} they must along {wanted}"
 
 
 def _output_axis(file: _File, node: Any, rank: int) -> int:
@@ -241,7 +249,7 @@ def pairs_are_whole(file: _File) -> Iterator[tuple[Any, str]]:
                 if reader.op_type != "DequantizeLinear":
                     yield (
                         node,
-                        f"its integers go into {reader.op_type} {reader.name}; only DequantizeLinear may read them",
+                        f"its integers go into {reader.op_type} {_name(reader)}; only DequantizeLinear may read them",
                     )
             if node.output[0] in file.outputs:
                 yield node, "its integers are an output of the file"
@@ -250,7 +258,7 @@ def pairs_are_whole(file: _File) -> Iterator[tuple[Any, str]]:
             if made is None or made.op_type != "QuantizeLinear":
                 yield node, "it dequantizes what no QuantizeLinear made"
             elif _differ(file.constants.get(made.input[1]), file.constants.get(node.input[1])):
-                yield node, f"its scale is another than that of {made.name}, whose integers it reads"
+                yield node, f"its scale is another than that of {_name(made)}, whose integers it reads"
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -272,7 +280,7 @@ def activations_are_fused(file: _File) -> Iterator[tuple[Any, str]]:
     for node in file.nodes:
         source = file.rounded_from(node.input[0]) if node.op_type in _ACTIVATIONS else None
         if source is not None and file.is_quantized(source) and file.read_once(source):
-            yield node, f"{source.name} is rounded before it; Q and DQ belong behind the activation"
+            yield node, f"{_name(source)} is rounded before it; Q and DQ belong behind the activation"
 
 
 def residuals_are_fused(file: _File) -> Iterator[tuple[Any, str]]:
@@ -284,7 +292,10 @@ def residuals_are_fused(file: _File) -> Iterator[tuple[Any, str]]:
         fusible = [source for source in rounded if file.is_quantized(source) and file.read_once(source)]
         wide = [i for i, name in enumerate(node.input) if name in file.maker and file.is_quantized(file.maker[name])]
         if not wide and len(rounded) == 2 and fusible:
-            yield node, f"both operands are rounded; that of {fusible[0].name} must go in as it is, to be fused with it"
+            yield (
+                node,
+                f"both operands are rounded; that of {_name(fusible[0])} must go in as it is, to be fused with it",
+            )
         elif wide and _is_rounded(file, node) and not any(file.is_dequantized(n) for n in node.input):
             yield node, "neither operand is quantized; the residual needs Q and DQ"
 

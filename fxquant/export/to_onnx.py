@@ -24,7 +24,8 @@ from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nod
 from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
 from fxquant.export.free_sizes import contradicted_size
 from fxquant.export.installed import require
-from fxquant.export.program import emit, integers_name
+from fxquant.export.names import integers_name
+from fxquant.export.program import emit
 from fxquant.export.sessions import onnxruntime_session, run_session
 from fxquant.export.tensorrt_rules import Violation, tensorrt_violations
 from fxquant.export.trace import first_line, has_free_batch, refusal, trace, two_rows
@@ -33,6 +34,7 @@ from fxquant.targets import Target
 __all__ = ["ExportReport", "OnnxFile", "export_onnx", "make_onnx"]
 
 DYNAMIC = ("auto", "sizes", "batch", "none")
+FORMS = ("qdq", "qoperator")
 SMALLEST_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 21
 _LARGEST_FILE = 2**31
 _RULES: dict[str, Callable[[bytes], list[Violation]]] = {"tensorrt": tensorrt_violations}
@@ -105,7 +107,10 @@ def export_onnx(
         path: the file, ``….onnx``. It is replaced only once everything has succeeded.
         example_inputs: as for ``prepare``; None for noise of the shapes that the model was prepared with. Numbers and
             flags among them become constants of the file.
-        form: ``qdq``, pairs of QuantizeLinear and DequantizeLinear.
+        form: ``qdq``, pairs of QuantizeLinear and DequantizeLinear around operators on floats, which every runtime here
+            turns into integer kernels; or ``qoperator``, the standard's operators on integers (QLinearConv, QLinearMatMul,
+            MatMulInteger) where it has them, for runtimes that run a file as it is written. Give TensorRT and OpenVINO
+            ``qdq``: one refuses such operators, the other (2026.4) takes a scale a channel for one an input channel.
         opset: version of the operator set; None for 18, or 21 where integers of 4 or 16 bits need it.
         dynamic: which sizes stay free: ``sizes`` (every axis whose size the model does not fix), ``batch`` (the first
             axis), ``none``, or ``auto``: the most that can be had and for which the file is right, since it cannot
@@ -122,13 +127,11 @@ def export_onnx(
             prepared for; says which and why.
     """
     target = _checked_path(path)
-    if form != "qdq":
-        raise InputError(f"form={form!r} is not known. The one form is 'qdq'.")
     if verify not in (True, False, "nodes"):
         raise InputError(f"verify={verify!r} is not known. Choose True, False or 'nodes'.")
     if verify:
         require("onnxruntime", "verify runs the file in ONNX Runtime and", "onnx")
-    made = make_onnx(model, example_inputs, opset=opset, dynamic=dynamic)
+    made = make_onnx(model, example_inputs, form=form, opset=opset, dynamic=dynamic)
     report = _describe(made, target)
     if verify:
         _verify(made, report, every_node=verify == "nodes")
@@ -136,7 +139,9 @@ def export_onnx(
     return report
 
 
-def make_onnx(model: Any, example_inputs: Any = None, *, opset: int | None = None, dynamic: str = "auto") -> OnnxFile:
+def make_onnx(
+    model: Any, example_inputs: Any = None, *, form: str = "qdq", opset: int | None = None, dynamic: str = "auto"
+) -> OnnxFile:
     """The file that ``export_onnx`` writes, in memory: checked, with the shape of every tensor inferred.
 
     Raises:
@@ -144,16 +149,23 @@ def make_onnx(model: Any, example_inputs: Any = None, *, opset: int | None = Non
     """
     onnx: Any = require("onnx", "export to ONNX", "onnx")
     require("onnxscript", "export to ONNX", "onnx")
+    if form not in FORMS:
+        raise InputError(f"form={form!r} is not known. Choose one of {', '.join(FORMS)}.")
     if dynamic not in DYNAMIC:
         raise InputError(f"dynamic={dynamic!r} is not known. Choose one of {', '.join(DYNAMIC)}.")
     exchange = ExchangeModel(model, example_inputs)
+    if form == "qoperator" and not exchange.target.integer_operators:
+        raise InputError(
+            f"form='qoperator' is nothing for {exchange.target.title}, for which the model was prepared: it refuses or "
+            "misreads operators on integers.\n  what to do: leave form out, or prepare for target='onnxruntime'."
+        )
     needed = SMALLEST_OPSET if set().union(*needed_bits(exchange.flat)) <= {8, 32} else OPSET_OF_NARROW_AND_WIDE
     if opset is not None and opset < needed:
         raise InputError(
             f"opset={opset} is too old: this model needs {needed}"
             f"{', for integers of 4 or 16 bits' if needed > SMALLEST_OPSET else ''}. Leave opset out, or raise it."
         )
-    content, notes = _emitted(exchange, opset or needed, dynamic)
+    content, notes = _emitted(exchange, opset or needed, dynamic, form)
     if len(content) >= _LARGEST_FILE:
         raise ExportError(f"the file would have {len(content) / 2**30:.1f} GiB, and ONNX files end at 2.")
     try:
@@ -166,7 +178,7 @@ def make_onnx(model: Any, example_inputs: Any = None, *, opset: int | None = Non
     return OnnxFile(content, exchange, opset or needed, notes)
 
 
-def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, tuple[str, ...]]:
+def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tuple[bytes, tuple[str, ...]]:
     """The bytes with the most free sizes that can be had, and what could not."""
     signature, notes = exchange.signature, list[str]()
     *attempts, last = ("sizes", "batch", "none") if dynamic == "auto" else (dynamic,)
@@ -192,7 +204,8 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str) -> tuple[bytes, 
         if given and dynamic == "auto":
             raise ExportError(f"captured: {given[0]}, and a file cannot refuse other sizes")
         notes.extend(f"captured: {text}, which nothing in the file checks" for text in given[:1])
-        return emit(program, opset, signature.input_names, signature.output_names, narrow_weights(exchange.flat))
+        names = signature.input_names, signature.output_names
+        return emit(program, opset, *names, narrow_weights(exchange.flat), form)
 
     for which in attempts:
         try:
@@ -285,7 +298,7 @@ def _compare_every_node(made: OnnxFile) -> list[NodeAgreement]:
     taken: set[str] = set()
     expected = {integers_name(path, taken): q for path, q in made.model.integers(made.model.inputs)}
     proto = onnx.load_from_string(made.content)
-    made_integers = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    made_integers = [name for node in proto.graph.node for name in node.output]
     known = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
     outputs = {value.name for value in proto.graph.output}
     asked = [name for name in made_integers if name in expected and name in known and name not in outputs]

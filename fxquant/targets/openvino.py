@@ -47,4 +47,5 @@ OPENVINO = Target(
     reads_accumulators=_ACTIVATIONS | {"add"},
     rounds_for_float=False,
     rounding="float",
+    integer_operators=False,
 )

@@ -38,6 +38,7 @@ class Target:
         rounds_for_float: whether a weighted op's result is rounded where only float ops read it.
         rounding: how its kernels requantize accumulators, as ``convert`` spells it.
         integer_biases: whether files for it hold biases as 32-bit integers; as floats otherwise.
+        integer_operators: whether it takes ONNX files with operators on integers (``form="qoperator"``).
         file_rules: the rules that an ONNX file for it is held against at export, by name; none where empty.
     """
 
@@ -60,6 +61,7 @@ class Target:
     rounds_for_float: bool = True
     rounding: str = "single"
     integer_biases: bool = True
+    integer_operators: bool = True
     file_rules: str = ""
 
     def __post_init__(self) -> None:

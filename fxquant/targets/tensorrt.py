@@ -55,5 +55,6 @@ TENSORRT = Target(
     rounds_for_float=False,
     rounding="float",
     integer_biases=False,
+    integer_operators=False,
     file_rules="tensorrt",
 )
