@@ -27,32 +27,41 @@ static void compute(const Step& s, int unit, const Finish& finish) {
     }
 }
 
-// How far a step is. A thread goes on when all units are done, so that any number of threads may come, at any time.
-struct alignas(64) Progress {
-    std::atomic<int> taken{0};
-    alignas(64) std::atomic<int> done{0};
+// How far a step is. Each thread has a share of the units, that of the same part of every tensor, so that it finds in its own
+// cache what it wrote there; then it takes what is left of the others' shares. A thread goes on when all units are done, so
+// that any number of threads may come, at any time.
+struct alignas(64) Count {
+    std::atomic<int> value{0};
 };
 
 struct Run {
     const Step* steps;
-    int count;
-    Progress* progress;
+    int count, threads;
+    Count* done;   // [step]
+    Count* taken;  // [step][thread]
+    std::atomic<int> arrived{0};
 };
 
 static void work(void* data) {
-    const Run& run = *static_cast<const Run*>(data);
+    Run& run = *static_cast<Run*>(data);
+    const int self = run.arrived.fetch_add(1, std::memory_order_relaxed) % run.threads;
     for (int i = 0; i < run.count; i++) {
         const Step& s = run.steps[i];
-        Progress& progress = run.progress[i];
-        int unit = progress.taken.fetch_add(1, std::memory_order_relaxed);
-        if (unit < s.units) {
+        std::atomic<int>& done = run.done[i].value;
+        if (done.load(std::memory_order_relaxed) < s.units) {
             const Finish finish(s);
             int computed = 0;
-            for (; unit < s.units; unit = progress.taken.fetch_add(1, std::memory_order_relaxed), computed++)
-                compute(s, unit, finish);
-            progress.done.fetch_add(computed, std::memory_order_release);
+            for (int k = 0; k < run.threads; k++) {
+                const int owner = (self + k) % run.threads;
+                const int from = static_cast<int>(static_cast<int64_t>(s.units) * owner / run.threads);
+                const int end = static_cast<int>(static_cast<int64_t>(s.units) * (owner + 1) / run.threads);
+                std::atomic<int>& taken = run.taken[i * run.threads + owner].value;
+                for (int unit; (unit = from + taken.fetch_add(1, std::memory_order_relaxed)) < end; computed++)
+                    compute(s, unit, finish);
+            }
+            if (computed) done.fetch_add(computed, std::memory_order_release);
         }
-        for (int spins = 0; progress.done.load(std::memory_order_acquire) < s.units; spins++) {
+        for (int spins = 0; done.load(std::memory_order_acquire) < s.units; spins++) {
             if (spins < 4000) _mm_pause();
             else std::this_thread::yield();
         }
@@ -74,8 +83,9 @@ int fxquant_runs_here() {
 
 // parallel: GOMP_parallel of the OpenMP that torch runs on, or null for threads of our own.
 void fxquant_run(const fxquant::Step* steps, int count, int threads, Parallel parallel) {
-    std::vector<fxquant::Progress> progress(count);
-    fxquant::Run run{steps, count, progress.data()};
+    if (threads < 1) threads = 1;
+    std::vector<fxquant::Count> counts(static_cast<size_t>(count) * (threads + 1));
+    fxquant::Run run{steps, count, threads, counts.data(), counts.data() + count};
     if (threads <= 1) {
         fxquant::work(&run);
     } else if (parallel) {
