@@ -17,6 +17,7 @@ import torch
 from fxquant.errors import ExportError
 from fxquant.export.batch_axis import copy_batch_size, count_rows
 from fxquant.export.repeated_roundings import drop_repeated_roundings
+from fxquant.export.spread_factors import spread_factors
 from fxquant.export.trace import quiet
 
 __all__ = ["emit", "integers_name"]
@@ -63,6 +64,7 @@ def emit(
         _pack(model, narrow)
         _clean(model)
         drop_repeated_roundings(model)
+        spread_factors(model)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
     return bytes(proto.SerializeToString())
