@@ -7,6 +7,7 @@ image and with two. The figures compare the runtimes' logits with those of the f
 - "SQNR" in decibels, the lower of the two batch sizes. Integers that fall on the other side of a rounding by one step
   go on through the network; deep random networks multiply such steps, trained ones much less (see `onnx_cifar.py`).
 - "size" is the file's size over that of the float parameters.
+- "free" is what may differ from call to call, by the input's shape in the file.
 
 Each network has a process of its own, with limits on its time and memory; what exceeds one says so in its row. ``--resume``
 goes on after the rows that the file has.
@@ -24,6 +25,7 @@ import sys
 import time
 from typing import Any
 
+import onnx
 import torch
 import torchvision
 from quantizers_off import IMAGE, build, images
@@ -32,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fxquant
-from fxquant.errors import FxquantError
+from fxquant.errors import ExportError, FxquantError
 from fxquant.export.installed import is_installed
 from fxquant.export.sessions import Session, onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
@@ -61,7 +63,10 @@ def agreement(session: Session, made: OnnxFile, side: int) -> dict[str, float]:
     pairs = []
     for batch in BATCHES:
         x = images(batch, side)
-        pairs.append((session([x])[0], made.model.run([x])[0]))
+        own, expected = session([x])[0], made.model.run([x])[0]
+        if own.shape != expected.shape:
+            raise ExportError(f"gives {list(own.shape)} instead of {list(expected.shape)} for {batch} images")
+        pairs.append((own, expected))
     same = [bool((own.argmax(1) == other.argmax(1)).all()) for own, other in pairs]
     return {"SQNR": round(min(sqnr(own, other) for own, other in pairs), 1), "top-1 agrees": all(same)}
 
@@ -74,7 +79,7 @@ def row(name: str, target: str, threads: int) -> dict[str, Any]:
     made = make_onnx(prepared)
     columns: dict[str, Any] = {"model": name, "export s": seconds(time.perf_counter() - start)}
     columns |= {"MB": round(len(made.content) / 1e6, 2), "size": round(len(made.content) / size, 3)}
-    columns["free"] = "sizes" if not made.notes else "batch" if len(made.notes) == 1 else "none"
+    columns["free"] = free_sizes(made.content)
     for runtime, open_session in RUNTIMES.items():
         if not is_installed(runtime):
             columns[runtime] = "not installed"
@@ -86,6 +91,12 @@ def row(name: str, target: str, threads: int) -> dict[str, Any]:
         except FxquantError as error:
             columns[runtime] = str(error).splitlines()[0][:100]
     return {**columns, "verdict": "ok"}
+
+
+def free_sizes(content: bytes) -> str:
+    """What may differ from call to call: ``sizes`` (of images too), ``batch`` or ``none``."""
+    batch, _, *sides = onnx.load_from_string(content).graph.input[0].type.tensor_type.shape.dim
+    return "sizes" if all(side.dim_param for side in sides) else "batch" if batch.dim_param else "none"
 
 
 def work(name: str, args: argparse.Namespace) -> None:
@@ -157,8 +168,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     names = torchvision.models.list_models(module=torchvision.models)
     chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in args.models)]
-    sizes = {name: parameters(name) for name in chosen}
-    chosen = sorted((name for name in chosen if sizes[name] <= (args.largest or math.inf) * 1e6), key=sizes.__getitem__)
+    sizes = {name: parameters(name) for name in names}
+    names.sort(key=sizes.__getitem__)
+    chosen = [name for name in names if name in chosen and sizes[name] <= (args.largest or math.inf) * 1e6]
     if not chosen:
         raise SystemExit(f"no classification model of torchvision matches {' '.join(args.models)}")
     rows, start = kept_rows(args), time.perf_counter()
@@ -168,8 +180,8 @@ def main() -> None:
             break
         bar.set_description(name)
         rows[name] = row_of(name, args)
-        write([rows[own] for own in chosen if own in rows], args, left=len(set(chosen) - set(rows)), quiet=True)
-    table = [rows[name] for name in chosen if name in rows]
+        write([rows[own] for own in names if own in rows], args, left=len(set(chosen) - set(rows)), quiet=True)
+    table = [rows[name] for name in names if name in rows]
     write(table, args, left=len(set(chosen) - set(rows)), quiet=False)
     print("\n".join(f"{value:8g} {what}" for what, value in summarize(table).items()))
 

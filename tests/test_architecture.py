@@ -168,7 +168,8 @@ MAKERS = {
     "graph/edit.py",
     "graph/leveled.py",
     *(f"capture/{name}.py" for name in ("tracing", "attributes", "questions", "modes", "one_graph")),
-    *(f"export/{name}.py" for name in ("batch_axis", "implied", "integer_moves", "qoperators", "repeated_roundings")),
+    *(f"export/{name}.py" for name in ("batch_axis", "implied", "integer_moves", "qoperators")),
+    *(f"export/{name}.py" for name in ("repeated_roundings", "spread_factors")),
 }
 """``edit`` changes graphs; ``capture`` makes them; ``leveled`` builds one anew from what was pickled; those of ``export``
 are graphs of ONNX files, which no pass sees."""

@@ -13,7 +13,7 @@ from op_cases import run
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.export import installed
+from fxquant.export import installed, program
 from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 
@@ -193,3 +193,36 @@ def test_the_exporters_pairwise_rule_is_left_out_and_put_back():
     assert seen and "SlicesSplit" not in seen and "MaterializeReshapeShape" in seen
     assert rewriter._DEFAULT_REWRITE_RULES is before and "SlicesSplit" in {rule.name for rule in before}
     assert_agrees(made, [(2, 8), (5, 8)])
+
+
+class Heads(nn.Module):
+    """Scores of three heads, each times a number of its own, or each row or all times one."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(8, 4)
+        self.factor = nn.Parameter(torch.rand(shape) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, rows, _ = x.shape
+        y = self.first(x).reshape(n, rows, 3, 4).transpose(1, 2)
+        return self.last((y @ y.transpose(-2, -1) * self.factor).softmax(-1))
+
+
+SPREAD = {(3, 1, 1): [3, 8, 1], (8, 1): [8, 8], (8,): [8], (1, 1, 1): [1, 1, 1], (3, 8, 1): [3, 8, 1]}
+"""What is stored for factors of each shape."""
+
+
+@pytest.mark.parametrize("shape", SPREAD)
+def test_one_factor_a_head_is_written_as_one_a_row(shape, monkeypatch):
+    x = torch.randn(2, 8, 12)
+    prepared = fxquant.calibrate(fxquant.prepare(Heads(*shape).eval(), (x,)), [x], progress=False)
+    made = make_onnx(prepared, x, dynamic="batch")
+    (stored,) = (t for t in onnx.load_from_string(made.content).graph.initializer if "factor" in t.name)
+    assert list(stored.dims) == SPREAD[shape] and stored.data_type == onnx.TensorProto.UINT8
+    monkeypatch.setattr(program, "spread_factors", lambda model: None)
+    as_given = make_onnx(prepared, x, dynamic="batch")
+    for rows in (1, 5):
+        x = torch.randn(rows, 8, 12)
+        (actual,), (expected,) = (onnxruntime_session(own.content, threads=1)([x]) for own in (made, as_given))
+        assert torch.equal(actual, expected)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import SpecializationError
 from fxquant.export.signature import FlatModel
 
-__all__ = ["contradicted_size"]
+__all__ = ["contradicted_size", "refused_axes"]
+
+_OTHER_LENGTHS: tuple[Callable[[int], int], ...] = (lambda n: max(1, n // 2), lambda n: 2 * n, lambda n: n + 1)
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def contradicted_size(model: FlatModel, tensors: Sequence[Tensor]) -> str | None:
@@ -19,7 +24,7 @@ def contradicted_size(model: FlatModel, tensors: Sequence[Tensor]) -> str | None
     for factor in (2.0, 0.5):
         resized = [_resized(x, tensors[0], factor) for x in tensors]
         try:
-            with torch.no_grad(), suppress(RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            with torch.no_grad(), suppress(*_REFUSALS):
                 model(*resized)
         except SpecializationError as error:
             return next(line.strip() for line in str(error).splitlines() if "captured:" in line)
@@ -34,3 +39,38 @@ def _resized(x: Tensor, first: Tensor, factor: float) -> Tensor:
     elif first.ndim in (2, 3):
         shape[1:] = [max(1, int(size * factor)) if size == first.shape[1] else size for size in shape[1:]]
     return x.new_zeros(shape)
+
+
+def refused_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+    """Those of an image's last two axes that ``model`` takes neither half as long, nor twice, nor longer by one.
+
+    Axes are counted from the end.
+
+    torch.export would find that out too: from the sizes of every tensor inside, as expressions in the sizes of the image,
+    which for a network of windows (MaxViT) takes hours.
+    """
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if not tensors or tensors[0].ndim < 4:
+        return set()
+
+    def takes(axes: tuple[int, ...], length: Callable[[int], int]) -> bool:
+        def resized(x: Tensor) -> Tensor:
+            for axis in axes if x.ndim >= 4 else ():
+                n = length(x.shape[axis])
+                x = x.index_select(axis, torch.arange(n, device=x.device) * x.shape[axis] // n)
+            return x.clone()
+
+        own_args, own_kwargs = pytree.tree_map_only(Tensor, resized, (args, kwargs))
+        try:
+            with torch.no_grad():
+                model(*own_args, **own_kwargs)
+        except SpecializationError:  # the graph's own condition, which is told, not the model's refusal
+            return True
+        except _REFUSALS:
+            return False
+        return True
+
+    def is_free(*axes: int) -> bool:
+        return any(takes(axes, length) for length in _OTHER_LENGTHS)
+
+    return set() if is_free(-2, -1) else {axis for axis in (-2, -1) if not is_free(axis)}

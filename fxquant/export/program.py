@@ -20,6 +20,7 @@ from fxquant.export.integer_moves import move_integers
 from fxquant.export.names import name_axes, name_operators, name_tensors
 from fxquant.export.qoperators import to_qoperators
 from fxquant.export.repeated_roundings import drop_repeated_roundings
+from fxquant.export.spread_factors import spread_factors
 from fxquant.export.trace import quiet
 
 __all__ = ["emit"]
@@ -74,6 +75,7 @@ def emit(
         name_operators(model)
         _clean(model)
         drop_repeated_roundings(model)
+        spread_factors(model)
         if form == "qoperator":
             move_integers(model)
             to_qoperators(model)

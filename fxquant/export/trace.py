@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.capture.islands import islands_of
 from fxquant.errors import ExportError
+from fxquant.export.free_sizes import refused_axes
 from fxquant.graph.leveled import ISLAND_MARK
 
 __all__ = ["first_line", "has_free_batch", "quiet", "refusal", "trace", "two_rows"]
@@ -32,12 +33,14 @@ def trace(
         args, kwargs: an example of a call, of at least two rows where the batch is to be free.
         dynamic: which sizes stay free where the model's code allows: ``sizes`` (all), ``batch`` (axis 0) or ``none``.
     """
+    refused = refused_axes(model, args, kwargs) if dynamic == "sizes" else set()
 
     def shape(x: Any) -> dict[int, Any] | None:
         if not isinstance(x, Tensor):
             return None
         axes = {"sizes": range(x.ndim), "batch": range(min(1, x.ndim))}.get(dynamic, range(0))
-        return {axis: torch.export.Dim.AUTO for axis in axes if x.shape[axis] != 1}
+        fixed = {x.ndim + axis for axis in refused} if x.ndim >= 4 else set()
+        return {axis: torch.export.Dim.AUTO for axis in axes if x.shape[axis] != 1 and axis not in fixed}
 
     named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     with torch.no_grad(), quiet():

@@ -162,6 +162,15 @@ class Edit:
         node.replace_all_uses_with(replacement)
         self.graph.erase_node(node)
 
+    def fold(self, node: fx.Node, constant: fx.Node) -> None:
+        """Let ``constant`` stand for ``node``, whose value it has. What only ``node`` needed is taken out with it."""
+        behind = self._behind(node)
+        node.replace_all_uses_with(constant)
+        for step in reversed(behind):
+            if not step.users and step.op != "placeholder":
+                constant.meta["absorbed"] = [(step.name, "folded"), *constant.meta.get("absorbed", ())]
+                self.graph.erase_node(step)
+
     def redirect(self, users: Iterable[fx.Node], old: fx.Node, new: fx.Node) -> None:
         """Let ``users`` read ``new`` where they read ``old``."""
         for user in list(users):
@@ -170,13 +179,44 @@ class Edit:
     @torch.no_grad()
     def constant(self, node: fx.Node) -> Any:
         """The value of a node that is computed from parameters and buffers alone."""
-        if node.op == "get_attr":
-            return self.attributes[str(node.target)]
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.constant)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        function: Any = self.module(node) if node.op == "call_module" else node.target
-        return function(*args, **kwargs)
+        values: dict[fx.Node, Any] = {}
+        for step in self._behind(node):
+            args, kwargs = fx.map_arg((step.args, dict(step.kwargs)), values.__getitem__)
+            if step.op == "get_attr":
+                values[step] = self.attributes[str(step.target)]
+            elif step.op == "call_method":
+                values[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs)
+            else:
+                function: Any = self.module(step) if step.op == "call_module" else step.target
+                values[step] = function(*args, **kwargs)
+        return values[node]
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether ``node`` reads no input, no buffer that the graph writes, no mode, and nothing that an island makes.
+
+        What draws random numbers passes for constant here.
+        """
+        behind = self._behind(node)
+        if any(step.meta.get("writes") == "attribute" or "island" in step.meta for step in behind):
+            return False
+        if any(
+            step.op != "get_attr" and not step.all_input_nodes for step in behind
+        ):  # an input, or a flag of the mode
+            return False
+        writing = [n for n in self.graph.nodes if n.meta.get("writes") == "attribute"]
+        written = {step.target for n in writing for step in self._behind(n) if step.op == "get_attr"}
+        return not any(step.op == "get_attr" and step.target in written for step in behind)
+
+    def _behind(self, node: fx.Node) -> list[fx.Node]:
+        """``node`` and all that it is computed from, in the order of the graph."""
+        if not node.all_input_nodes:
+            return [node]
+        found, waiting = {node}, [node]
+        while waiting:
+            more = set(waiting.pop().all_input_nodes) - found
+            found |= more
+            waiting.extend(more)
+        return [step for step in self.graph.nodes if step in found]
 
     def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
         """Give ``node`` other arguments."""

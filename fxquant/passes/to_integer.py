@@ -94,18 +94,30 @@ class _Converter:
         if source in self.grids:
             source = self._dequantize(source)
             self.edit.set_args(node, (source,))
-        if source.op == "get_attr":
-            integers = quantize(self.edit.attributes[str(source.target)].detach())
-            path = self.edit.fresh_path(f"{str(source.target).replace('.', '_')}_integers")
-            numbers = (float(grid.scale), int(grid.zero_point))
+        value = self._constant(source)
+        if value is not None:
+            path = str(source.target).replace(".", "_") if source.op == "get_attr" else source.name
             constant = self.edit.insert_attribute(
-                node, path, integers, is_tensor=True, integer_constant=True, grid=numbers
+                node,
+                self.edit.fresh_path(f"{path}_integers"),
+                quantize(value),
+                is_tensor=True,
+                integer_constant=True,
+                grid=(float(grid.scale), int(grid.zero_point)),
             )
-            self.edit.remove(node, constant)
+            self.edit.fold(node, constant)
             self.grids[constant] = grid
             return
         self.edit.set_module(node, quantize)
         self.grids[node] = grid
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """A parameter, or what is computed from parameters alone, the same every time; None for all else."""
+        if not node.meta.get("constant") or not self.edit.is_constant(node):
+            return None
+        with torch.random.fork_rng(devices=[]):
+            first, again = (self.edit.constant(node) for _ in range(2))
+        return first.detach() if isinstance(first, Tensor) and torch.equal(first, again) else None
 
     def _leave(self, node: fx.Node, *, measures: bool) -> None:
         """Let a float op, or the model's output, read real numbers."""
