@@ -47,7 +47,6 @@ def emit(
         ExportError: it holds an operator that has no ONNX form.
     """
     import onnx_ir as ir
-    from onnx_ir.passes import common
 
     try:
         with quiet(), _without_pairwise_rules():
@@ -72,21 +71,28 @@ def emit(
         count_rows(model)
         _separate(model, inputs, outputs)
         _pack(model, narrow)
-        name_operators(model)
-        _clean(model)
-        drop_repeated_roundings(model)
-        spread_factors(model)
-        if form == "qoperator":
-            move_integers(model)
-            to_qoperators(model)
-        drop_zero_points(model)
-        drop_defaults(model)
-        common.RemoveUnusedNodesPass()(model)
-        drop_copies(model)
-        name_tensors(model, {*program.state_dict, *program.constants})
+        _rewrite(model, form, {*program.state_dict, *program.constants})
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
     return bytes(proto.SerializeToString())
+
+
+def _rewrite(model: Any, form: str, held: set[str]) -> None:
+    """What runtimes read well, in as few bytes as it takes; constants that the program ``held`` keep their names."""
+    from onnx_ir.passes import common
+
+    name_operators(model)
+    _clean(model)
+    drop_repeated_roundings(model)
+    spread_factors(model)
+    if form == "qoperator":
+        move_integers(model)
+        to_qoperators(model)
+    drop_zero_points(model)
+    drop_defaults(model)
+    common.RemoveUnusedNodesPass()(model)
+    drop_copies(model)
+    name_tensors(model, held)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def _spread(model: Any, node: Any, index: int, shape: Any) -> bool:
         return False
     wanted = list(numbers.shape)
     wanted[axis] = shape[axis]
-    name = f"{stored.name}_{'x'.join(map(str, wanted))}"
+    name = f"{stored.name}:{'x'.join(map(str, wanted))}"
     if name not in model.graph.initializers:
         content = ir.Tensor(
             np.ascontiguousarray(np.broadcast_to(numbers, wanted)), dtype=stored.const_value.dtype, name=name
