@@ -1288,3 +1288,13 @@ def test_a_first_call_on_parts_of_a_tensor_says_nothing_of_later_ones():
         native = NativeModel(int8)
         for x, y in (first, *calls):
             assert torch.equal(native(x, y), int8(x, y))
+
+
+def test_a_plan_keeps_nothing_of_its_first_inputs():
+    """An input, or a copy of it, was once held for as long as the model was."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    x = torch.randn(2, 3, 16, 16)
+    native = NativeModel(integers_of(model, x))
+    native(x)
+    (plan,) = native._plans.values()
+    assert not any(isinstance(value, Tensor) and value.shape == x.shape for value in plan.values)

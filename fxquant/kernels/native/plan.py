@@ -56,7 +56,8 @@ class Plan:
         for step, recorded in zip(self.steps, walk.steps, strict=True):
             self._fill(step, recorded, walk, arena, varying)
         self.outside, self.after = self._outside(walk, varying), walk.after
-        self.values = [None if i in walk.native else v for i, v in enumerate(walk.values)]
+        dead = walk.native | varying | set(walk.after)
+        self.values = [None if i in dead else v for i, v in enumerate(walk.values)]
 
     def _results(self, walk: Walk) -> dict[int, Tensor]:
         """Lines whose floats leave, each with a tensor like them."""
