@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fxquant.export.integer_moves import add_constant
+
 __all__ = ["spread_factors"]
 
 
@@ -48,10 +50,7 @@ def _spread(model: Any, node: Any, index: int, shape: Any) -> bool:
     wanted[axis] = shape[axis]
     name = f"{stored.name}:{'x'.join(map(str, wanted))}"
     if name not in model.graph.initializers:
-        content = ir.Tensor(
-            np.ascontiguousarray(np.broadcast_to(numbers, wanted)), dtype=stored.const_value.dtype, name=name
-        )
-        model.graph.register_initializer(ir.Value(name=name, const_value=content))
+        add_constant(model, np.ascontiguousarray(np.broadcast_to(numbers, wanted)), name)
     made = ir.Node("", "DequantizeLinear", [model.graph.initializers[name], *dequantize.inputs[1:]])
     made.outputs[0].shape, made.outputs[0].type = ir.Shape(wanted), node.inputs[index].type
     node.graph.insert_before(node, made)

@@ -199,10 +199,8 @@ class Edit:
         behind = self._behind(node)
         if any(step.meta.get("writes") == "attribute" or "island" in step.meta for step in behind):
             return False
-        if any(
-            step.op != "get_attr" and not step.all_input_nodes for step in behind
-        ):  # an input, or a flag of the mode
-            return False
+        if any(step.op != "get_attr" and not step.all_input_nodes for step in behind):
+            return False  # an input, or a flag of the mode
         writing = [n for n in self.graph.nodes if n.meta.get("writes") == "attribute"]
         written = {step.target for n in writing for step in self._behind(n) if step.op == "get_attr"}
         return not any(step.op == "get_attr" and step.target in written for step in behind)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxquant.nn.fake_quantize import Grid
 from fxquant.nn.modules import Described
 from fxquant.numerics.affine import dequantize, quantize
-from fxquant.numerics.requantize import quantize_multiplier
+from fxquant.numerics.requantize import SIGNIFICANT_BITS, quantize_multiplier
 from fxquant.numerics.scheme import Scheme
 
 __all__ = [
@@ -150,10 +150,7 @@ class IntegerOp(nn.Module):
         self.numbers = {name: int(getattr(self, name)) for name in self.numbers}
 
     def _set_multiplier(self, multiplier: Tensor) -> None:
-        if self.rounding == "single":
-            # 24 significant bits, so that a fused multiply-add in float32 gives the very same integers (kernels/native).
-            multiplier = multiplier.float()
-        q, shift = quantize_multiplier(multiplier.double())
+        q, shift = quantize_multiplier(multiplier.double(), SIGNIFICANT_BITS[self.rounding])
         self.register_buffer("multiplier", q)
         self.register_buffer("shift", shift)
 

@@ -1,6 +1,6 @@
 """Requantization: an integer times a real number, rounded to an integer, in integer arithmetic.
 
-    m = Q · 2^(e - 31),   2^30 ≤ Q < 2^31            a multiplier: 31 significant bits Q and a shift e
+    m = Q · 2^(e - 31),   2^30 ≤ Q < 2^31            a multiplier: up to 31 significant bits Q and a shift e
 
     single:  floor((a · Q + 2^(30 - e)) / 2^(31 - e))           one rounding, ties towards +∞
     double:  R(H(a · 2^max(e, 0), Q), max(-e, 0))               two roundings
@@ -9,7 +9,8 @@
     float:   round(a · m)                                       float64, ties to even
 
 ``single`` and ``double`` are bit-exact with the two builds of TFLite, ``float`` is what runtimes with a floating-point
-epilogue do. Adding the output zero point and clamping to the grid is left to the caller.
+epilogue do. With multipliers of 24 bits (``SIGNIFICANT_BITS``) and ``|a| < 2^24`` a float32 fused multiply-add gives what
+``single`` gives, ties apart. Adding the output zero point and clamping to the grid is left to the caller.
 A product of more than 63 bits does not fit into an int64, so wide accumulators are split into two limbs (``_scaled``).
 Source: Jacob et al., 1712.05877, §2.2; gemmlowp fixedpoint.h and the TFLite kernels define the rounding.
 """
@@ -24,19 +25,22 @@ from torch import Tensor
 from fxquant.errors import SchemeError
 from fxquant.numerics.affine import broadcast
 
-__all__ = ["ROUNDINGS", "combine", "common_multipliers", "quantize_multiplier", "requantize"]
+__all__ = ["ROUNDINGS", "SIGNIFICANT_BITS", "combine", "common_multipliers", "quantize_multiplier", "requantize"]
 
-ROUNDINGS = ("single", "double", "float")
+SIGNIFICANT_BITS = {"single": 24, "double": 31, "float": 31}
+"""Of the multipliers that the integer forms use with each rounding."""
+ROUNDINGS = tuple(SIGNIFICANT_BITS)
 
 _INT32_MAX = 2**31 - 1
 _INT32_MIN = -(2**31)
 
 
-def quantize_multiplier(m: Tensor) -> tuple[Tensor, Tensor]:
-    """``(Q, e)`` with ``m ≈ Q · 2^(e - 31)``, to 31 significant bits.
+def quantize_multiplier(m: Tensor, bits: int = 31) -> tuple[Tensor, Tensor]:
+    """``(Q, e)`` with ``m ≈ Q · 2^(e - 31)``.
 
     Args:
         m: positive finite numbers of any shape; they are read as float64.
+        bits: significant bits of ``Q``, at most 31; those below are 0.
 
     Returns:
         ``Q`` in ``[2^30, 2^31 - 1]`` and ``e``, int64, of the shape of ``m``. Where ``m < 2^-32`` both are 0; above
@@ -52,7 +56,7 @@ def quantize_multiplier(m: Tensor) -> tuple[Tensor, Tensor]:
             "scales: check that every scale is finite and positive."
         )
     fraction, exponent = torch.frexp(m)
-    q, shift = torch.floor(fraction * 2.0**31 + 0.5).long(), exponent.long()
+    q, shift = torch.floor(fraction * 2.0**bits + 0.5).long() << (31 - bits), exponent.long()
     carried = q == 2**31
     q, shift = torch.where(carried, q // 2, q), torch.where(carried, shift + 1, shift)
     tiny, huge = (shift < -31) | (q == 0), shift > 30
