@@ -13,6 +13,7 @@ import torchvision
 from awkward import Constant, ReusedConv, Structured, TiedWeights
 from comparisons import assert_same_bits, tensors_of
 from digits import DigitsNet
+from onnx_files import ELEMENTS, assert_within_a_step, graph_of
 from op_cases import (
     COMPUTING,
     SCHEMES,
@@ -42,10 +43,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-ELEMENTS = 4_000
-INEXACT = {"softmax": 0.8}
-"""Ops that ONNX Runtime computes with an approximation of its own: the least share of equal integers; 0.999 elsewhere."""
-
 
 def exchange_of(frozen: Any) -> Any:
     return map_graphs(fxquant.convert(frozen), to_exchange).eval()
@@ -63,14 +60,8 @@ def test_the_exchange_form_is_the_frozen_model_bit_for_bit(name):
 def test_every_op_runs_in_onnxruntime_as_it_is_frozen(name):
     example, frozen = example_of(name), frozen_example(name)
     made = make_onnx(frozen, inputs_like(example, 3, 5))
-    session, scales = onnxruntime_session(made.content, threads=1), made.model.output_scales()
     inputs = inputs_like(example, rows_for(example, ELEMENTS), 6, gain=1.4)
-    for actual, expected, scale in zip(session(inputs), tensors_of(run(frozen, inputs)), scales, strict=True):
-        step = scale or float(expected.abs().max()) * 1e-6
-        steps = torch.round((actual - expected) / step).abs()
-        share = float((steps == 0).float().mean())
-        print(f"{name}: equal {share:.4%}, largest {steps.max():.0f} LSB")
-        assert steps.max() <= 1 and share >= INEXACT.get(name, 0.999), f"{name}: {share:.4%}, {steps.max():.0f} LSB"
+    assert_within_a_step(made, inputs, run(frozen, inputs), name)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
@@ -81,7 +72,7 @@ def test_tensors_of_other_widths(scheme):
     x = torch.rand(33, 1, 8, 8)
     (actual,), expected = onnxruntime_session(made.content, threads=1)([x]), run(frozen, (x,))
     assert (actual - expected).abs().max() <= 1.01 * made.model.output_scales()[0]
-    kinds = {t.data_type for t in onnx.load_from_string(made.content).graph.initializer}
+    kinds = {t.data_type for t in graph_of(made).initializer}
     assert (onnx.TensorProto.UINT16 if scheme.bits > 8 and not scheme.signed else onnx.TensorProto.INT8) in kinds
 
 
@@ -93,7 +84,7 @@ def test_weights_of_other_widths(name, bits):
     made = make_onnx(frozen, inputs_like(example, 2, 1))
     kind = {2: "INT4", 4: "INT4", 6: "INT8", 16: "INT16"}[bits]
     assert made.opset == (18 if bits == 6 else 21)
-    weights = [t for t in onnx.load_from_string(made.content).graph.initializer if len(t.dims) > 1]
+    weights = [t for t in graph_of(made).initializer if len(t.dims) > 1]
     assert [t.data_type for t in weights] == [getattr(onnx.TensorProto, kind)]
     inputs = inputs_like(example, 7, 2)
     (actual,), expected = onnxruntime_session(made.content, threads=1)(inputs), run(frozen, inputs)
@@ -184,7 +175,7 @@ def test_batch_norms_trained_behind_weights_are_folded():
     (actual,) = onnxruntime_session(made.content, threads=1)([x])
     torch.testing.assert_close(actual, run(fxquant.freeze(prepared), (x,)), rtol=1e-5, atol=1e-5)
     assert all(part.training for part in prepared.modules())
-    assert "BatchNormalization" not in {n.op_type for n in onnx.load_from_string(made.content).graph.node}
+    assert "BatchNormalization" not in {n.op_type for n in graph_of(made).node}
 
 
 class Passing(nn.Module):
@@ -226,7 +217,7 @@ def test_constants_keep_their_scales_through_a_file_of_ours(tmp_path):
 def test_a_weight_used_twice_is_stored_once():
     for model, x in ((ReusedConv(), torch.randn(2, 3, 9, 9)), (TiedWeights(), torch.randn(4, 5))):
         made = make_onnx(prepared_of(model.eval(), x))
-        constants = onnx.load_from_string(made.content).graph.initializer
+        constants = graph_of(made).initializer
         stored = [t.raw_data for t in constants if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
         assert len(stored) == len(set(stored)), type(model).__name__
 
@@ -335,7 +326,7 @@ def test_merged_clamps_survive_where_the_grid_does_not_do_them():
     for scheme, clamps in ((Scheme(), 0), (Scheme(signed=True, symmetric=True), 2)):
         prepared = prepared_of(model, x, recipe_with(activation=scheme))
         made = make_onnx(prepared)
-        kinds = [node.op_type for node in onnx.load_from_string(made.content).graph.node]
+        kinds = [node.op_type for node in graph_of(made).node]
         assert kinds.count("Relu") + kinds.count("Clip") + kinds.count("Max") + kinds.count("Min") == clamps
         roundings = [m for m in made.model.flat.modules() if isinstance(m, Rounding)]
         assert sum(m.lower is not None or m.upper is not None for m in roundings) == clamps

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comparisons import tensors_of
+from onnx_files import graph_of
 from op_cases import run
 from torch import Tensor, nn
 
@@ -85,10 +86,6 @@ def assert_agrees(made: OnnxFile, shapes: list[tuple[int, ...]]) -> None:
             (actual,), (expected,) = session([x]), tensors_of(run(made.model.reference, (x,)))
             far = (actual - expected).abs() > 0.02 * expected.abs().max()
             assert far.double().mean() < 0.01, f"{runtime} {shape}: {far.double().mean():.2%} are off"
-
-
-def graph_of(made: OnnxFile) -> Any:
-    return onnx.load_from_string(made.content).graph
 
 
 def reads_of_the_first_axis(graph: Any) -> list[Any]:
@@ -218,7 +215,7 @@ def test_one_factor_a_head_is_written_as_one_a_row(shape, monkeypatch):
     x = torch.randn(2, 8, 12)
     prepared = fxquant.calibrate(fxquant.prepare(Heads(*shape).eval(), (x,)), [x], progress=False)
     made = make_onnx(prepared, x, dynamic="batch")
-    (stored,) = (t for t in onnx.load_from_string(made.content).graph.initializer if "factor" in t.name)
+    (stored,) = (t for t in graph_of(made).initializer if "factor" in t.name)
     assert list(stored.dims) == SPREAD[shape] and stored.data_type == onnx.TensorProto.UINT8
     monkeypatch.setattr(program, "spread_factors", lambda model: None)
     as_given = make_onnx(prepared, x, dynamic="batch")

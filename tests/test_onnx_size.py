@@ -11,6 +11,7 @@ import zoo
 from awkward import ReusedConv
 from comparisons import assert_same_bits
 from digits import DigitsNet
+from onnx_files import graph_of
 from op_cases import prepared_of, run
 from torch import Tensor, nn
 
@@ -24,10 +25,6 @@ onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-
-
-def graph_of(made: OnnxFile) -> Any:
-    return onnx.load_from_string(made.content).graph
 
 
 def constants_of(graph: Any) -> dict[str, np.ndarray]:

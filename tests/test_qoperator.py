@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from comparisons import tensors_of
 from digits import DigitsNet
+from onnx_files import ELEMENTS, assert_within_a_step, graph_of, kinds_of
 from op_cases import (
     COMPUTING,
     SCHEMES,
@@ -42,28 +42,7 @@ pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
 SIGNED = Scheme(signed=True, symmetric=True)
-ELEMENTS = 4_000
-INEXACT = {"softmax": 0.8}
-"""As in ``test_onnx``."""
 ON_INTEGERS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
-
-
-def graph_of(made: OnnxFile) -> Any:
-    return onnx.load_from_string(made.content).graph
-
-
-def kinds_of(made: OnnxFile) -> Counter[str]:
-    return Counter(node.op_type for node in graph_of(made).node)
-
-
-def assert_within_a_step(made: OnnxFile, inputs: Any, expected: Any, share: float = 0.999) -> None:
-    scales = made.model.output_scales()
-    for actual, wanted, scale in zip(
-        onnxruntime_session(made.content, threads=1)(inputs), tensors_of(expected), scales, strict=True
-    ):
-        steps = torch.round((actual - wanted) / (scale or float(wanted.abs().max()) * 1e-6)).abs()
-        equal = float((steps == 0).float().mean())
-        assert steps.max() <= 1 and equal >= share, f"{equal:.4%} equal, {steps.max():.0f} LSB"
 
 
 @pytest.mark.parametrize("name", COMPUTING)
@@ -71,7 +50,7 @@ def test_every_op_runs_in_onnxruntime_as_it_is_frozen(name):
     example, frozen = example_of(name), frozen_example(name)
     made = make_onnx(frozen, inputs_like(example, 3, 5), form="qoperator")
     inputs = inputs_like(example, rows_for(example, ELEMENTS), 6, gain=1.4)
-    assert_within_a_step(made, inputs, run(frozen, inputs), INEXACT.get(name, 0.999))
+    assert_within_a_step(made, inputs, run(frozen, inputs), name)
     assert {node.domain for node in graph_of(made).node} == {""}
 
 
