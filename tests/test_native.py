@@ -71,6 +71,12 @@ CONVOLUTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...]]]
     "many weights": ((160, 200, 3), {"padding": 1}, (1, 4, 5)),
     "many weights, many pixels": ((131, 261, 3), {"padding": 1}, (1, 9, 9)),
     "many weights, 1x1": ((600, 515, 1), {}, (2, 2, 3)),
+    "many small images": ((16, 24, 3), {"padding": 1}, (9, 5, 4)),
+    "many small images, strided": ((16, 24, 3), {"padding": 1, "stride": 2}, (9, 6, 7)),
+    "5x5, many images": ((8, 70, 5), {"padding": 2}, (7, 7, 7)),
+    "7x1": ((8, 16, (7, 1)), {"padding": (3, 0)}, (2, 9, 8)),
+    "dilated as far as it is padded": ((8, 8, 3), {"padding": 6, "dilation": 6}, (1, 17, 15)),
+    "groups, many images": ((32, 48, 3), {"padding": 1, "groups": 2}, (5, 7, 6)),
     "many groups and weights": ((256, 520, 3), {"padding": 1, "groups": 2}, (1, 3, 5)),
 }
 

@@ -26,6 +26,7 @@ __all__ = [
     "Step",
     "TensorView",
     "Window",
+    "Zone",
     "load",
     "missing",
     "run_steps",
@@ -81,7 +82,16 @@ class Addition(Structure):
     _fields_: ClassVar[Any] = [
         ("constant", c_int64),
         ("q", _Pair),
-        *((name, c_int32) for name in ("shift", "low", "high", "reserved")),
+        *((name, c_int32) for name in ("shift", "low", "high")),
+    ]
+
+
+class Zone(Structure):
+    """``Zone`` of tensor.h."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int32) for name in ("i", "y", "x", "n", "h", "w", "points", "inside")),
+        *((name, c_void_p) for name in ("point", "bias")),
     ]
 
 
@@ -94,13 +104,13 @@ class Step(Structure):
         *((name, TensorView) for name in "xzy"),
         ("window", Window),
         *((name, c_int32) for name in ("groups", "taps", "depth", "blocks")),
-        *((name, c_void_p) for name in ("weight", "bias", "border")),
+        *((name, c_void_p) for name in ("weight", "bias", "border", "zones")),
         ("out", Requantization),
         ("add", Addition),
         ("numbers", c_void_p),
         ("scale", c_double * 2),
         ("zero_point", _Pair),
-        *((name, c_int32) for name in ("units", "outer")),
+        *((name, c_int32) for name in ("units", "outer", "zone_count")),
     ]
 
 

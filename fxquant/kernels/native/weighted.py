@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fxquant.errors import InputError
 from fxquant.kernels.native.layout import image, rows
-from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView
+from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView, Zone
 from fxquant.kernels.native.operations import Images, Operation, Sum, check_channels, set_addition, set_rescaling
 from fxquant.kernels.native.weights import (
     Unfit,
@@ -24,6 +25,7 @@ from fxquant.kernels.native.weights import (
     rescaling_of,
     woven,
 )
+from fxquant.kernels.native.zones import parts_of
 from fxquant.kernels.saturation import INT32, channels_first, one_sided_sums
 from fxquant.kernels.weighted import Geometry, geometry_of, unfit
 from fxquant.nn.accumulating import IntegerWeighted
@@ -78,21 +80,17 @@ class Weighted(Operation):
         self.by_lines = g.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and g.dilation[1] == 1
 
     def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, largest: Tensor) -> None:
-        groups = 1 if self.depthwise else self.geometry.groups
-        size = 64 // self.lines if self.depthwise else 16
-
-        def spread(values: Tensor, fill: int = 0) -> Tensor:
-            filled = torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines)
-            return woven(filled) if self.depthwise else filled.contiguous()
-
-        self.bias = spread(bias).to(torch.int32)
+        groups, size = self._blocks()
+        self.bias = self._spread(bias).to(torch.int32)
         if self.to_float:
             scale = part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()
         else:
             self.rescaling = rescaling_of(part, self.channels, largest)
-            self.constants = self.rescaling.laid_out(spread)
+            self.constants = self.rescaling.laid_out(self._spread)
         points = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
+        # What each point adds to a sum where it lies outside.
+        self.at_zero = self.zero_point * points.sum(2, dtype=torch.int32)
         if self.three:
             filled = torch.nn.functional.pad(points[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
             self.weight = columns_weight(filled.reshape(-1, 3, 3))
@@ -103,6 +101,16 @@ class Weighted(Operation):
         else:
             self.weight = dense_weight(points, groups)
         self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
+
+    def _blocks(self) -> tuple[int, int]:
+        """Groups that are laid out apart, and channels in a block."""
+        return (1, 64 // self.lines) if self.depthwise else (self.geometry.groups, 16)
+
+    def _spread(self, values: Tensor, fill: int = 0) -> Tensor:
+        """One number a channel, in the order of the kernels."""
+        groups, size = self._blocks()
+        filled = torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines)
+        return woven(filled) if self.depthwise else filled.contiguous()
 
     @property
     def layout(self) -> str:
@@ -154,6 +162,31 @@ class Weighted(Operation):
         step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
         step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
         step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
+        self._fill_end(step)
+        return None if self.depthwise else self._fill_zones(step)
+
+    def _fill_zones(self, step: Step) -> Any:
+        """Write which points count where; the biases of the zones know the zero points of the others."""
+        parts = parts_of(step)
+        zones, kept = (Zone * len(parts))(), dict[tuple[int, ...], tuple[Tensor, Tensor]]()
+        for zone, part in zip(zones, parts, strict=True):
+            if part.points not in kept:
+                kept[part.points] = torch.tensor(part.points, dtype=torch.int32), self._bias_without(step, part.points)
+            point, bias = kept[part.points]
+            (zone.i, zone.y, zone.x), (zone.n, zone.h, zone.w) = part.first, part.count
+            zone.points, zone.inside = len(part.points), part.inside
+            zone.point, zone.bias = point.data_ptr(), bias.data_ptr()
+        step.zones, step.zone_count = ctypes.addressof(zones), len(zones)
+        return zones, kept
+
+    def _bias_without(self, step: Step, points: tuple[int, ...]) -> Tensor:
+        missing = sorted(set(range(step.taps)) - set(points))
+        if not missing or not self.zero_point:
+            return self.bias
+        return self.bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
+
+    def _fill_end(self, step: Step) -> None:
+        """Write what becomes of the sums."""
         if self.to_float:
             low, most = self.clamp
             step.flags |= FLAGS["to_float"]

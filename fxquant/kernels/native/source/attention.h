@@ -75,7 +75,8 @@ inline void attend(const Step& s, int unit) {
     for (int row = from; row < end; row += ROWS) {
         const int count = std::min(ROWS, end - row);
         Tile tile;
-        tile.rows = rows, tile.offset = 0, tile.points = 1, tile.quads = quads;
+        static const int32_t first_point = 0;
+        tile.rows = rows, tile.offset = 0, tile.point = &first_point, tile.points = 1, tile.quads = quads;
         for (int r = 0; r < count; r++) rows[r] = s.x.at(i, h, row + r);
         float total[ROWS];
         for (int b = 0; b < bundles; b++) {

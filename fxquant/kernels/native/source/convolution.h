@@ -28,57 +28,42 @@ inline Point point_of(int64_t index, const Tensor& y) {
     return {static_cast<int32_t>(line / y.h), static_cast<int32_t>(line % y.h), static_cast<int32_t>(index % y.w)};
 }
 
-// Where each point of the window lies, for one pixel of the result after the other.
-struct Cursor {
+// The pixels of a zone, one after the other: where their windows begin, and where they go.
+struct Walker {
     const Step& s;
+    const Zone& zone;
     Point p;
-    int across, y0, x0, reach_y, reach_x;
-    bool lines_inside;
+    int y0, x0;
     const uint8_t* start;
     uint8_t* to;           // the pixel of the result
     const uint8_t* other;  // and what is added to it
-    int64_t* offsets;
 
-    Cursor(const Step& s, int64_t index, int64_t* offsets) : s(s), p(point_of(index, s.y)), offsets(offsets) {
-        const Window& w = s.window;
-        across = w.kernel[1];
-        const int down = s.taps / across;
-        for (int t = 0; t < s.taps; t++)
-            offsets[t] = t / across * w.dilation[0] * s.x.row + t % across * w.dilation[1] * s.x.pixel;
-        reach_y = (down - 1) * w.dilation[0], reach_x = (across - 1) * w.dilation[1];
+    Walker(const Step& s, const Zone& zone, int64_t index) : s(s), zone(zone) {
+        const int64_t line = index / zone.w;
+        p = {zone.i + static_cast<int32_t>(line / zone.h), zone.y + static_cast<int32_t>(line % zone.h),
+             zone.x + static_cast<int32_t>(index % zone.w)};
         find_start();
     }
     void find_start() {
         y0 = p.y * s.window.stride[0] - s.window.padding[0], x0 = p.x * s.window.stride[1] - s.window.padding[1];
-        lines_inside = y0 >= 0 && y0 + reach_y < s.x.h;
         start = s.x.data + p.i * s.x.image + y0 * s.x.row + x0 * s.x.pixel;
         to = s.y.at(p.i, p.y, p.x), other = s.z.at(p.i, p.y, p.x);
     }
     void next() {
-        if (p.x + 1 < s.y.w) {
-            p.x++, x0 += s.window.stride[1], start += s.window.stride[1] * s.x.pixel, to += s.y.pixel, other += s.z.pixel;
-        } else {
-            advance(p, s.y);
-            find_start();
-        }
-    }
-    bool inside() const { return lines_inside && x0 >= 0 && x0 + reach_x < s.x.w; }
-    // rows[point]
-    void rows(const uint8_t** rows) const {
-        if (inside()) {
-            for (int t = 0; t < s.taps; t++) rows[t] = start + offsets[t];
+        if (++p.x < zone.x + zone.w) {
+            x0 += s.window.stride[1], start += s.window.stride[1] * s.x.pixel, to += s.y.pixel, other += s.z.pixel;
             return;
         }
-        for (int t = 0; t < s.taps; t++) {
-            const int y = y0 + t / across * s.window.dilation[0], x = x0 + t % across * s.window.dilation[1];
-            rows[t] = y >= 0 && y < s.x.h && x >= 0 && x < s.x.w ? start + offsets[t] : s.border;
-        }
+        p.x = zone.x;
+        if (++p.y == zone.y + zone.h) p.y = zone.y, p.i++;
+        find_start();
     }
 };
 
 // What a tile needs besides its numbers of pixels and blocks.
 struct Tile {
     const uint8_t** rows;  // [point][MOST_PIXELS]
+    const int32_t* point;  // its number in the weights
     int64_t offset;        // of the group's channels in a pixel
     int points, quads;     // points of the window, fours of channels in each
     const int8_t* weight;
@@ -101,9 +86,9 @@ void accumulate(const Tile& tile, int32_t* sums) {
         for (int i = 0; i < PIXELS; i++) acc[i][j] = b;
     }
     const uint8_t* const* rows = tile.rows;
-    const int8_t* weight = tile.weight;
     const int64_t quads = tile.quads, offset = tile.offset;
     for (int t = 0; t < tile.points; t++, rows += MOST_PIXELS) {
+        const int8_t* weight = tile.weight + tile.point[t] * quads * (64 * BLOCKS);
         const uint8_t* at[PIXELS];
 #pragma GCC unroll 8
         for (int i = 0; i < PIXELS; i++) at[i] = rows[i] + offset;
@@ -173,8 +158,8 @@ void at_once(const Step& s, const Tile& tile) {
         for (int i = 0; i < PIXELS; i++) acc[i][j] = b;
     }
     const uint8_t* const* rows = tile.rows;
-    const int8_t* weight = tile.weight;
     for (int t = 0; t < tile.points; t++, rows += MOST_PIXELS) {
+        const int8_t* weight = tile.weight + static_cast<int64_t>(tile.point[t]) * tile.quads * (64 * BLOCKS);
         for (int64_t k = 0; k < tile.quads; k++, weight += 64 * BLOCKS) {
             __m512i w[BLOCKS];
 #pragma GCC unroll 4
@@ -226,57 +211,37 @@ inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int
 }
 
 // The next pixels: their points of the window, eight pixels at a time, and where they go.
-inline void take(Cursor& cursor, int count, int own, int channel, Tile& tile) {
-    const Step& s = cursor.s;
+inline void take(Walker& walker, int count, int own, int channel, Tile& tile) {
+    const Step& s = walker.s;
+    const Window& w = s.window;
     alignas(64) int64_t start[MOST_PIXELS], y0[MOST_PIXELS], x0[MOST_PIXELS];
-    bool inside = true;
-    for (int i = 0; i < count; i++, cursor.next()) {
-        start[i] = reinterpret_cast<int64_t>(cursor.start), y0[i] = cursor.y0, x0[i] = cursor.x0;
-        inside &= cursor.inside();
-        tile.to[i] = cursor.to + own, tile.other[i] = cursor.other + channel;
+    for (int i = 0; i < count; i++, walker.next()) {
+        start[i] = reinterpret_cast<int64_t>(walker.start), y0[i] = walker.y0, x0[i] = walker.x0;
+        tile.to[i] = walker.to + own, tile.other[i] = walker.other + channel;
     }
-    const __m512i from = _mm512_load_si512(start);
-    if (inside) {
-        for (int t = 0; t < s.taps; t++)
-            _mm512_storeu_si512(tile.rows + MOST_PIXELS * t, _mm512_add_epi64(from, _mm512_set1_epi64(cursor.offsets[t])));
-        return;
-    }
+    const __m512i from = _mm512_load_si512(start), ys = _mm512_load_si512(y0), xs = _mm512_load_si512(x0);
     const __m512i border = _mm512_set1_epi64(reinterpret_cast<int64_t>(s.border));
-    const __m512i h = _mm512_set1_epi64(s.x.h), w = _mm512_set1_epi64(s.x.w), ys = _mm512_load_si512(y0), xs = _mm512_load_si512(x0);
-    for (int t = 0; t < s.taps; t++) {
-        const int down = t / cursor.across * s.window.dilation[0], right = t % cursor.across * s.window.dilation[1];
-        const __mmask8 there = _mm512_cmplt_epu64_mask(_mm512_add_epi64(ys, _mm512_set1_epi64(down)), h) &
-                               _mm512_cmplt_epu64_mask(_mm512_add_epi64(xs, _mm512_set1_epi64(right)), w);
-        const __m512i row = _mm512_add_epi64(from, _mm512_set1_epi64(cursor.offsets[t]));
-        _mm512_storeu_si512(tile.rows + MOST_PIXELS * t, _mm512_mask_mov_epi64(border, there, row));
+    const __m512i lines = _mm512_set1_epi64(s.x.h), columns = _mm512_set1_epi64(s.x.w);
+    for (int t = 0; t < tile.points; t++) {
+        const int down = tile.point[t] / w.kernel[1] * w.dilation[0], right = tile.point[t] % w.kernel[1] * w.dilation[1];
+        __m512i row = _mm512_add_epi64(from, _mm512_set1_epi64(down * s.x.row + right * s.x.pixel));
+        if (!walker.zone.inside) {
+            const __mmask8 there = _mm512_cmplt_epu64_mask(_mm512_add_epi64(ys, _mm512_set1_epi64(down)), lines) &
+                                   _mm512_cmplt_epu64_mask(_mm512_add_epi64(xs, _mm512_set1_epi64(right)), columns);
+            row = _mm512_mask_mov_epi64(border, there, row);
+        }
+        _mm512_storeu_si512(tile.rows + MOST_PIXELS * t, row);
     }
 }
 
-// Some pixels of the result by one bundle of up to four blocks of 16 channels.
-inline void convolve(const Step& s, int column, int64_t index, int64_t end, const Finish& finish) {
-    const int bundles = (s.blocks + 3) / 4;
-    const int group = column / bundles, bundle = column % bundles;
-    const int from = 4 * bundle, blocks = std::min(4, s.blocks - from);
-    const int per_group = s.y.c / s.groups, inside = 16 * from, channel = group * per_group + inside;
-    const int channels = std::min(16 * blocks, per_group - inside);
-    const int block = group * s.blocks + from;
-    const bool to_float = s.flags & TO_FLOAT;
-
-    Tile tile;
-    tile.rows = static_cast<const uint8_t**>(alloca(sizeof(void*) * s.taps * MOST_PIXELS));
-    tile.offset = s.flags & GROUPED ? static_cast<int64_t>(group) * s.depth : 0;
-    tile.points = s.taps, tile.quads = (s.depth + 3) / 4;
-    tile.weight = s.weight + static_cast<int64_t>(block) * s.taps * tile.quads * 64;
-    tile.bias = s.bias + 16 * block;
-    tile.block = block;
-    tile.finish = &finish;
-    tile.channels = channels;
-
+// The tile's blocks for some pixels of a zone.
+inline void convolve_zone(const Step& s, const Zone& zone, int64_t index, int64_t end, int blocks, int channel, Tile& tile) {
+    const bool to_float = s.flags & TO_FLOAT, linear = s.flags & LINEAR;
+    tile.points = zone.points, tile.point = zone.point, tile.bias = zone.bias + 16 * tile.block;
     const bool at_once = !(s.flags & (TO_FLOAT | TIES | IN_FLOAT64)) && tile.points * tile.quads <= QUADS_AT_ONCE[blocks];
     const int most = at_once ? PIXELS_AT_ONCE[blocks] : PIXELS_FOR[blocks];
     const int own = to_float ? 0 : channel;
-    const bool linear = s.flags & LINEAR;
-    Cursor cursor(s, index, static_cast<int64_t*>(alloca(sizeof(int64_t) * s.taps)));
+    Walker walker(s, zone, index);
     alignas(64) int32_t sums[MOST_PIXELS * 64];
     for (int tiles = static_cast<int>((end - index + most - 1) / most); tiles > 0; tiles--) {
         const int count = static_cast<int>((end - index + tiles - 1) / tiles);
@@ -287,7 +252,7 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
                 tile.other[i] = s.z.data + (index + i) * s.z.pixel + channel;
             }
         } else {
-            take(cursor, count, own, channel, tile);
+            take(walker, count, own, channel, tile);
         }
         index += count;
         if (at_once) {
@@ -296,10 +261,34 @@ inline void convolve(const Step& s, int column, int64_t index, int64_t end, cons
         }
         ACCUMULATE[blocks][count](tile, sums);
         if (to_float) {
-            for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, channels, tile.to[i]);
+            for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, tile.channels, tile.to[i]);
         } else {
             TO_BYTES[rule_of(s)][blocks](s, tile, count, sums);
         }
+    }
+}
+
+// Some pixels of the result by one bundle of up to four blocks of 16 channels.
+inline void convolve(const Step& s, int column, int64_t index, int64_t end, const Finish& finish) {
+    const int bundles = (s.blocks + 3) / 4;
+    const int group = column / bundles, bundle = column % bundles;
+    const int from = 4 * bundle, blocks = std::min(4, s.blocks - from);
+    const int per_group = s.y.c / s.groups, inside = 16 * from, channel = group * per_group + inside;
+
+    Tile tile;
+    tile.rows = static_cast<const uint8_t**>(alloca(sizeof(void*) * s.taps * MOST_PIXELS));
+    tile.offset = s.flags & GROUPED ? static_cast<int64_t>(group) * s.depth : 0;
+    tile.quads = (s.depth + 3) / 4;
+    tile.block = group * s.blocks + from;
+    tile.weight = s.weight + tile.block * s.taps * tile.quads * 64;
+    tile.finish = &finish;
+    tile.channels = std::min(16 * blocks, per_group - inside);
+    for (int k = 0; k < s.zone_count && end > 0; k++) {
+        const Zone& zone = s.zones[k];
+        const int64_t pixels = static_cast<int64_t>(zone.n) * zone.h * zone.w;
+        if (index < pixels)
+            convolve_zone(s, zone, std::max<int64_t>(index, 0), std::min(end, pixels), blocks, channel, tile);
+        index -= pixels, end -= pixels;
     }
 }
 

@@ -5,6 +5,54 @@
 
 namespace fxquant {
 
+// Where each point of the window lies, for one pixel of the result after the other.
+struct Cursor {
+    const Step& s;
+    Point p;
+    int across, y0, x0, reach_y, reach_x;
+    bool lines_inside;
+    const uint8_t* start;
+    uint8_t* to;           // the pixel of the result
+    const uint8_t* other;  // and what is added to it
+    int64_t* offsets;
+
+    Cursor(const Step& s, int64_t index, int64_t* offsets) : s(s), p(point_of(index, s.y)), offsets(offsets) {
+        const Window& w = s.window;
+        across = w.kernel[1];
+        const int down = s.taps / across;
+        for (int t = 0; t < s.taps; t++)
+            offsets[t] = t / across * w.dilation[0] * s.x.row + t % across * w.dilation[1] * s.x.pixel;
+        reach_y = (down - 1) * w.dilation[0], reach_x = (across - 1) * w.dilation[1];
+        find_start();
+    }
+    void find_start() {
+        y0 = p.y * s.window.stride[0] - s.window.padding[0], x0 = p.x * s.window.stride[1] - s.window.padding[1];
+        lines_inside = y0 >= 0 && y0 + reach_y < s.x.h;
+        start = s.x.data + p.i * s.x.image + y0 * s.x.row + x0 * s.x.pixel;
+        to = s.y.at(p.i, p.y, p.x), other = s.z.at(p.i, p.y, p.x);
+    }
+    void next() {
+        if (p.x + 1 < s.y.w) {
+            p.x++, x0 += s.window.stride[1], start += s.window.stride[1] * s.x.pixel, to += s.y.pixel, other += s.z.pixel;
+        } else {
+            advance(p, s.y);
+            find_start();
+        }
+    }
+    bool inside() const { return lines_inside && x0 >= 0 && x0 + reach_x < s.x.w; }
+    // rows[point]
+    void rows(const uint8_t** rows) const {
+        if (inside()) {
+            for (int t = 0; t < s.taps; t++) rows[t] = start + offsets[t];
+            return;
+        }
+        for (int t = 0; t < s.taps; t++) {
+            const int y = y0 + t / across * s.window.dilation[0], x = x0 + t % across * s.window.dilation[1];
+            rows[t] = y >= 0 && y < s.x.h && x >= 0 && x < s.x.w ? start + offsets[t] : s.border;
+        }
+    }
+};
+
 // Byte c of four tensors beside each other, for 64 channels in woven order.
 inline void weave_four(__m512i a, __m512i b, __m512i c, __m512i d, __m512i v[4]) {
     const __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);

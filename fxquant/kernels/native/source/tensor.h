@@ -38,7 +38,16 @@ struct Requantization {
 struct Addition {
     int64_t constant;
     int32_t q[2];
-    int32_t shift, low, high, reserved;
+    int32_t shift, low, high;
+};
+
+// Pixels of a convolution's result for which the same points of the window count: lines by columns of some images. A point
+// that lies outside the tensor for all of them is left out.
+struct Zone {
+    int32_t i, y, x, n, h, w;  // the first image, line and column, and how many of each
+    int32_t points, inside;    // how many points count, and whether all of them lie inside for all pixels
+    const int32_t* point;      // their numbers
+    const int32_t* bias;       // which knows what is left out
 };
 
 struct Step {
@@ -49,12 +58,14 @@ struct Step {
     const int8_t* weight;
     const int32_t* bias;
     const uint8_t* border;  // a pixel of zero points, read where a window leaves its tensor
+    const Zone* zones;      // of a convolution: all pixels of the result, in the order in which they are computed
     Requantization out;
     Addition add;
     const void* numbers;  // what else a kind needs
     double scale[2];
     int32_t zero_point[2];
     int32_t units, outer;  // how the work is cut, and whether units have few channels each
+    int32_t zone_count;
 };
 
 enum Kind : int32_t {

@@ -1,0 +1,79 @@
+"""Which points of a window count for which pixels of a convolution's result: those in the padding are not multiplied.
+
+On 7 x 7 pixels, a padded 3 x 3 window has a fifth of its points outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from fxquant.kernels.native.library import Step
+
+__all__ = ["Part", "parts_of"]
+
+_LINE = 28
+"""Pixels that a line of the edge should have, over some images, to be worth a zone."""
+_FEWEST = 4
+"""Pixels in a corner that are worth a zone, for fewer leave the processor waiting for weights."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A zone without its numbers.
+
+    Attributes:
+        first, count: of images, lines and columns.
+        points: of the window, which count.
+        inside: whether they lie in the tensor for all of these pixels.
+    """
+
+    first: tuple[int, int, int]
+    count: tuple[int, int, int]
+    points: tuple[int, ...]
+    inside: bool
+
+
+@dataclass(frozen=True)
+class _Span:
+    first: int
+    count: int
+    points: tuple[int, ...]
+
+
+def parts_of(step: Step) -> list[Part]:
+    """All pixels of a convolution's result, in the order in which they are best computed: images by images, line by line."""
+    lines, columns = (_spans(step, axis) for axis in (0, 1))
+    images = step.y.n if len(lines) == len(columns) == 1 else -(-_LINE // max(1, min(step.y.h, step.y.w)))
+    return [
+        Part((image, down.first, across.first), (count, down.count, across.count), points, alone or len(columns) == 1)
+        for image in range(0, step.y.n, images)
+        for count in [min(images, step.y.n - image)]
+        for down in lines
+        for alone in [count * down.count * min(across.count for across in columns) >= _FEWEST]
+        for across in (columns if alone else [_together(columns)])
+        for points in [tuple(y * step.window.kernel[1] + x for y in down.points for x in across.points)]
+    ]
+
+
+def _spans(step: Step, axis: int) -> list[_Span]:
+    """Lines (or columns) of the result that follow each other, with the points of the window that lie inside for them."""
+    w, (out, size) = step.window, ((step.y.h, step.x.h), (step.y.w, step.x.w))[axis]
+    kernel, stride, padding, dilation = w.kernel[axis], w.stride[axis], w.padding[axis], w.dilation[axis]
+
+    def inside(index: int) -> tuple[int, ...]:
+        return tuple(k for k in range(kernel) if 0 <= index * stride - padding + k * dilation < size)
+
+    return list(_joined(groupby(range(out), inside)))
+
+
+def _joined(groups: Iterator[tuple[tuple[int, ...], Iterator[int]]]) -> Iterator[_Span]:
+    for points, indices in groups:
+        own = list(indices)
+        yield _Span(own[0], len(own), points)
+
+
+def _together(spans: list[_Span]) -> _Span:
+    last = spans[-1]
+    return _Span(0, last.first + last.count, tuple(sorted(set[int]().union(*(span.points for span in spans)))))
