@@ -18,6 +18,7 @@ from fxquant.kernels.native.layout import Image, axes_of, merged
 from fxquant.kernels.native.library import KINDS, Step, TensorView, run_steps
 from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.memory import Memory
+from fxquant.kernels.native.slices import in_slices
 from fxquant.kernels.native.walk import Recorded, Walk, filled, find_homes, from_outside, references
 from fxquant.kernels.native.weights import Unfit
 
@@ -47,13 +48,14 @@ class Plan:
         shapes = {i: (tuple(v.shape), _order(v)) for i, v in enumerate(first.values) if isinstance(v, Tensor)}
         walk = Walk(self.program, self.inputs, find_homes(self.program, first), shapes)
         self.inputs = ()
-        arena = Memory(walk.tensors, [[i.tensor for i in s.images] for s in walk.steps], walk.borders)
+        order = in_slices(walk)
+        arena = Memory(order.tensors, order.together, walk.borders)
         self.arena, self.memory = arena.block, arena.size
         varying = _varying(self.program, walk)
         self.results = self._results(walk)
-        self.steps, self.count = (Step * len(walk.steps))(), len(walk.steps)
+        self.steps, self.count = (Step * len(order.steps))(), len(order.steps)
         self.doors: list[tuple[Any, int, int]] = []
-        for step, recorded in zip(self.steps, walk.steps, strict=True):
+        for step, recorded in zip(self.steps, order.steps, strict=True):
             self._fill(step, recorded, walk, arena, varying)
         self.outside, self.after = self._outside(walk, varying), walk.after
         dead = walk.native | varying | set(walk.after)
