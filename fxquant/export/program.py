@@ -17,6 +17,7 @@ from fxquant.errors import ExportError
 from fxquant.export.batch_axis import copy_batch_size, count_rows
 from fxquant.export.implied import drop_copies, drop_defaults, drop_zero_points
 from fxquant.export.integer_moves import move_integers
+from fxquant.export.joins import round_before_joining
 from fxquant.export.names import name_axes, name_operators, name_tensors
 from fxquant.export.qoperators import to_qoperators
 from fxquant.export.repeated_roundings import drop_repeated_roundings
@@ -33,6 +34,7 @@ def emit(
     outputs: list[str],
     narrow: set[str],
     form: str = "qdq",
+    rounds_joined: bool = True,
 ) -> bytes:
     """``program`` as the bytes of an ONNX file.
 
@@ -42,6 +44,7 @@ def emit(
         inputs, outputs: names.
         narrow: names of the buffers whose integers fit into 4 bits and are stored so.
         form: ``qdq`` or ``qoperator``.
+        rounds_joined: as in ``Target``.
 
     Raises:
         ExportError: it holds an operator that has no ONNX form.
@@ -71,19 +74,21 @@ def emit(
         count_rows(model)
         _separate(model, inputs, outputs)
         _pack(model, narrow)
-        _rewrite(model, form, {*program.state_dict, *program.constants})
+        _rewrite(model, form, rounds_joined, {*program.state_dict, *program.constants})
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
     return bytes(proto.SerializeToString())
 
 
-def _rewrite(model: Any, form: str, held: set[str]) -> None:
+def _rewrite(model: Any, form: str, rounds_joined: bool, held: set[str]) -> None:
     """What runtimes read well, in as few bytes as it takes; constants that the program ``held`` keep their names."""
     from onnx_ir.passes import common
 
     name_operators(model)
     _clean(model)
     drop_repeated_roundings(model)
+    if not rounds_joined:
+        round_before_joining(model)
     spread_factors(model)
     if form == "qoperator":
         move_integers(model)

@@ -200,6 +200,7 @@ def compile_file(runtime: str, made: OnnxFile, threads: int | None) -> Compiled:
             "output).\n  what to do: use onnxruntime, or a recipe with 8-bit activations."
         )
     session, signature = _OPEN[runtime](made.content, threads), made.model.signature
+    run_session(session, made.model.inputs)  # OpenVINO compiles when it is called
     return Compiled(runtime, _caller(session, signature))
 
 

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ExportError, InputError
+from fxquant.export.fixed_sizes import takes_fixed_sizes
 from fxquant.export.installed import require
+from fxquant.export.joins import round_before_joining
 
 __all__ = ["onnxruntime_session", "openvino_session", "run_session"]
 
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
+_Code = Callable[[list[Any]], list[Tensor]]
+
+_SHAPES = 4
+"""Shapes of inputs that get code of their own in OpenVINO: each holds the weights once more, packed."""
 
 
 def onnxruntime_session(content: bytes, threads: int | None = None) -> Session:
@@ -48,27 +54,100 @@ def onnxruntime_session(content: bytes, threads: int | None = None) -> Session:
 def openvino_session(content: bytes, threads: int | None = None) -> Session:
     """A file's content in OpenVINO on the CPU, for the least time a call.
 
+    Inputs of each shape get code of their own when they are first seen, which is faster than code for free sizes. A fifth
+    shape and all after it share code for free sizes; so do the calls of a file that OpenVINO does not compile for fixed
+    ones, see ``takes_fixed_sizes``.
+
     Raises:
-        MissingPackageError: openvino is not installed.
-        ExportError: it refuses the file.
+        MissingPackageError: openvino, or what reads the file for it, is not installed.
+        ExportError: it cannot read the file. What it refuses to compile, the first call says.
     """
-    openvino: Any = require("openvino", "running a file in OpenVINO", "openvino")
+    what = "running a file in OpenVINO"
+    openvino: Any = require("openvino", what, "openvino")
+    for package in ("onnx", "onnx_ir"):
+        require(package, what, "onnx")
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    try:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(content), "CPU", settings)
-    except Exception as error:
-        raise ExportError(f"OpenVINO {openvino.__version__} refuses the file: {error}") from error
-    request = compiled.create_infer_request()
-    outputs = list(compiled.outputs)
+    return _InOpenVINO(openvino, content, settings)
 
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        results = request.infer([_array(x) for x in tensors], share_inputs=True)
-        return [torch.from_numpy(results[output].copy()) for output in outputs]
 
-    return run
+class _InOpenVINO:
+    """A file behind its codes: for the shapes that came first, and for all the others.
+
+    None is dropped again: a caller with more shapes than are kept would pay for a compilation at every call.
+    """
+
+    def __init__(self, openvino: Any, content: bytes, settings: dict[str, Any]) -> None:
+        self._openvino, self._settings = openvino, settings
+        self._fixed: dict[tuple[Any, ...], _Code] = {}
+        self._free: _Code | None = None
+        try:
+            content, takes_fixed = _rounded_before_joining(content)
+            self._core = openvino.Core()
+            self._model = self._core.read_model(content)
+        except Exception as error:
+            raise self._refusal(error) from error
+        self._takes_fixed = takes_fixed and bool(self._model.is_dynamic())
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        shapes = tuple(tuple(x.shape) for x in tensors)
+        code = self._fixed.get(shapes) or self._compiled_for(shapes)
+        return code([_array(x) for x in tensors])
+
+    def _compiled_for(self, shapes: tuple[tuple[int, ...], ...]) -> _Code:
+        model = self._reshaped(shapes) if self._takes_fixed and len(self._fixed) < _SHAPES else None
+        if model is not None:
+            try:
+                self._fixed[shapes] = self._compiled(model)
+                return self._fixed[shapes]
+            except Exception:  # what is wrong with more than fixed sizes, the other code says
+                self._takes_fixed = False
+        if self._free is None:
+            try:
+                self._free = self._compiled(self._model)
+            except Exception as error:
+                raise self._refusal(error) from error
+        return self._free
+
+    def _reshaped(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        """The model for inputs of these shapes; None where they are not the file's, which the code for free sizes tells.
+
+        An image that is too small for a layer raises here; the code for free sizes would give a result of no rows.
+        """
+        free = [value.partial_shape for value in self._model.inputs]
+        given = [self._openvino.PartialShape(list(shape)) for shape in shapes]
+        if any(0 in shape for shape in shapes) or len(free) != len(given):
+            return None
+        if not all(own.compatible(other) for own, other in zip(free, given, strict=True)):
+            return None
+        model = self._model.clone()
+        model.reshape(dict(zip(model.inputs, given, strict=True)))
+        return model
+
+    def _compiled(self, model: Any) -> _Code:
+        made = self._core.compile_model(model, "CPU", self._settings)
+        request, outputs = made.create_infer_request(), list(made.outputs)
+
+        def run(arrays: list[Any]) -> list[Tensor]:
+            results = request.infer(arrays, share_inputs=True)
+            return [torch.from_numpy(results[output].copy()) for output in outputs]
+
+        return run
+
+    def _refusal(self, error: Exception) -> ExportError:
+        return ExportError(f"OpenVINO {self._openvino.__version__} refuses the file: {error}")
+
+
+def _rounded_before_joining(content: bytes) -> tuple[bytes, bool]:
+    """The file with each Concat behind the roundings of what it joins, and whether it may be given fixed sizes."""
+    import onnx
+    import onnx_ir as ir
+
+    model = ir.from_proto(onnx.load_from_string(content))
+    if round_before_joining(model):
+        content = bytes(ir.to_proto(model).SerializeToString())
+    return content, takes_fixed_sizes(model)
 
 
 def run_session(session: Session, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -76,9 +155,12 @@ def run_session(session: Session, tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Raises:
         InputError: the runtime refuses these inputs.
+        ExportError: it refuses the file, which some say when they are first called.
     """
     try:
         return session(tensors)
+    except ExportError:
+        raise
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in tensors)
         raise InputError(f"the runtime refuses inputs of shapes {shapes}: {error}") from error

@@ -205,7 +205,7 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tu
             raise ExportError(f"captured: {given[0]}, and a file cannot refuse other sizes")
         notes.extend(f"captured: {text}, which nothing in the file checks" for text in given[:1])
         names = signature.input_names, signature.output_names
-        return emit(program, opset, *names, narrow_weights(exchange.flat), form)
+        return emit(program, opset, *names, narrow_weights(exchange.flat), form, exchange.target.rounds_joined)
 
     for which in attempts:
         try:

@@ -37,6 +37,7 @@ class Target:
             not rounded: of several operands the first that comes from a weighted op, and only from there.
         rounds_for_float: whether a weighted op's result is rounded where only float ops read it.
         rounding: how its kernels requantize accumulators, as ``convert`` spells it.
+        rounds_joined: whether files for it round what a concatenation gives; what it joins otherwise, which is the same.
         integer_biases: whether files for it hold biases as 32-bit integers; as floats otherwise.
         integer_operators: whether it takes ONNX files with operators on integers (``form="qoperator"``).
         file_rules: the rules that an ONNX file for it is held against at export, by name; none where empty.
@@ -60,6 +61,7 @@ class Target:
     reads_accumulators: frozenset[str] = frozenset()
     rounds_for_float: bool = True
     rounding: str = "single"
+    rounds_joined: bool = True
     integer_biases: bool = True
     integer_operators: bool = True
     file_rules: str = ""
