@@ -1,6 +1,7 @@
 """compile: a quantized model as a callable that runs in the runtime of one's choice, or in the fastest installed.
 
-The file for ONNX Runtime and OpenVINO is made in memory and never written.
+The file for ONNX Runtime and OpenVINO is made in memory; beyond 2 GiB, which one protobuf cannot hold, in a temporary folder
+that lives as long as what was compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from fxquant.capture.calls import Call
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.exchange_model import example_call, integer_model, needed_bits
+from fxquant.export.files import Pair
 from fxquant.export.installed import is_installed, require
 from fxquant.export.sessions import Session, onnxruntime_session, openvino_session, run_session
 from fxquant.export.signature import Signature
@@ -57,8 +59,11 @@ class Compiled:
         report: with ``auto``, one ``Timing`` for each runtime, the fastest first; empty otherwise.
     """
 
-    def __init__(self, runtime: str, call: Callable[..., Any], report: tuple[Timing, ...] = ()) -> None:
+    def __init__(
+        self, runtime: str, call: Callable[..., Any], report: tuple[Timing, ...] = (), files: Pair | None = None
+    ) -> None:
         self.runtime, self._call, self.report = runtime, call, report
+        self._files = files  # what the runtime may still read
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
@@ -199,8 +204,8 @@ def compile_file(runtime: str, made: OnnxFile, threads: int | None) -> Compiled:
             "OpenVINO computes tensors of more than 8 bits wrongly on the CPU (measured: off by a quarter of the largest "
             "output).\n  what to do: use onnxruntime, or a recipe with 8-bit activations."
         )
-    session, signature = _OPEN[runtime](made.content, threads), made.model.signature
-    return Compiled(runtime, _caller(session, signature))
+    session, signature = _OPEN[runtime](made.source, threads), made.model.signature
+    return Compiled(runtime, _caller(session, signature), files=made.pair)
 
 
 def _caller(session: Session, signature: Signature) -> Callable[..., Any]:

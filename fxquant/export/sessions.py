@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ __all__ = ["onnxruntime_session", "openvino_session", "run_session"]
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def onnxruntime_session(content: bytes, threads: int | None = None) -> Session:
-    """A file's content in ONNX Runtime on the CPU.
+def onnxruntime_session(file: bytes | str | os.PathLike[str], threads: int | None = None) -> Session:
+    """A file (its bytes, or its path where it has tensors beside it) in ONNX Runtime on the CPU.
 
     Its threads spin while a call runs only: by default they go on for some 0.2 s, and whatever else computes in the process
     then has the processor to share (measured: OpenVINO's calls and ours took twice as long behind one of ONNX Runtime's).
@@ -33,7 +34,7 @@ def onnxruntime_session(content: bytes, threads: int | None = None) -> Session:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(_readable(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(f"ONNX Runtime {ort.__version__} refuses the file: {error}") from error
     names = [value.name for value in session.get_inputs()]
@@ -45,8 +46,8 @@ def onnxruntime_session(content: bytes, threads: int | None = None) -> Session:
     return run
 
 
-def openvino_session(content: bytes, threads: int | None = None) -> Session:
-    """A file's content in OpenVINO on the CPU, for the least time a call.
+def openvino_session(file: bytes | str | os.PathLike[str], threads: int | None = None) -> Session:
+    """A file (its bytes, or its path where it has tensors beside it) in OpenVINO on the CPU, for the least time a call.
 
     Raises:
         MissingPackageError: openvino is not installed.
@@ -58,7 +59,7 @@ def openvino_session(content: bytes, threads: int | None = None) -> Session:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(content), "CPU", settings)
+        compiled = core.compile_model(core.read_model(_readable(file)), "CPU", settings)
     except Exception as error:
         raise ExportError(f"OpenVINO {openvino.__version__} refuses the file: {error}") from error
     request = compiled.create_infer_request()
@@ -82,6 +83,10 @@ def run_session(session: Session, tensors: Sequence[Tensor]) -> list[Tensor]:
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in tensors)
         raise InputError(f"the runtime refuses inputs of shapes {shapes}: {error}") from error
+
+
+def _readable(file: bytes | str | os.PathLike[str]) -> bytes | str:
+    return file if isinstance(file, bytes) else os.fspath(file)
 
 
 def _array(x: Tensor) -> Any:
