@@ -135,6 +135,7 @@ def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
         ],
         "default": _setting_to_plain(recipe.default),
         "quantize_outputs": recipe.quantize_outputs,
+        "float_dtype": recipe.float_dtype,
     }
 
 
@@ -188,4 +189,9 @@ def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
         return Setting(**{name: scheme and Scheme(**scheme) for name, scheme in value.items()})
 
     pairs = [(selector(s), setting(v)) for s, v in plain["settings"]]
-    return Recipe(pairs, default=setting(plain["default"]), quantize_outputs=plain["quantize_outputs"])
+    return Recipe(
+        pairs,
+        default=setting(plain["default"]),
+        quantize_outputs=plain["quantize_outputs"],
+        float_dtype=plain.get("float_dtype", "float32"),
+    )

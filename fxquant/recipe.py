@@ -59,6 +59,7 @@ class Site:
 
 
 Selector = str | type[nn.Module] | Op
+FLOAT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Recipe:
         default: the setting of everything else; None keeps it in float.
         quantize_outputs: also quantize what leaves the model straight from a weighted op. By default its wide
             accumulator leaves as a float, which costs nothing and loses nothing.
+        float_dtype: what the ops that stay in float compute in: ``float32``; or ``bfloat16``, eight significant bits, where
+            a runtime has it (OpenVINO behind ``compile``, on processors that have it) and float32 elsewhere.
 
     Example:
         >>> Recipe([("fc", None), (nn.Conv2d, Setting(weight=Scheme(bits=4, symmetric=True, signed=True)))])
@@ -83,8 +86,13 @@ class Recipe:
     settings: Sequence[tuple[Selector, Setting | None]] = ()
     default: Setting | None = field(default_factory=Setting)
     quantize_outputs: bool = False
+    float_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.float_dtype not in FLOAT_DTYPES:
+            raise RecipeError(
+                f"float_dtype={self.float_dtype!r} is not known. Choose one of {', '.join(FLOAT_DTYPES)}."
+            )
         object.__setattr__(self, "settings", tuple(tuple(pair) for pair in self.settings))
         for pair in self.settings:
             if len(pair) != 2:

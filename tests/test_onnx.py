@@ -33,7 +33,7 @@ import fxquant
 from fxquant import FxquantError, Op, Recipe, Scheme
 from fxquant.capture.islands import islands_of, map_graphs, specializations_of
 from fxquant.errors import CalibrationError, ExportError, InputError, LevelError, MissingPackageError
-from fxquant.export import installed, to_onnx
+from fxquant.export import files, installed
 from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.nn.exchange import Rounding
@@ -421,8 +421,8 @@ def test_a_write_that_fails_leaves_the_file_alone(tmp_path, monkeypatch):
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(to_onnx.os, "replace", fails)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(files.os, "replace", fails)
+    with pytest.raises(ExportError, match="no space"):
         fxquant.export_onnx(prepared, path, verify=False)
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.onnx"]
 

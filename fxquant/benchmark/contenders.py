@@ -139,12 +139,13 @@ class _File:
             raise UnavailableError(_first_line(error)) from error
 
     def size(self) -> int | None:
-        return len(self.content().content)
+        return self.content().size
 
     def carry(self, runtime: str, call: Call) -> Carried:
         made = self.content()
         tensors = made.model.signature.tensors(call.args, call.kwargs)
-        return {"runtime": runtime, "content": made.content, "tensors": tensors}
+        content = made.content if made.pair is None else made.pair.path
+        return {"runtime": runtime, "content": content, "tensors": tensors}
 
 
 def _carry(model: nn.Module, call: Call, *, runtime: str = "torch") -> Carried:

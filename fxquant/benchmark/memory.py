@@ -23,7 +23,8 @@ from fxquant.export.sessions import onnxruntime_session, openvino_session
 __all__ = ["Carried", "peak_memory"]
 
 Carried = dict[str, Any]
-"""What the process needs: ``runtime``, ``call``, and ``model`` (a module) or ``content`` (of a file) with ``tensors``."""
+"""What the process needs: ``runtime``, and ``model`` (a module) with ``call``, or ``content`` (of a file; or its path) with
+``tensors``."""
 
 _SESSIONS: dict[str, Any] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
 _LIMIT = 600

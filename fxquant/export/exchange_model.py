@@ -36,6 +36,7 @@ class ExchangeModel:
         reference: the frozen model, likewise; the integer model where that was given.
         inputs: the example's tensors.
         target: what it was prepared for.
+        float_dtype: what its recipe lets a runtime compute its floats in.
 
     Raises:
         LevelError, CalibrationError: the model is not ready.
@@ -46,7 +47,9 @@ class ExchangeModel:
         model = _at_rest(model)
         frozen = freeze(model) if level_of(model) == "prepared" else model
         integer = frozen if level_of(frozen) == "integer" else convert(frozen)
-        self.target: Target = next(iter(graphs_of(integer).values())).settings.get("target", X86)
+        settings = next(iter(graphs_of(integer).values())).settings
+        self.target: Target = settings.get("target", X86)
+        self.float_dtype: str = settings["recipe"].float_dtype
         into = partial(to_exchange, integer_biases=self.target.integer_biases)
         exchange = map_graphs(integer, lambda graph: check(into(graph), by="to_exchange")).eval()
         call = _on_cpu(example_call(model, example_inputs))

@@ -35,8 +35,8 @@ def emit(
     narrow: set[str],
     form: str = "qdq",
     rounds_joined: bool = True,
-) -> bytes:
-    """``program`` as the bytes of an ONNX file.
+) -> Any:
+    """``program`` as an ``onnx_ir.Model``.
 
     Args:
         program: what ``trace`` returned.
@@ -49,8 +49,6 @@ def emit(
     Raises:
         ExportError: it holds an operator that has no ONNX form.
     """
-    import onnx_ir as ir
-
     try:
         with quiet(), _without_pairwise_rules():
             made = torch.onnx.export(
@@ -75,9 +73,7 @@ def emit(
         _separate(model, inputs, outputs)
         _pack(model, narrow)
         _rewrite(model, form, rounds_joined, {*program.state_dict, *program.constants})
-    proto = ir.to_proto(model)
-    del proto.graph.value_info[:]  # shapes between nodes follow from those of the inputs; written out they are 1 to 3 %
-    return bytes(proto.SerializeToString())
+    return model
 
 
 def _rewrite(model: Any, form: str, rounds_joined: bool, held: set[str]) -> None:

@@ -1,6 +1,7 @@
 """compile: a quantized model as a callable that runs in the runtime of one's choice, or in the fastest installed.
 
-The file for ONNX Runtime and OpenVINO is made in memory and never written.
+The file for ONNX Runtime and OpenVINO is made in memory; beyond 2 GiB, which one protobuf cannot hold, in a temporary folder
+that lives as long as what was compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fxquant.capture.calls import Call
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.exchange_model import example_call, integer_model, needed_bits
 from fxquant.export.installed import is_installed, require
-from fxquant.export.sessions import Session, onnxruntime_session, openvino_session, run_session
+from fxquant.export.sessions import Session, has_bfloat16, onnxruntime_session, openvino_session, run_session
 from fxquant.export.signature import Signature
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 from fxquant.export.turns import take_turns
@@ -26,12 +27,25 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.frozen import fastest
 from fxquant.kernels.native.model import NativeModel, Unfit
 
-__all__ = ["EXTRA", "RUNTIMES", "Compiled", "Timing", "compile", "compile_file", "native_model", "torch_threads"]
+__all__ = [
+    "EXTRA",
+    "HALF_RUNTIMES",
+    "RUNTIMES",
+    "Compiled",
+    "Timing",
+    "compile",
+    "compile_file",
+    "native_model",
+    "torch_threads",
+]
 
 RUNTIMES = ("torch", "native", "onnxruntime", "openvino")
 _OPEN: dict[str, Callable[..., Session]] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
 EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
 """The extra of fxquant that brings a runtime."""
+HALF_RUNTIMES = {"openvino": has_bfloat16}
+"""Runtimes that can compute floats in bfloat16, and whether they do on this processor; ONNX Runtime has no such kernels on
+the CPU, and fxquant's own compute in integers and float32."""
 
 _ROUNDS, _SECONDS = 25, 2.5
 """For ``auto``: turns of each runtime, of which fewer are taken once that much time has gone."""
@@ -199,7 +213,8 @@ def compile_file(runtime: str, made: OnnxFile, threads: int | None) -> Compiled:
             "OpenVINO computes tensors of more than 8 bits wrongly on the CPU (measured: off by a quarter of the largest "
             "output).\n  what to do: use onnxruntime, or a recipe with 8-bit activations."
         )
-    session, signature = _OPEN[runtime](made.content, threads), made.model.signature
+    options = {"float_dtype": made.model.float_dtype} if runtime in HALF_RUNTIMES else {}
+    session, signature = _OPEN[runtime](made.source, threads, **options), made.model.signature
     run_session(session, made.model.inputs)  # OpenVINO compiles when it is called
     return Compiled(runtime, _caller(session, signature))
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fxquant.capture.findings import unproven
@@ -22,6 +21,7 @@ from fxquant.capture.islands import specializations_of
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nodes, compare_output, other_batch
 from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
+from fxquant.export.files import Folder, Pair, checked_path, put, serialized
 from fxquant.export.free_sizes import contradicted_size
 from fxquant.export.installed import require
 from fxquant.export.names import integers_name
@@ -36,19 +36,37 @@ __all__ = ["ExportReport", "OnnxFile", "export_onnx", "make_onnx"]
 DYNAMIC = ("auto", "sizes", "batch", "none")
 FORMS = ("qdq", "qoperator")
 SMALLEST_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 21
-_LARGEST_FILE = 2**31
-_RULES: dict[str, Callable[[bytes], list[Violation]]] = {"tensorrt": tensorrt_violations}
+_RULES: dict[str, Callable[[bytes | Pair], list[Violation]]] = {"tensorrt": tensorrt_violations}
 """What a target's ``file_rules`` names."""
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """The bytes of a file, with the model they were made from and the signature that its tensors have."""
+    """A file with the model that it was made from.
+
+    Attributes:
+        content: its bytes; without the larger tensors where these lie in a file of their own.
+        model: what it was made from, with the signature that its tensors have.
+        opset: the version of the operator set.
+        notes: what could not be had.
+        pair: where it lies on disk with those tensors beside it; None where ``content`` is all.
+    """
 
     content: bytes
     model: ExchangeModel
     opset: int
     notes: tuple[str, ...]
+    pair: Pair | None = None
+
+    @property
+    def source(self) -> bytes | Pair:
+        """What runtimes and checkers read."""
+        return self.content if self.pair is None else self.pair
+
+    @property
+    def size(self) -> int:
+        """Bytes, those of the tensors beside it too."""
+        return len(self.content) + (0 if self.pair is None else os.path.getsize(self.pair.data))
 
 
 @dataclass
@@ -57,7 +75,8 @@ class ExportReport:
 
     Attributes:
         path: the file.
-        size: its size in bytes.
+        data: the file beside it that holds its tensors; None where it holds them itself.
+        size: bytes, of both.
         opset: the version of the operator set.
         inputs, outputs: shapes by name; sizes that are free are names.
         operators: how many nodes of each kind.
@@ -75,13 +94,15 @@ class ExportReport:
     agreement: list[OutputAgreement] = field(default_factory=list)
     nodes: list[NodeAgreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    data: str | None = None
 
     def __str__(self) -> str:
         def shapes(named: dict[str, list[int | str]]) -> str:
             return ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in named.items())
 
+        beside = "" if self.data is None else f" and {os.path.basename(self.data)}"
         lines = [
-            f"{self.path}: {self.size / 1e6:.2f} MB, opset {self.opset}, {sum(self.operators.values())} nodes",
+            f"{self.path}{beside}: {self.size / 1e6:.2f} MB, opset {self.opset}, {sum(self.operators.values())} nodes",
             f"  inputs   {shapes(self.inputs)}",
             f"  outputs  {shapes(self.outputs)}",
             *(f"  {own}" for own in (*self.agreement, *self.nodes)),
@@ -99,6 +120,7 @@ def export_onnx(
     opset: int | None = None,
     dynamic: str = "auto",
     verify: bool | str = True,
+    external_data: bool | None = None,
 ) -> ExportReport:
     """Write a quantized model as an ONNX file that any runtime can load.
 
@@ -118,31 +140,45 @@ def export_onnx(
         verify: run the file in ONNX Runtime on the example, and on one row more where the batch is free, and compare
             with the frozen model (with the integer model where that was given); ``"nodes"`` compares every rounded
             tensor inside too.
+        external_data: whether tensors lie in a file of their own, ``….onnx.data`` beside the graph, which has to stay
+            there; None for where they have to, since one file ends at 2 GiB. Both are replaced together, or neither.
 
     Raises:
         LevelError, CalibrationError: the model is not ready.
         MissingPackageError: onnx or onnxscript, or for ``verify`` onnxruntime, is not installed.
         InputError: an argument or the example does not fit.
-        ExportError: a part of the model has no ONNX form, or the file breaks a rule of the target that the model was
-            prepared for; says which and why.
+        ExportError: a part of the model has no ONNX form, the file breaks a rule of the target that the model was
+            prepared for, or it cannot be written; says which and why.
     """
-    target = _checked_path(path)
+    target = checked_path(path)
     if verify not in (True, False, "nodes"):
         raise InputError(f"verify={verify!r} is not known. Choose True, False or 'nodes'.")
     if verify:
         require("onnxruntime", "verify runs the file in ONNX Runtime and", "onnx")
-    made = make_onnx(model, example_inputs, form=form, opset=opset, dynamic=dynamic)
-    report = _describe(made, target)
-    if verify:
-        _verify(made, report, every_node=verify == "nodes")
-    _write(target, made.content)
+    with contextlib.closing(Folder(os.path.dirname(os.path.abspath(target)))) as folder:
+        settings: dict[str, Any] = {"form": form, "opset": opset, "dynamic": dynamic, "external_data": external_data}
+        made = make_onnx(model, example_inputs, **settings, at=folder / os.path.basename(target))
+        report = _describe(made, target)
+        if verify:
+            _verify(made, report, every_node=verify == "nodes")
+        put(made.content, made.pair, target, folder)
     return report
 
 
 def make_onnx(
-    model: Any, example_inputs: Any = None, *, form: str = "qdq", opset: int | None = None, dynamic: str = "auto"
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    form: str = "qdq",
+    opset: int | None = None,
+    dynamic: str = "auto",
+    external_data: bool | None = None,
+    at: str | None = None,
 ) -> OnnxFile:
     """The file that ``export_onnx`` writes, in memory: checked, with the shape of every tensor inferred.
+
+    Where its tensors lie in a file of their own, both are on disk: at the path ``at``, or in a temporary folder that is
+    removed with what this returns.
 
     Raises:
         as ``export_onnx``.
@@ -165,21 +201,22 @@ def make_onnx(
             f"opset={opset} is too old: this model needs {needed}"
             f"{', for integers of 4 or 16 bits' if needed > SMALLEST_OPSET else ''}. Leave opset out, or raise it."
         )
-    content, notes = _emitted(exchange, opset or needed, dynamic, form)
-    if len(content) >= _LARGEST_FILE:
-        raise ExportError(f"the file would have {len(content) / 2**30:.1f} GiB, and ONNX files end at 2.")
+    program, notes = _emitted(exchange, opset or needed, dynamic, form)
+    content, pair = serialized(program, external_data, at)
+    made = OnnxFile(content, exchange, opset or needed, notes, pair)
+    if external_data and pair is None:
+        notes += ("no tensor is large enough to lie in a file of its own",)
     try:
-        onnx.checker.check_model(content, full_check=True)
+        onnx.checker.check_model(made.source, full_check=True)
     except Exception as error:
         raise ExportError(
             f"what was exported is no valid ONNX: {error}\n  This is a defect; please report it."
         ) from error
-    notes += _broken_rules(content, exchange.target)
-    return OnnxFile(content, exchange, opset or needed, notes)
+    return replace(made, notes=notes + _broken_rules(made.source, exchange.target))
 
 
-def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tuple[bytes, tuple[str, ...]]:
-    """The bytes with the most free sizes that can be had, and what could not."""
+def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tuple[Any, tuple[str, ...]]:
+    """The program with the most free sizes that can be had, and what could not."""
     signature, notes = exchange.signature, list[str]()
     *attempts, last = ("sizes", "batch", "none") if dynamic == "auto" else (dynamic,)
     if dynamic == "auto" and specializations_of(exchange.flat.model):
@@ -188,7 +225,7 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tu
             notes.append(f"free sizes could not be had: {held}, and a file cannot refuse other sizes")
             attempts.remove("sizes")
 
-    def attempt(which: str) -> bytes:
+    def attempt(which: str) -> Any:
         try:
             inputs = exchange.inputs if which == "none" else two_rows(exchange.inputs)
             with unproven() as given:
@@ -215,7 +252,7 @@ def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tu
     return attempt(last), tuple(notes)
 
 
-def _broken_rules(content: bytes, target: Target) -> tuple[str, ...]:
+def _broken_rules(file: bytes | Pair, target: Target) -> tuple[str, ...]:
     """Hold a file against the rules of the runtime that it is for: raise if that refuses it, tell what it runs slower."""
     if not target.file_rules:
         return ()
@@ -224,7 +261,7 @@ def _broken_rules(content: bytes, target: Target) -> tuple[str, ...]:
             f"target {target.name!r} asks for the rules {target.file_rules!r}, which are not known. "
             f"Choose one of {', '.join(_RULES)}, or leave file_rules out."
         )
-    violations = _RULES[target.file_rules](content)
+    violations = _RULES[target.file_rules](file)
     broken = [violation for violation in violations if violation.refused]
     if broken:
         shown = "".join(f"\n    {violation}" for violation in broken[:8])
@@ -237,40 +274,18 @@ def _broken_rules(content: bytes, target: Target) -> tuple[str, ...]:
     return tuple(f"{target.title} would run this in float: {violation}" for violation in violations)
 
 
-def _checked_path(path: str | os.PathLike[str]) -> str:
-    target = os.fspath(path)
-    if not target.endswith(".onnx"):
-        raise InputError(f"{target!r} does not end in .onnx, by which runtimes know the format. Name the file ….onnx.")
-    folder = os.path.dirname(os.path.abspath(target))
-    if not os.path.isdir(folder):
-        raise InputError(f"there is no folder {folder!r} to write {os.path.basename(target)!r} into. Make it first.")
-    return target
-
-
-def _write(target: str, content: bytes) -> None:
-    """All of it or nothing: a file of another name that takes the place of ``target`` at the end."""
-    handle, part = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(target)), suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(part, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
-
-
 def _describe(made: OnnxFile, target: str) -> ExportReport:
     onnx: Any = require("onnx", "export to ONNX", "onnx")
     graph = onnx.load_from_string(made.content).graph
     return ExportReport(
         path=target,
-        size=len(made.content),
+        size=made.size,
         opset=made.opset,
         inputs={value.name: _shape(value) for value in graph.input},
         outputs={value.name: _shape(value) for value in graph.output},
         operators=dict(Counter(node.op_type for node in graph.node)),
         notes=list(made.notes),
+        data=None if made.pair is None else f"{target}.data",
     )
 
 
@@ -282,7 +297,7 @@ def _shape(value: Any) -> list[int | str]:
 def _verify(made: OnnxFile, report: ExportReport, *, every_node: bool) -> None:
     exchange = made.model
     names, scales = exchange.signature.output_names, exchange.output_scales()
-    session = onnxruntime_session(made.content)
+    session = onnxruntime_session(made.source)
     free = [bool(shape) and isinstance(shape[0], str) for shape in report.inputs.values()]
     more = other_batch(exchange.inputs, lambda i: i < len(free) and free[i])
     for tensors in (exchange.inputs, *([] if more is None else [more])):
@@ -303,6 +318,10 @@ def _compare_every_node(made: OnnxFile) -> list[NodeAgreement]:
     outputs = {value.name for value in proto.graph.output}
     asked = [name for name in made_integers if name in expected and name in known and name not in outputs]
     proto.graph.output.extend(known[name] for name in asked)
-    session = onnxruntime_session(proto.SerializeToString())
+    source: Any = proto.SerializeToString()
+    if made.pair is not None:  # tensors are looked for beside the graph
+        source = f"{made.pair.path}.nodes"
+        onnx.save(proto, source)
+    session = onnxruntime_session(source)
     results = run_session(session, made.model.inputs)[-len(asked) :] if asked else []
     return compare_nodes(dict(zip(asked, results, strict=True)), expected)

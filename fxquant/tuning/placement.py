@@ -15,13 +15,13 @@ from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
 from fxquant.export.exchange_model import example_call
 from fxquant.export.installed import require
-from fxquant.export.runtimes import EXTRA, RUNTIMES, Compiled, compile, compile_file
+from fxquant.export.runtimes import EXTRA, HALF_RUNTIMES, RUNTIMES, Compiled, compile, compile_file
 from fxquant.export.to_onnx import make_onnx
 from fxquant.export.turns import Turns, take_turns
 from fxquant.flow import freeze, require_level
 from fxquant.recipe import Recipe
 from fxquant.tuning.placing import place_again
-from fxquant.tuning.regions import regions_of
+from fxquant.tuning.regions import HALF, half_regions, regions_of
 from fxquant.tuning.search import INT8, Kept, Search, Step, UnbuildableError
 
 __all__ = ["Placement", "tune_placement"]
@@ -41,6 +41,7 @@ class Placement:
         chosen: which of them the model is.
         kept_float: the paths of what stays in float, as recipes select them.
         quantizable: how many paths there are.
+        bfloat16: whether what stays in float computes in bfloat16; None where that was not asked for.
         seconds: what the whole took.
         out_of_time: whether regions were left when the budget was used up.
     """
@@ -53,10 +54,11 @@ class Placement:
     quantizable: int
     seconds: float
     out_of_time: bool
+    bfloat16: bool | None = None
 
     def __str__(self) -> str:
         shown = {
-            "tried": [f"{step.region} in {'float' if step.to_float else 'int8'}" for step in self.steps],
+            "tried": [f"{step.region} in {step.to}" for step in self.steps],
             "before ms": ["" if step.before is None else f"{step.before:.3g}" for step in self.steps],
             "after ms": ["" if step.after is None else f"{step.after:.3g}" for step in self.steps],
             "has to gain": ["" if step.margin is None else f"{step.margin:.1%}" for step in self.steps],
@@ -73,9 +75,19 @@ class Placement:
                 "",
                 f"{self.runtime}, in turns at the end: {final} → {self.chosen}",
                 f"in float: {len(self.kept_float)} of {self.quantizable} ops{': ' * bool(stays)}{stays}",
+                *self._half_lines(),
                 f"{self.seconds:.0f} s{left}",
             ]
         )
+
+    def _half_lines(self) -> list[str]:
+        if self.bfloat16 is None:
+            return []
+        if self.bfloat16:
+            return ["what stays in float computes in bfloat16, which was faster"]
+        tried = any(step.to == "bfloat16" and step.before is not None for step in self.steps)
+        why = "bfloat16 was not faster" if tried else "bfloat16 could not be tried"
+        return [f"what stays in float computes in float32: {why}"]
 
 
 def tune_placement(
@@ -85,6 +97,7 @@ def tune_placement(
     runtime: str = "torch",
     threads: int | None = None,
     budget: float = 60.0,
+    bfloat16: bool = False,
     progress: bool = True,
 ) -> Any:
     """Keep those regions in float whose integer form is slower in a runtime, by measuring it.
@@ -102,6 +115,9 @@ def tune_placement(
         threads: how many the runtime uses; None for its own choice.
         budget: seconds for the search; building and timing one placement takes seconds itself, and the two plain
             placements and the confirmation are measured in any case.
+        bfloat16: let what stays in float compute in bfloat16 where that is faster. It keeps eight significant bits of
+            every float; only OpenVINO has it, on processors that do. The choice is the recipe's ``float_dtype``, which
+            ``save`` keeps and ``compile(..., runtime="openvino")`` follows; other runtimes compute in float32.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -115,8 +131,11 @@ def tune_placement(
         ExportError: the runtime cannot run the model even as it is.
     """
     _require_fit(prepared, runtime, threads, budget)
+    if bfloat16:
+        _require_half(runtime)
     began, regions = time.perf_counter(), regions_of(prepared)
-    bench = _Bench(prepared, example_inputs, runtime, threads)
+    regions = half_regions(regions) if bfloat16 else regions
+    bench = _Bench(prepared, example_inputs, runtime, threads, bfloat16)
     with tqdm(total=len(regions), desc="tune_placement", disable=not progress or None) as bar:
 
         def show(name: str) -> None:
@@ -126,19 +145,20 @@ def tune_placement(
         search = Search(regions, bench.measure, budget, time.perf_counter, show)
         chosen = search.run()
     tuned = bench.placed(chosen)
-    tuned.placement = _report(search, chosen, runtime, time.perf_counter() - began)
+    report = _report(search, chosen, runtime, time.perf_counter() - began)
+    tuned.placement = replace(report, bfloat16=HALF in chosen) if bfloat16 else report
     return tuned
 
 
 def _report(search: Search, chosen: Kept, runtime: str, seconds: float) -> Placement:
     everything = search.regions[-1].paths
-    names = {INT8: "all int8", everything: "all float"}
+    names = {INT8: "all int8", everything: "all float", everything | {HALF}: "all bfloat16"}
     return Placement(
         runtime=runtime,
         steps=tuple(search.steps),
         milliseconds={names.get(kept, "tuned"): value for kept, value in search.final.items()},
         chosen=names.get(chosen, "tuned"),
-        kept_float=tuple(sorted(chosen)),
+        kept_float=tuple(sorted(chosen - {HALF})),
         quantizable=len(everything),
         seconds=seconds,
         out_of_time=search.out_of_time,
@@ -164,12 +184,29 @@ def _require_fit(prepared: Any, runtime: str, threads: int | None, budget: float
         require(runtime, f"runtime={runtime!r}", EXTRA[runtime])
 
 
+def _require_half(runtime: str) -> None:
+    if runtime not in HALF_RUNTIMES:
+        raise InputError(
+            f"bfloat16=True: {runtime} has nothing that computes in it: ONNX Runtime has no such kernels on the CPU, and "
+            f"fxquant's own compute in integers and float32.\n  what to do: leave bfloat16 out, or tune for "
+            f"{' or '.join(HALF_RUNTIMES)}."
+        )
+    if not HALF_RUNTIMES[runtime]():
+        raise InputError(
+            f"bfloat16=True: {runtime} does not compute in bfloat16 on this processor.\n  what to do: leave bfloat16 out, "
+            "or tune where the model will run (x86 with AVX512-BF16 or AMX)."
+        )
+
+
 class _Bench:
     """Builds placements in a runtime and times them."""
 
-    def __init__(self, prepared: Any, example_inputs: Any, runtime: str, threads: int | None) -> None:
+    def __init__(
+        self, prepared: Any, example_inputs: Any, runtime: str, threads: int | None, bfloat16: bool = False
+    ) -> None:
         self.prepared, self.runtime, self.threads = prepared, runtime, threads
-        self.recipe: Recipe = next(iter(graphs_of(prepared).values())).settings["recipe"]
+        recipe: Recipe = next(iter(graphs_of(prepared).values())).settings["recipe"]
+        self.recipe = replace(recipe, float_dtype="float32") if bfloat16 else recipe
         self.call = example_call(prepared, example_inputs)
         self.example = self.call.kwargs or self.call.args
         self.built: dict[Kept, Compiled] = {}
@@ -177,8 +214,9 @@ class _Bench:
 
     def placed(self, kept: Kept) -> Any:
         """The prepared model with ``kept`` in float."""
-        settings = [*((path, None) for path in sorted(kept)), *self.recipe.settings]
-        return place_again(self.prepared, replace(self.recipe, settings=settings))
+        settings = [*((path, None) for path in sorted(kept - {HALF})), *self.recipe.settings]
+        float_dtype = "bfloat16" if HALF in kept else self.recipe.float_dtype
+        return place_again(self.prepared, replace(self.recipe, settings=settings, float_dtype=float_dtype))
 
     def measure(self, placements: Sequence[Kept], final: bool) -> dict[Kept, Turns]:
         """Each in turns with the others; what is not among them is forgotten, but for all-int8 and all-float."""

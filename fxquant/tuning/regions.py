@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from fxquant.ops.calls import behaviour_of
 from fxquant.passes.apply_recipe import site_of
 from fxquant.tuning.placing import canonical_of
 
-__all__ = ["Region", "regions_of"]
+__all__ = ["HALF", "Region", "half_regions", "regions_of"]
+
+HALF = "(bfloat16)"
+"""Among the paths of what is kept in float: that all of it computes in bfloat16. No module has such a path."""
 
 _DEPTH = 3
 
@@ -28,10 +31,13 @@ class Region:
     Attributes:
         name: how the report calls it.
         paths: the ops, as a recipe selects them.
+        to, back: what they compute in when they are kept in float, and when they are not.
     """
 
     name: str
     paths: frozenset[str]
+    to: str = "float"
+    back: str = "int8"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,17 @@ def regions_of(prepared: Any) -> list[Region]:
     ordered = [region for region in found if distinct.get(region.paths) is not None]
     first = {region.paths: region for region in reversed(ordered)}
     return [*sorted(first.values(), key=ordered.index), Region("everything", everything)]
+
+
+def half_regions(regions: Sequence[Region]) -> list[Region]:
+    """``regions``, behind what can be had from bfloat16: for everything, for what stays in float, for the first of them.
+
+    What is gained by an op in bfloat16 may not be had in float32, so the three take their ops along.
+    """
+    alone = Region("what stays in float", frozenset({HALF}), "bfloat16", "float32")
+    both = [Region(own.name, own.paths | {HALF}, "bfloat16") for own in (regions[-1], regions[0])]
+    distinct = {region.paths: region for region in (both[0], alone, both[1])}
+    return [*distinct.values(), *regions]
 
 
 def _kind_rank(units: list[_Unit], kind: str) -> tuple[bool, int]:

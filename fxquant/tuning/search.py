@@ -15,7 +15,7 @@ from fxquant.tuning.regions import Region
 __all__ = ["INT8", "Search", "Step", "UnbuildableError"]
 
 Kept = frozenset[str]
-"""The paths of what is kept in float."""
+"""The paths of what is kept in float, with ``HALF`` among them where that computes in bfloat16."""
 Measure = Callable[[Sequence[Kept], bool], Mapping[Kept, Turns]]
 """Times of several placements, taken in turns; the flag asks for the longer measurement of the end."""
 
@@ -34,6 +34,7 @@ class Step:
     Attributes:
         region: its name.
         to_float: whether it went to float; else back to integers.
+        to: what it then computed in.
         before, after: milliseconds a call without and with it, of the same rounds; None where it could not be built.
         margin: how much faster it had to be, as a share: the spread of the paired rounds, or 2 % where that is less.
         kept: whether it was.
@@ -47,6 +48,7 @@ class Step:
     margin: float | None = None
     kept: bool = False
     note: str = ""
+    to: str = "float"
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Search:
         except UnbuildableError as error:
             self.steps.append(Step("everything", True, note=str(error)))
             return INT8
-        better = self._compare("everything", True, times[INT8], times[everything])
+        better = self._compare(self.regions[-1], True, times[INT8], times[everything])
         return everything if better else INT8
 
     def _is_better(self, region: Region, current: Kept, trial: Kept) -> bool:
@@ -112,15 +114,16 @@ class Search:
         try:
             times = self.measure([current, trial], False)
         except UnbuildableError as error:
-            self.steps.append(Step(region.name, to_float, note=str(error)))
+            self.steps.append(Step(region.name, to_float, note=str(error), to=_goal(region, to_float)))
             return False
         finally:
             self._longest = max(self._longest, self.clock() - began)
-        return self._compare(region.name, to_float, times[current], times[trial])
+        return self._compare(region, to_float, times[current], times[trial])
 
-    def _compare(self, name: str, to_float: bool, before: Turns, after: Turns) -> bool:
-        gain, margin = _gain(before, after)
-        self.steps.append(Step(name, to_float, 1e3 * before.median, 1e3 * after.median, margin, gain > margin))
+    def _compare(self, region: Region, to_float: bool, before: Turns, after: Turns) -> bool:
+        (gain, margin), goal = _gain(before, after), _goal(region, to_float)
+        milliseconds = 1e3 * before.median, 1e3 * after.median
+        self.steps.append(Step(region.name, to_float, *milliseconds, margin, gain > margin, to=goal))
         return gain > margin
 
     def _confirmed(self, current: Kept, everything: Kept) -> Kept:
@@ -137,6 +140,10 @@ class Search:
             return plain
         gain, margin = _gain(times[plain], times[current])
         return current if gain > margin and times[current].median <= times[plain].median else plain
+
+
+def _goal(region: Region, to_float: bool) -> str:
+    return region.to if to_float else region.back
 
 
 def _gain(before: Turns, after: Turns) -> tuple[float, float]:
