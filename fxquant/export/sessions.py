@@ -48,6 +48,8 @@ def onnxruntime_session(file: bytes | str | os.PathLike[str], threads: int | Non
 
 
 class _InONNXRuntime:
+    """A session, and what it may still read."""
+
     def __init__(self, session: Any, read: Any) -> None:
         self._session, self._read = session, read
         self._names = [value.name for value in session.get_inputs()]
