@@ -269,6 +269,8 @@ def test_no_space_for_the_tensors(tmp_path, monkeypatch):
 
 
 def test_places_that_cannot_be_written_to(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"external_data='yes' is not known\. Choose None, True or False"):
+        fxquant.export_onnx(digits(), tmp_path / "m.onnx", external_data="yes")  # type: ignore[arg-type]
     (tmp_path / "taken.onnx").mkdir()
     with pytest.raises(InputError, match=r"is a folder, which a file cannot replace\. Choose another name"):
         fxquant.export_onnx(digits(), tmp_path / "taken.onnx")

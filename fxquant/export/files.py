@@ -90,7 +90,7 @@ def serialized(model: Any, external_data: bool | None, at: str | None) -> tuple[
     if not wanted or max(sizes, default=0) <= _LARGEST_INSIDE:
         return _protobuf(model), None
     pair = _temporary() if at is None else Pair(at, None)
-    with refusals(pair.path):
+    with _refusals(pair.path):
         place, name = os.path.split(pair.data)
         ir.external_data.unload_from_model(model, place, name, size_threshold_bytes=_LARGEST_INSIDE)
         content = _protobuf(model)
@@ -154,7 +154,7 @@ def put(content: bytes, pair: Pair | None, target: str, folder: Folder) -> None:
             f"{data!r} is a folder, and the tensors of {os.path.basename(target)!r} go into a file of that name.\n"
             "  what to do: choose another name for the file, or move the folder away."
         )
-    with refusals(target):
+    with _refusals(target):
         if pair is None:
             _write(new, content)
         replaced = [target] if (reads := _reads(target, os.path.basename(data))) else []
@@ -195,7 +195,7 @@ def _data_of(path: str) -> str:
 
 
 @contextlib.contextmanager
-def refusals(path: str) -> Iterator[None]:
+def _refusals(path: str) -> Iterator[None]:
     """What the system says when it does not write becomes an error of ours."""
     try:
         yield

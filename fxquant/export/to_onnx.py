@@ -189,6 +189,8 @@ def make_onnx(
         raise InputError(f"form={form!r} is not known. Choose one of {', '.join(FORMS)}.")
     if dynamic not in DYNAMIC:
         raise InputError(f"dynamic={dynamic!r} is not known. Choose one of {', '.join(DYNAMIC)}.")
+    if external_data not in (None, True, False):
+        raise InputError(f"external_data={external_data!r} is not known. Choose None, True or False.")
     exchange = ExchangeModel(model, example_inputs)
     if form == "qoperator" and not exchange.target.integer_operators:
         raise InputError(

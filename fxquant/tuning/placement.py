@@ -145,12 +145,11 @@ def tune_placement(
         search = Search(regions, bench.measure, budget, time.perf_counter, show)
         chosen = search.run()
     tuned = bench.placed(chosen)
-    report = _report(search, chosen, runtime, time.perf_counter() - began)
-    tuned.placement = replace(report, bfloat16=HALF in chosen) if bfloat16 else report
+    tuned.placement = _report(search, chosen, runtime, time.perf_counter() - began, bfloat16)
     return tuned
 
 
-def _report(search: Search, chosen: Kept, runtime: str, seconds: float) -> Placement:
+def _report(search: Search, chosen: Kept, runtime: str, seconds: float, bfloat16: bool) -> Placement:
     everything = search.regions[-1].paths
     names = {INT8: "all int8", everything: "all float", everything | {HALF}: "all bfloat16"}
     return Placement(
@@ -162,6 +161,7 @@ def _report(search: Search, chosen: Kept, runtime: str, seconds: float) -> Place
         quantizable=len(everything),
         seconds=seconds,
         out_of_time=search.out_of_time,
+        bfloat16=HALF in chosen if bfloat16 else None,
     )
 
 

@@ -18,7 +18,7 @@ from fxquant.kernels.native.weighted import Weighted
 __all__ = ["Order", "in_slices"]
 
 _IMAGES = 2
-"""In a slice: as many as two threads have."""
+"""In a slice: one for each of two threads."""
 _CACHE = 2**22
 """Bytes of a step's tensors that are still near when the next one reads them; found by measuring."""
 

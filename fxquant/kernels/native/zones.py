@@ -5,7 +5,6 @@ On 7 x 7 pixels, a padded 3 x 3 window has a fifth of its points outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,15 +45,16 @@ def parts_of(step: Step) -> list[Part]:
     """All pixels of a convolution's result, in the order in which they are best computed: images by images, line by line."""
     lines, columns = (_spans(step, axis) for axis in (0, 1))
     images = step.y.n if len(lines) == len(columns) == 1 else -(-_LINE // max(1, min(step.y.h, step.y.w)))
-    return [
-        Part((image, down.first, across.first), (count, down.count, across.count), points, alone or len(columns) == 1)
-        for image in range(0, step.y.n, images)
-        for count in [min(images, step.y.n - image)]
-        for down in lines
-        for alone in [count * down.count * min(across.count for across in columns) >= _FEWEST]
-        for across in (columns if alone else [_together(columns)])
-        for points in [tuple(y * step.window.kernel[1] + x for y in down.points for x in across.points)]
-    ]
+    narrowest = min(across.count for across in columns)
+    parts = []
+    for image in range(0, step.y.n, images):
+        count = min(images, step.y.n - image)
+        for down in lines:
+            apart = len(columns) == 1 or count * down.count * narrowest >= _FEWEST
+            for across in columns if apart else [_together(columns)]:
+                points = tuple(y * step.window.kernel[1] + x for y in down.points for x in across.points)
+                parts.append(Part((image, down.first, across.first), (count, down.count, across.count), points, apart))
+    return parts
 
 
 def _spans(step: Step, axis: int) -> list[_Span]:
@@ -65,13 +65,8 @@ def _spans(step: Step, axis: int) -> list[_Span]:
     def inside(index: int) -> tuple[int, ...]:
         return tuple(k for k in range(kernel) if 0 <= index * stride - padding + k * dilation < size)
 
-    return list(_joined(groupby(range(out), inside)))
-
-
-def _joined(groups: Iterator[tuple[tuple[int, ...], Iterator[int]]]) -> Iterator[_Span]:
-    for points, indices in groups:
-        own = list(indices)
-        yield _Span(own[0], len(own), points)
+    found = [(points, list(indices)) for points, indices in groupby(range(out), inside)]
+    return [_Span(indices[0], len(indices), points) for points, indices in found]
 
 
 def _together(spans: list[_Span]) -> _Span:
