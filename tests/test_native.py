@@ -108,6 +108,44 @@ def test_output_channels(channels):
     require_same(integers_of(model, x), (x,), (signal(5, 6, 1, 1),), (signal(1, 6, 2, 3),), values=min(5, channels))
 
 
+TURNS: dict[str, tuple[int, int, int | tuple[int, int], int]] = {
+    "1x1": (64, 64, 1, 1),
+    "1x1, 61 of 64": (61, 128, 1, 1),
+    "1x1, strided": (72, 130, 1, 2),
+    "1x1, long": (768, 64, 1, 1),
+    "1x1, sums of 25 bits": (1500, 64, 1, 1),
+    "3x3": (64, 64, 3, 1),
+    "3x3, few channels": (16, 64, 3, 1),
+    "3x3, strided": (20, 192, 3, 2),
+    "1x2": (40, 64, (1, 2), 1),
+    "1x3": (64, 64, (1, 3), 1),
+    "7x7 of three": (3, 64, 7, 2),
+}
+"""Input and output channels, window and stride: 64 channels whose sums are finished while the next ones are added up."""
+
+
+@pytest.mark.parametrize("behind", ["nothing", "a sum", "a table"])
+@pytest.mark.parametrize("name", TURNS)
+def test_pixels_in_turns(name, behind):
+    """All numbers of pixels that may be left behind the fours, by rows of one pixel and of more than eight."""
+    depth, channels, kernel, stride = TURNS[name]
+    conv = nn.Conv2d(depth, channels, kernel, stride=stride, padding=tuple(k // 2 for k in _pair(kernel)))
+    functions: dict[str, Callable[..., Tensor]] = {
+        "nothing": lambda m, x: m.conv(x),
+        "a sum": lambda m, x: m.conv(x) + m.other(x),
+        "a table": lambda m, x: F.hardswish(m.conv(x)),
+    }
+    other = nn.Conv2d(depth, channels, kernel, stride=stride, padding=conv.padding)
+    x = signal(2, depth, 5, 9, offset=0.3)
+    integer = integers_of(Function(functions[behind], conv=conv, other=other), x)
+    sizes = [(1, 1, 1), (1, 7, 1), (1, 1, 8), (3, 3, 1), (1, 2, 5), (1, 1, 11), (4, 3, 3), (2, 9, 13)]
+    require_same(integer, (x,), *((signal(n, depth, stride * h, stride * w, seed=h),) for n, h, w in sizes))
+
+
+def _pair(kernel: int | tuple[int, int]) -> tuple[int, int]:
+    return kernel if isinstance(kernel, tuple) else (kernel, kernel)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 8, 16, 17, 32, 33, 64, 65, 96, 144])
 def test_depthwise(channels):
     """All strides and widths, the narrowest above all, where a result has fewer pixels than the kernels take at once."""
@@ -876,12 +914,30 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("width, heads, length", [(12, 3, 5), (64, 2, 17), (40, 1, 70), (32, 4, 1)])
-def test_attention_is_right_or_refused(width, heads, length, causal):
+@pytest.mark.parametrize(
+    "width, heads, length", [(12, 3, 5), (64, 2, 17), (40, 1, 70), (32, 4, 1), (66, 1, 197), (70, 1, 13)]
+)
+def test_attention(width, heads, length, causal):
+    """Keys of one block, of a bundle of four and of more; heads of fewer numbers than a vector and of more."""
     model = nn.Sequential(nn.Linear(7, width), Attention(width, heads, causal), nn.GELU(), nn.Linear(width, 3))
     x = signal(2, length, 7)
     for recipe in (ROUNDED, SIGNED):
-        require_same_or_reason(integers_of(model, x, recipe=recipe), (x,), (signal(1, length + 3, 7),))
+        require_same(integers_of(model, x, recipe=recipe), (x,), (signal(1, length + 3, 7),))
+
+
+def test_attention_that_looks_for_what_is_unlike_is_refused():
+    x = signal(2, 3, 9, 16)
+    attention = Function(lambda m, x: F.scaled_dot_product_attention(x, x + 1, x, scale=-0.3))
+    reason = require_same_or_reason(integers_of(attention, x), (x,))
+    assert reason is not None and "negative" in reason
+
+
+def test_rows_in_another_order():
+    """Batch and tokens change places, as attention of torch's own has them."""
+    layers = {"a": nn.Linear(6, 70), "b": nn.Linear(70, 5), "norm": nn.LayerNorm(70)}
+    model = Function(lambda m, x: m.b(m.norm(m.a(x.transpose(0, 1)))) + 1, **layers)
+    x = signal(3, 11, 6)
+    require_same(integers_of(model, x), (x,), (signal(1, 5, 6),), (signal(7, 2, 6),))
 
 
 # --- models ------------------------------------------------------------------------------------------------------------

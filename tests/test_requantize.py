@@ -166,6 +166,19 @@ def test_how_often_double_rounding_differs():
     assert (single != 0).double().mean() < 1e-5
 
 
+def test_fewer_bits_make_odd_multipliers():
+    """What fits stays as it is; what does not becomes the odd neighbour, less than a unit of 24 bits away."""
+    rng = random.Random(5)
+    real = [rng.uniform(1, 2) * 2.0 ** rng.randrange(-20, 8) for _ in range(2000)]
+    q, e = quantize_multiplier(torch.tensor(real, dtype=torch.float64), 24)
+    for m, found, shift in zip(real, q.tolist(), e.tolist(), strict=True):
+        assert found % 2**7 == 0 and found >> 7 & 1
+        assert abs(Fraction(found) * Fraction(2) ** (shift - 31) - Fraction(m)) < Fraction(2) ** (shift - 24)
+    exact = [1.0, 0.5, 3.0 * 2**-9, float(2**24 - 1), float(2**24 - 2) * 2**-30]
+    q, e = quantize_multiplier(torch.tensor(exact, dtype=torch.float64), 24)
+    assert torch.equal(torch.ldexp(q.double(), e - 31), torch.tensor(exact, dtype=torch.float64))
+
+
 def test_common_multipliers_keep_31_bits():
     rng = random.Random(3)
     for _ in range(200):

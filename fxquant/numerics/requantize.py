@@ -9,8 +9,9 @@
     float:   round(a · m)                                       float64, ties to even
 
 ``single`` and ``double`` are bit-exact with the two builds of TFLite, ``float`` is what runtimes with a floating-point
-epilogue do. With multipliers of 24 bits (``SIGNIFICANT_BITS``) and ``|a| < 2^24`` a float32 fused multiply-add gives what
-``single`` gives, ties apart. Adding the output zero point and clamping to the grid is left to the caller.
+epilogue do. Multipliers of 24 bits (``SIGNIFICANT_BITS``) are odd unless a quotient of scales has fewer bits, so that no sum
+is a tie: with ``|a| < 2^24`` a float32 fused multiply-add gives what ``single`` gives. Adding the output zero point and
+clamping to the grid is left to the caller.
 A product of more than 63 bits does not fit into an int64, so wide accumulators are split into two limbs (``_scaled``).
 Source: Jacob et al., 1712.05877, §2.2; gemmlowp fixedpoint.h and the TFLite kernels define the rounding.
 """
@@ -40,7 +41,9 @@ def quantize_multiplier(m: Tensor, bits: int = 31) -> tuple[Tensor, Tensor]:
 
     Args:
         m: positive finite numbers of any shape; they are read as float64.
-        bits: significant bits of ``Q``, at most 31; those below are 0.
+        bits: significant bits of ``Q``, at most 31; those below are 0. With 31, ``Q`` is the nearest number. With fewer, a
+            number that does not fit becomes the odd one of its two neighbours: sums times an odd ``Q`` are no ties, so
+            that rounding in floating point and in integers agrees.
 
     Returns:
         ``Q`` in ``[2^30, 2^31 - 1]`` and ``e``, int64, of the shape of ``m``. Where ``m < 2^-32`` both are 0; above
@@ -56,7 +59,10 @@ def quantize_multiplier(m: Tensor, bits: int = 31) -> tuple[Tensor, Tensor]:
             "scales: check that every scale is finite and positive."
         )
     fraction, exponent = torch.frexp(m)
-    q, shift = torch.floor(fraction * 2.0**bits + 0.5).long() << (31 - bits), exponent.long()
+    scaled, shift = fraction * 2.0**bits, exponent.long()
+    below = torch.floor(scaled)
+    q = torch.floor(scaled + 0.5).long() if bits == 31 else below.long() | (scaled > below).long()
+    q = q << (31 - bits)
     carried = q == 2**31
     q, shift = torch.where(carried, q // 2, q), torch.where(carried, shift + 1, shift)
     tiny, huge = (shift < -31) | (q == 0), shift > 30

@@ -187,6 +187,8 @@ def _attention(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     query, key, value = (float(s) for s in part.input_scale[:3])
     units = query * key, value / float(part.output_scale)
     scale, causal = a.get("scale"), bool(a.get("is_causal", False))
+    if scale is not None and scale < 0:
+        raise Unfit("its scale is negative")
     return Attention(lines.operands(node.args), zero_points, units, scale, causal, (least, most))
 
 

@@ -35,12 +35,16 @@ def image(x: Tensor) -> Image | None:
 
 
 def rows(x: Tensor, *others: Tensor) -> list[Image] | None:
-    """Tensors of shapes that differ in the last axis alone, as pixels of that axis; None where that cannot be."""
+    """Tensors of shapes that differ in the last axis alone, as pixels of that axis, in the order of the first one's memory.
+
+    Returns:
+        None where that cannot be.
+    """
     if any(t.stride(-1) != 1 and t.shape[-1] != 1 for t in (x, *others)):
         return None
-    lead = list(x.shape[:-1])
+    lead = axes_of(x[..., 0])
     tensors = [x, *others]
-    sizes, strides = merged(lead, [t.stride()[:-1] for t in tensors])
+    sizes, strides = merged([x.shape[a] for a in lead], [[t.stride(a) for a in lead] for t in tensors])
     if len(sizes) > 3:
         return None
     fill = 3 - len(sizes)

@@ -4,17 +4,17 @@
 
 namespace fxquant {
 
-// e^x for x <= 0, to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf).
-inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+constexpr double LOG2_E = 1.4426950408889634;
+
+// 2^x for x <= 0, to about two units in the last place: 2^n times a polynomial on [-1/2, 1/2] (Cephes, exp2f).
+inline __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    x = _mm512_sub_ps(x, n);
+    __m512 y = _mm512_set1_ps(1.535336188319500e-4f);
+    for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
+                    6.931472028550421e-1f, 1.0f})
         y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(c));
-    y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(y, n);
 }
 
@@ -34,110 +34,141 @@ struct Attention {
 
 constexpr int ROWS = 6;
 
-// Some rows of one head. Scores are exact sums; what the keys' own zero point adds is the same for all keys of a row, and
-// softmax does not see it.
-inline void attend(const Step& s, int unit) {
-    const Attention& a = *static_cast<const Attention*>(s.numbers);
-    const int tokens = s.x.w, keys = s.z.w, depth = s.x.c, width = a.value.c;
-    const int parts = s.groups, head = unit / parts, part = unit % parts;
-    const int i = head / s.x.h, h = head % s.x.h;
-    const int quads = (depth + 3) / 4, bundles = (keys + 63) / 64, padded = 64 * bundles, columns = (width + 63) / 64;
-    const size_t key_bytes = static_cast<size_t>(padded) * quads * 4;
-    uint8_t* memory = scratch(key_bytes + 4 * padded + sizeof(float) * (static_cast<size_t>(keys) * columns * 64 + ROWS * padded));
-    int8_t* packed = reinterpret_cast<int8_t*>(memory);
-    int32_t* bias = reinterpret_cast<int32_t*>(memory + key_bytes);
-    float* values = reinterpret_cast<float*>(bias + padded);
-    float* scores = values + static_cast<size_t>(keys) * columns * 64;
+// A head: its keys, laid out as a convolution's weights are, four blocks of 16 in a bundle; its values as floats; and room for
+// the scores of some rows, which are integers first and floats then.
+struct Head {
+    const Step& s;
+    const Attention& a;
+    int i, h, keys, depth, width, blocks, quads, columns;  // fours of a key's numbers, 64s of a value's
+    int64_t padded;
+    int8_t* packed;
+    int32_t* bias;
+    float* scores;  // [ROWS][padded]
+    float* values;  // [keys][64 columns]
 
-    std::memset(packed, 0, key_bytes);
-    for (int k = 0; k < padded; k++) {
-        bias[k] = 0;
-        if (k >= keys) continue;
-        const uint8_t* key = s.z.at(i, h, k);
-        int8_t* to = packed + static_cast<int64_t>(k / 64) * quads * 256 + (k % 64) * 4;
-        int32_t sum = 0;
-        for (int d = 0; d < depth; d++) sum += key[d], to[d / 4 * 256 + d % 4] = static_cast<int8_t>(key[d] ^ 0x80);
-        bias[k] = -a.zero_query * (sum - depth * a.zero_key);
+    Head(const Step& s, const Attention& a, int number)
+        : s(s), a(a), i(number / s.x.h), h(number % s.x.h), keys(s.z.w), depth(s.x.c), width(a.value.c),
+          blocks((keys + 15) / 16), quads((depth + 3) / 4), columns((width + 63) / 64), padded(16 * blocks) {
+        const int64_t weights = padded * quads * 4;
+        packed = reinterpret_cast<int8_t*>(scratch(weights + 4 * (padded * (1 + ROWS) + static_cast<int64_t>(keys) * columns * 64)));
+        bias = reinterpret_cast<int32_t*>(packed + weights);
+        scores = reinterpret_cast<float*>(bias + padded), values = scores + ROWS * padded;
+        for (int k = 0; k < padded; k++) pack(k);
+        for (int k = 0; k < keys; k++) unpack(k);
     }
-    for (int k = 0; k < keys; k++) {
+    int blocks_of(int bundle) const { return std::min(4, blocks - 4 * bundle); }
+
+    // Scores are exact sums; what the keys' own zero point adds is the same for all keys of a row, and softmax does not see it.
+    void pack(int k) {
+        const int64_t step = 64 * blocks_of(k / 64);
+        int8_t* to = packed + static_cast<int64_t>(k / 64) * quads * 256 + k % 64 * 4;
+        __m512i sums = _mm512_setzero_si512();
+        for (int d = 0; d < depth; d += 64) {
+            const __mmask64 there = k < keys ? first(depth - d) : 0;
+            const __m512i key = _mm512_maskz_loadu_epi8(there, s.z.at(i, h, k) + d);
+            sums = _mm512_add_epi64(sums, _mm512_sad_epu8(key, _mm512_setzero_si512()));
+            alignas(64) int32_t fours[16];
+            _mm512_store_si512(fours, _mm512_maskz_add_epi8(there, key, _mm512_set1_epi8(-128)));
+            for (int q = 0; q < std::min(16, quads - d / 4); q++, to += step) std::memcpy(to, fours + q, 4);
+        }
+        bias[k] = k < keys ? -a.zero_query * static_cast<int32_t>(_mm512_reduce_add_epi64(sums) - depth * a.zero_key) : 0;
+    }
+    void unpack(int k) {
         const uint8_t* value = a.value.at(i, h, k);
-        float* to = values + static_cast<size_t>(k) * columns * 64;
+        float* to = values + static_cast<int64_t>(k) * columns * 64;
         for (int c = 0; c < columns * 64; c += 16) {
             const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first(width - c)), value + c);
             const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(a.zero_value));
             _mm512_store_ps(to + c, _mm512_cvtepi32_ps(centred));
         }
     }
-    const __m512 score = _mm512_set1_ps(static_cast<float>(a.score));
-    const int from = tokens * part / parts, end = tokens * (part + 1) / parts;
-    alignas(64) int32_t sums[MOST_PIXELS * 64];
-    const uint8_t* rows[ROWS];
-    for (int row = from; row < end; row += ROWS) {
-        const int count = std::min(ROWS, end - row);
-        Tile tile;
+
+    // Products of some rows with the first `seen` keys, as integers.
+    void score(int row, int count, int seen) const {
         static const int32_t first_point = 0;
-        tile.rows = rows, tile.offset = 0, tile.point = &first_point, tile.points = 1, tile.quads = quads;
+        alignas(64) int32_t sums[MOST_PIXELS * 64];
+        const uint8_t* rows[ROWS];
         for (int r = 0; r < count; r++) rows[r] = s.x.at(i, h, row + r);
-        float total[ROWS];
-        for (int b = 0; b < bundles; b++) {
+        Tile tile;
+        tile.rows = rows, tile.offset = 0, tile.point = &first_point, tile.points = 1, tile.quads = quads;
+        for (int b = 0; 64 * b < seen; b++) {
             tile.weight = packed + static_cast<int64_t>(b) * quads * 256, tile.bias = bias + 64 * b;
-            ACCUMULATE[4][count](tile, sums);
+            ACCUMULATE[blocks_of(b)][count](tile, sums);
             for (int r = 0; r < count; r++)
-                for (int j = 0; j < 64; j += 16) {
-                    const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + 64 * r + j)), score);
-                    _mm512_store_ps(scores + r * padded + 64 * b + j, real);
-                }
+                std::memcpy(scores + r * padded + 64 * b, sums + 64 * r, sizeof(int32_t) * 16 * blocks_of(b));
         }
+    }
+
+    // 2^((score - most) unit) of the first `seen` keys of a row, and 0 of what follows up to `end`; returns their sum.
+    float weigh(float* at, int seen, int end) const {
+        const __m512 unit = _mm512_set1_ps(static_cast<float>(a.score * LOG2_E));
+        __m512i most = _mm512_set1_epi32(INT32_MIN);
+        for (int k = 0; k < seen; k += 16)
+            most = _mm512_mask_max_epi32(most, static_cast<__mmask16>(first(seen - k)), most, _mm512_load_si512(at + k));
+        const __m512i top = _mm512_set1_epi32(_mm512_reduce_max_epi32(most));
+        __m512 sum = _mm512_setzero_ps();
+        for (int k = 0; k < end; k += 16) {
+            const __m512 below = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(at + k), top));
+            const __m512 p = _mm512_maskz_mov_ps(static_cast<__mmask16>(first(seen - k)), power_of_two(_mm512_mul_ps(below, unit)));
+            _mm512_store_ps(at + k, p);
+            sum = _mm512_add_ps(sum, p);
+        }
+        return _mm512_reduce_add_ps(sum);
+    }
+
+    // Sums of 64 numbers of the first `seen` values by the weights of all rows.
+    void mix(int column, int seen, float out[ROWS][64]) const {
+        __m512 acc[ROWS][4];
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) acc[r][j] = _mm512_setzero_ps();
+        const float* value = values + 64 * column;
+        for (int k = 0; k < seen; k++, value += columns * 64) {
+            __m512 v[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(value + 16 * j);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const __m512 p = _mm512_set1_ps(scores[r * padded + k]);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) acc[r][j] = _mm512_fmadd_ps(p, v[j], acc[r][j]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) _mm512_store_ps(out[r] + 16 * j, acc[r][j]);
+    }
+};
+
+// Some rows of one head.
+inline void attend(const Step& s, int unit) {
+    const int parts = s.groups, part = unit % parts, tokens = s.x.w;
+    const Head head(s, *static_cast<const Attention*>(s.numbers), unit / parts);
+    const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
+    const int end = tokens * (part + 1) / parts;
+    for (int row = tokens * part / parts; row < end; row += ROWS) {
+        const int count = std::min(ROWS, end - row);
+        const int seen = head.a.causal ? std::min(head.keys, row + count) : head.keys;
+        head.score(row, count, seen);
+        float total[ROWS];
+        // Rows that are not there weigh nothing, so that the sums below need not ask.
         for (int r = 0; r < ROWS; r++) {
-            float* at = scores + r * padded;
-            // Rows that are not there weigh nothing, so that the sums below need not ask.
-            const int seen = r >= count ? 0 : a.causal ? std::min(keys, row + r + 1) : keys;
-            __m512 most = _mm512_set1_ps(-INFINITY);
-            for (int k = 0; k < seen; k += 16)
-                most = _mm512_mask_max_ps(most, static_cast<__mmask16>(first(seen - k)), most, _mm512_load_ps(at + k));
-            const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-            __m512 sum = _mm512_setzero_ps();
-            for (int k = 0; k < padded; k += 16) {
-                const __mmask16 mask = static_cast<__mmask16>(first(seen - k));
-                const __m512 p = _mm512_maskz_mov_ps(mask, exponential(_mm512_sub_ps(_mm512_load_ps(at + k), top)));
-                _mm512_store_ps(at + k, p);
-                sum = _mm512_add_ps(sum, p);
-            }
-            total[r] = _mm512_reduce_add_ps(sum);
+            const int own = r >= count ? 0 : head.a.causal ? std::min(head.keys, row + r + 1) : head.keys;
+            total[r] = head.weigh(head.scores + r * head.padded, own, seen);
         }
-        for (int c = 0; c < width; c += 64) {
-            __m512 acc[ROWS][4];
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) acc[r][j] = _mm512_setzero_ps();
-            const float* value = values + c;
-            for (int k = 0; k < keys; k++, value += columns * 64) {
-                __m512 v[4];
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(value + 16 * j);
-#pragma GCC unroll 6
-                for (int r = 0; r < ROWS; r++) {
-                    const __m512 p = _mm512_set1_ps(scores[r * padded + k]);
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) acc[r][j] = _mm512_fmadd_ps(p, v[j], acc[r][j]);
-                }
-            }
+        for (int column = 0; column < head.columns; column++) {
             alignas(64) float out[ROWS][64];
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) _mm512_store_ps(out[r] + 16 * j, acc[r][j]);
+            head.mix(column, seen, out);
             for (int r = 0; r < count; r++) {
-                const __m512 unit_of_result = _mm512_set1_ps(static_cast<float>(a.result / total[r]));
+                const __m512 unit_of_result = _mm512_set1_ps(static_cast<float>(head.a.result / total[r]));
                 __m512i v[4];
                 for (int j = 0; j < 4; j++) {
                     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(out[r] + 16 * j), unit_of_result));
                     v[j] = _mm512_add_epi32(q, _mm512_set1_epi32(s.zero_point[1]));
                 }
-                const __m512i bytes = clamp(pack(v), _mm512_set1_epi8(static_cast<char>(s.out.low)),
-                                            _mm512_set1_epi8(static_cast<char>(s.out.high)));
-                store(s.y.at(i, h, row + r) + c, bytes, width - c);
+                store(s.y.at(head.i, head.h, row + r) + 64 * column, clamp(pack(v), low, high), head.width - 64 * column);
             }
         }
     }
@@ -191,7 +222,7 @@ inline void softmax(const Step& s, int unit) {
             const __mmask16 mask = static_cast<__mmask16>(first(c - k));
             const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, x + k));
             const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(most))), step);
-            const __m512 p = _mm512_maskz_mov_ps(mask, exponential(real));
+            const __m512 p = _mm512_maskz_mov_ps(mask, power_of_two(_mm512_mul_ps(real, _mm512_set1_ps(static_cast<float>(LOG2_E)))));
             _mm512_store_ps(reals + k, s.taps ? real : p);
             sum = _mm512_add_ps(sum, p);
         }
