@@ -172,6 +172,7 @@ def test_a_time_limit_ends_and_leaves_nothing_behind():
     time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_process_of_its_own():
     small, large = nn.Linear(16, 16), nn.Linear(4000, 4000)
     found = [

@@ -105,6 +105,7 @@ def test_nothing_changes_where_it_is_not_asked_for():
     assert_same_bits(in_openvino(Recipe([("two", None)])), torch.from_numpy(expected.copy()))
 
 
+@pytest.mark.long
 def test_the_file_and_the_other_runtimes_do_not_know_it():
     plain, half = (tuned_for(Recipe([("two", None)], float_dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert graph_text(plain) == graph_text(half)
@@ -264,6 +265,7 @@ def test_nothing_is_tried_in_bfloat16_unasked(runtime, monkeypatch):
     assert tuned.settings["recipe"].float_dtype == "float32"
 
 
+@pytest.mark.long
 @needs_bfloat16
 def test_by_real_times():
     prepared = prepared_of(net(), X, Recipe(float_dtype="bfloat16"))

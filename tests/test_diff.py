@@ -352,6 +352,7 @@ def test_leaves_are_left_when_the_first_model_is_captured_again():
     assert len(found.parts) == 2
 
 
+@pytest.mark.long
 def test_googlenet_in_training_has_graphs_and_an_island_at_the_top():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.googlenet(weights=None, init_weights=False)

@@ -73,6 +73,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_the_pair_is_the_single_file_in_both_runtimes(name, tmp_path):
     build, shape = CASES[name]
@@ -132,6 +133,7 @@ def test_the_pair_can_be_moved_together(tmp_path):
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.long
 def test_it_is_chosen_where_one_file_cannot_hold_the_tensors(tmp_path, monkeypatch):
     prepared = digits()
     held = sum(_stored(x) for x in tensors_in(make_onnx(prepared).content).values())
@@ -169,6 +171,7 @@ def test_compile_keeps_the_pair_as_long_as_it_runs(runtime, tmp_path, monkeypatc
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.long
 def test_bench_counts_both_files(monkeypatch):
     x = torch.rand(2, 1, 8, 8)
     int8 = fxquant.convert(digits())
@@ -180,6 +183,7 @@ def test_bench_counts_both_files(monkeypatch):
     assert pair.memory is not None and pair.note == single.note == ""
 
 
+@pytest.mark.long
 def test_what_a_file_replaces(tmp_path):
     """Pair over pair, single over pair, pair over single; a file that happens to have the tensors' name stays."""
     path, x = tmp_path / "m.onnx", torch.rand(2, 64)

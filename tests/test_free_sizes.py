@@ -74,7 +74,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n == "maxvit")) for n in MODELS])
 def test_the_sizes_that_the_model_refuses_are_fixed_and_no_others(name, tmp_path):
     build, side, refused = MODELS[name]
     model, x = build().eval(), torch.randn(1, 3, side, side)

@@ -34,6 +34,7 @@ SLICED = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [3, 8])
 @pytest.mark.parametrize("name", sorted(SLICED))
 def test_models_in_slices(name, batch, always):

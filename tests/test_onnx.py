@@ -112,6 +112,7 @@ def small_classifiers() -> list[str]:
     return ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", small_classifiers())
 def test_torchvision_models_in_both_runtimes_at_other_sizes_from_one_file(name):
     torch.manual_seed(0)

@@ -174,6 +174,7 @@ def test_copies_are_those_of_the_same_type_shape_and_numbers():
     assert [node.inputs[0].name for node in nodes] == ["a", "a", "c", "d"]
 
 
+@pytest.mark.long
 def test_what_was_dropped_changes_no_bit(monkeypatch):
     """The same file with everything in it: attributes, zero points and the exporter's names."""
     from fxquant.export import program

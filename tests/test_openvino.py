@@ -211,6 +211,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 @needs_openvino
 def test_files_that_would_end_the_process_run(tmp_path):
     """In a process of its own, which is what ended."""
@@ -264,6 +265,7 @@ def test_what_lies_on_the_grid_already_is_not_rounded_before_joining():
     assert_same_bits(onnxruntime_session(changed, 1)([x])[0], onnxruntime_session(made.content, 1)([x])[0])
 
 
+@pytest.mark.long
 def test_only_files_for_openvino_round_before_joining():
     for target, before in (("x86", True), ("onnxruntime", True), ("tensorrt", True), ("openvino", False)):
         graph = graph_of(made_from(Dense(), torch.randn(4, 3, 16, 16), target))

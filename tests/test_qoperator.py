@@ -115,6 +115,7 @@ def quantized_network(name: str) -> Any:
     return prepared_of(zoo.build(name), zoo.images(4))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "convolutions"), [("resnet18", 20), ("mobilenet_v2", 52)])
 def test_networks_give_the_integers_of_their_qdq_files(name, convolutions):
     prepared = quantized_network(name)

@@ -36,6 +36,7 @@ def mixed() -> bytes:
     return make_onnx(prepared_for("tensorrt", Mixed().eval(), torch.randn(8, 3, 8, 8))).content
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "googlenet"])
 def test_models_prepared_for_tensorrt_break_no_rule(name):
     prepared = prepared_for("tensorrt", zoo.build(name), zoo.images(2))

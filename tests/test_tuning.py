@@ -351,6 +351,7 @@ def test_in_every_runtime(example, runtime, tmp_path):
     assert graph_text(loaded) == graph_text(tuned) and torch.equal(loaded(example), tuned(example))
 
 
+@pytest.mark.long
 def test_a_mixed_placement_runs_and_is_saved(example, tmp_path, monkeypatch):
     """With invented times, so that the search ends at a placement of both kinds."""
     monkeypatch.setattr(placement._Bench, "measure", _prefer(frozenset({"block.1", "dw"})))

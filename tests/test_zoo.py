@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 QUICK = {
     *("BertForSequenceClassification", "GPT2Model", "T5Model", "SegformerModel", "Wav2Vec2Model"),
-    *("convnext_zepto_rms", "mobilevit_xxs", "levit_128s", "regnetx_002"),
+    *("convnext_zepto_rms", "regnetx_002"),
 }
 LIMIT = 280.0
 
