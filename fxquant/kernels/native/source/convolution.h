@@ -219,11 +219,12 @@ struct Offset {
 struct Pixels {
     const Step& s;
     const Zone& zone;
+    const Tensor& z;  // what is added, or the result
     Offset* offsets;  // of each point
-    int64_t own, channel;
+    int64_t channel;  // in the result
 
     Pixels(const Step& s, const Zone& zone, Offset* offsets, int channel)
-        : s(s), zone(zone), offsets(offsets), own(s.flags & TO_FLOAT ? 0 : channel), channel(channel) {
+        : s(s), zone(zone), z(s.flags & ADDS ? s.z : s.y), offsets(offsets), channel(s.flags & TO_FLOAT ? 0 : channel) {
         const Window& w = s.window;
         for (int t = 0; t < zone.points && !(s.flags & LINEAR); t++) {
             const int down = zone.point[t] / w.kernel[1] * w.dilation[0], right = zone.point[t] % w.kernel[1] * w.dilation[1];
@@ -234,8 +235,8 @@ struct Pixels {
         if (!(s.flags & LINEAR)) return find_windows(index, tile, results);
         for (int i = 0; i < count; i++) {
             tile.rows[i] = s.x.data + (index + i) * s.x.pixel;
-            results.to[i] = s.y.data + (index + i) * s.y.pixel + own;
-            results.other[i] = s.z.data + (index + i) * s.z.pixel + channel;
+            results.to[i] = s.y.data + (index + i) * s.y.pixel + channel;
+            results.other[i] = z.data + (index + i) * z.pixel + channel;
         }
     }
 
@@ -254,8 +255,8 @@ private:
         const __m512d x = _mm512_add_pd(_mm512_fnmadd_pd(lines, all(zone.w), index), all(zone.x));
         const __m512d y = _mm512_add_pd(_mm512_fnmadd_pd(images, all(zone.h), lines), all(zone.y));
         const __m512d i = _mm512_add_pd(images, all(zone.i));
-        _mm512_store_si512(results.to, at(s.y.data + own, s.y, i, y, x));
-        _mm512_store_si512(results.other, at(s.z.data + channel, s.z, i, y, x));
+        _mm512_store_si512(results.to, at(s.y.data + channel, s.y, i, y, x));
+        _mm512_store_si512(results.other, at(z.data + channel, z, i, y, x));
         const Window& w = s.window;
         const __m512d y0 = _mm512_fmadd_pd(y, all(w.stride[0]), all(-w.padding[0]));
         const __m512d x0 = _mm512_fmadd_pd(x, all(w.stride[1]), all(-w.padding[1]));

@@ -151,13 +151,13 @@ struct Sum {
     __m128i shift;
 
     explicit Sum(const Addition& add) {
-        int32_t halves[2][2];
+        uint32_t halves[2][2];
         for (int i = 0; i < 2; i++) {
-            halves[1][i] = static_cast<int16_t>(add.q[i] & 0xFFFF);
-            halves[0][i] = static_cast<int32_t>((static_cast<int64_t>(add.q[i]) - halves[1][i]) >> 16);
+            halves[1][i] = add.q[i] & 0xFFFF;
+            halves[0][i] = static_cast<uint32_t>((static_cast<int64_t>(add.q[i]) - static_cast<int16_t>(halves[1][i])) >> 16);
         }
-        high = _mm512_set1_epi32((halves[0][0] & 0xFFFF) | (halves[0][1] << 16));
-        low = _mm512_set1_epi32((halves[1][0] & 0xFFFF) | (halves[1][1] << 16));
+        high = _mm512_set1_epi32(static_cast<int32_t>((halves[0][0] & 0xFFFF) | (halves[0][1] << 16)));
+        low = _mm512_set1_epi32(static_cast<int32_t>(halves[1][0] | (halves[1][1] << 16)));
         constant_high = _mm512_set1_epi32(static_cast<int32_t>(add.constant >> 16));
         constant_low = _mm512_set1_epi32(static_cast<int32_t>(add.constant & 0xFFFF));
         shift = _mm_cvtsi32_si128(add.shift - 16);
