@@ -42,7 +42,7 @@ def rows(x: Tensor, *others: Tensor) -> list[Image] | None:
     """
     if any(t.stride(-1) != 1 and t.shape[-1] != 1 for t in (x, *others)):
         return None
-    lead = axes_of(x[..., 0])
+    lead = [axis for axis in axes_of(x) if axis != x.ndim - 1]
     tensors = [x, *others]
     sizes, strides = merged([x.shape[a] for a in lead], [[t.stride(a) for a in lead] for t in tensors])
     if len(sizes) > 3:
