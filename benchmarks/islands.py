@@ -385,7 +385,7 @@ def megabytes(module: nn.Module) -> float:
 @torch.no_grad()
 def same_bits(case: Case, model: nn.Module, batch: Batch) -> bool:
     """Whether ``model``, prepared for QAT and in eval mode with quantizers off, gives the float model's very bits."""
-    prepared = fxquant.prepare(model, batch, qat=True).eval()
+    prepared = fxquant.prepare(model, batch, qat=True, processor="vnni").eval()
     with fxquant.quantizers_off(prepared):
         actual = list(tensors_of(call(prepared, batch)))
     expected = list(tensors_of(call(model, batch)))
@@ -412,7 +412,7 @@ def measure(case: Case, row: dict[str, Any], detail: dict[str, Any], args: argpa
     expected = look(model, case, unseen)
     if expected.tensors:
         row["signal"] = round(signal(look(model, case, example), expected), 3)
-    prepared, row["prepare s"] = timed(fxquant.prepare, model, example)
+    prepared, row["prepare s"] = timed(fxquant.prepare, model, example, processor="vnni")
     islands = list(islands_of(prepared))
     row["graphs"], row["islands"] = len(list(graphs_of(prepared))), len(islands)
     detail["islands"] = [{"path": i.path, "cause": str(i.cause)} for i in islands]
@@ -427,7 +427,7 @@ def measure(case: Case, row: dict[str, Any], detail: dict[str, Any], args: argpa
     integer, row["convert s"] = timed(fxquant.convert, prepared)
     compare(row, detail, "int8", look(integer, case, unseen), expected, case)
     row["float MB"], row["int8 MB"] = megabytes(model), megabytes(integer)
-    fine = fxquant.prepare(model, example, recipe=FINE)
+    fine = fxquant.prepare(model, example, recipe=FINE, processor="vnni")
     fxquant.calibrate(fine, loader, forward=call, progress=False)
     seen = fidelity(look(fine, case, loader[0]), look(model, case, loader[0]))
     detail["16 bits, seen dB"], row["16 bits, seen dB"] = seen, smallest(seen)

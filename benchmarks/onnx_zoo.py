@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 import fxquant
 from fxquant.errors import ExportError, FxquantError
-from fxquant.export.installed import is_installed
 from fxquant.export.sessions import Session, onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
+from fxquant.installed import is_installed
 
 BATCHES = (1, 2)
 RUNTIMES = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}

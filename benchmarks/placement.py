@@ -1,7 +1,7 @@
 """What `tune_placement` finds: milliseconds of all-float, all-int8 and the tuned placement, in each runtime.
 
 The three of a row are built from one float model with random weights (batch norm statistics fit noise images) and were
-timed in turns at the end of the search; a row says how many of the ops stay in float, and `--steps` also prints what was
+timed interleaved at the end of the search; a row says how many of the ops stay in float, and `--steps` also prints what was
 tried. Another budget may find another placement: the search stops where its time is over.
 """
 

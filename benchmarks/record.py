@@ -1,7 +1,7 @@
 """What every benchmark prints and keeps: a table, and a JSON file with the facts of the machine beside it.
 
-Only facts that explain a number are kept (instruction set, threads, allocator, versions, date); nothing that names
-the machine or a folder on it.
+Only facts that explain a number are kept (processor, instruction set, threads, allocator, versions, date); nothing that
+names the machine or a folder on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-__all__ = ["add_output_option", "keep_heap", "machine", "publish", "seconds", "version"]
+from fxquant.processor import instruction_set, processor_name
+
+__all__ = ["RESULTS", "add_output_option", "keep_heap", "machine", "publish", "seconds", "version"]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("fxquant", "torchvision", "torchao", "nncf", "onnxruntime", "openvino")
@@ -62,7 +64,8 @@ def machine(*, heap_kept: bool = False) -> dict[str, str]:
     """The facts that explain a timing: instruction set, threads, load before the run, allocator, versions, the day."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     flags = [flag for flag in CPU_FLAGS if capabilities.get(flag)]
-    cpu = ", ".join([platform.machine(), f"{torch.get_num_threads()} threads", *flags])
+    named = f"{processor_name()} ({instruction_set()})"
+    cpu = ", ".join([named, f"{torch.get_num_threads()} threads", *flags])
     facts = {"cpu": cpu, "load before": f"{LOAD_BEFORE:.1f}", "allocator": _allocator(heap_kept)}
     facts |= {"python": platform.python_version(), "torch": torch.__version__}
     facts.update({name: version(name) or "not installed" for name in PACKAGES})

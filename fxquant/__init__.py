@@ -6,6 +6,9 @@ int8 = fxquant.convert(prepared)
 print(fxquant.diff(model, prepared))
 """
 
+from fxquant.algorithms.recover import recover
+from fxquant.analysis.errors import errors_by_layer
+from fxquant.analysis.sensitivity import sensitivity
 from fxquant.benchmark.bench import bench
 from fxquant.checkpoint import load, save
 from fxquant.errors import FxquantError
@@ -13,10 +16,12 @@ from fxquant.export.runtimes import compile
 from fxquant.export.to_onnx import export_onnx
 from fxquant.flow import calibrate, convert, freeze, prepare, quantize, quantizers_off
 from fxquant.numerics.scheme import Scheme
+from fxquant.page.report import report
 from fxquant.recipe import Op, Recipe, Setting
 from fxquant.report.coverage import coverage
 from fxquant.report.diff import diff
-from fxquant.training import freeze_batchnorm, reestimate_batchnorm
+from fxquant.training import freeze_batchnorm, parameter_groups, reestimate_batchnorm
+from fxquant.tuning.ladder import auto
 from fxquant.tuning.placement import tune_placement
 
 __all__ = [
@@ -25,21 +30,27 @@ __all__ = [
     "Recipe",
     "Scheme",
     "Setting",
+    "auto",
     "bench",
     "calibrate",
     "compile",
     "convert",
     "coverage",
     "diff",
+    "errors_by_layer",
     "export_onnx",
     "freeze",
     "freeze_batchnorm",
     "load",
+    "parameter_groups",
     "prepare",
     "quantize",
     "quantizers_off",
+    "recover",
     "reestimate_batchnorm",
+    "report",
     "save",
+    "sensitivity",
     "tune_placement",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,27 +27,36 @@ def run_batches(
     forward: Callable[[Any, Any], Any] | None,
     batches: int | None,
     progress: bool,
-) -> None:
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Send ``batches`` of ``loader`` through the model; arguments as of ``fxquant.calibrate``.
+
+    Returns:
+        What sends the last batch through once more, and the first one.
 
     Raises:
         CalibrationError: there is none, or a batch gives activations that are not finite.
     """
-    count = 0
+    runs: list[Callable[[], Any]] = []
     total = batches if batches is not None else length_of(loader)
-    for batch in tqdm(itertools.islice(loader, batches), total=total, desc="calibrate", disable=not progress or None):
-        if forward is not None:
-            forward(prepared, batch)
-        else:
-            args, kwargs = arguments_of(prepared, move_to(prepared, batch))
-            prepared(*args, **kwargs)
-        count += 1
+    bar = tqdm(itertools.islice(loader, batches), total=total, desc="calibrate", disable=not progress or None)
+    for count, batch in enumerate(bar, start=1):
+        runs[1:] = [partial(_run, prepared, forward, batch)]
+        runs[-1]()
         _require_finite(quantizers, count)
-    if not count:
+    if not runs:
         raise CalibrationError(
             "calibrate was given an empty loader: no range can be set. Check that the data set is not empty and that a "
             "generator was not used up before."
         )
+    return runs[-1], runs[0]
+
+
+def _run(prepared: Any, forward: Callable[[Any, Any], Any] | None, batch: Any) -> None:
+    if forward is not None:
+        forward(prepared, batch)
+    else:
+        args, kwargs = arguments_of(prepared, move_to(prepared, batch))
+        prepared(*args, **kwargs)
 
 
 def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
@@ -92,11 +102,11 @@ def activation_quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def read_weights(module: nn.Module) -> None:
-    """Let every weight quantizer of a module know its weight, so that reports show scales."""
+    """Let every weight quantizer of a module know its weight, so that reports show scales; pinned grids stay."""
     for part in module.modules():
         quantizer = getattr(part, "weight_quantizer", None)
         weight = getattr(part, "weight", None)
-        if isinstance(quantizer, WeightQuantize) and isinstance(weight, torch.Tensor):
+        if isinstance(quantizer, WeightQuantize) and isinstance(weight, torch.Tensor) and not quantizer.pinned:
             quantizer.refresh(weight)
 
 

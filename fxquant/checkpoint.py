@@ -7,24 +7,34 @@ made with, and its state dict. Loading runs the same passes on a fresh float mod
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxquant.capture.islands import graphs_of
-from fxquant.errors import CheckpointError, InputError, RecipeError
+from fxquant.errors import CheckpointError, InputError, RecipeError, SchemeError
 from fxquant.flow import convert, freeze, prepare
 from fxquant.inputs import make_inputs
-from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.modules import QuantWeightedOp
 from fxquant.numerics.scheme import Scheme
-from fxquant.recipe import Op, Recipe, Setting
+from fxquant.passes.facts import Folded
+from fxquant.quantizers import has_rule
+from fxquant.recipe import PLACES, Op, Place, Recipe, Setting
 from fxquant.targets import TARGETS, X86, Target
 
 __all__ = ["load", "save"]
 
-FORMAT = 1
+FORMAT = 2
+"""1: a quantizer that several modules hold stood in the state under each of its names; some switches were not saved."""
+
+_SINCE_2 = ("origin", "known", "follows", "is_pinned", "holds_statistics")
+"""Buffers that a file of format 1 lacks."""
+
+_UNLIMITED = "vnni"
+"""The processor that files from before there was a choice were made for."""
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -32,11 +42,24 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         InputError: ``module`` did not come from fxquant.
+        CheckpointError: it holds quantizers of a class that is not fxquant's.
     """
     graph = next(iter(graphs_of(module).values()), None) if isinstance(module, nn.Module) else None
     if graph is None or "recipe" not in graph.settings:
         raise InputError(f"save takes what prepare, freeze or convert returned, not a {type(module).__name__}.")
     settings = graph.settings
+    own = [
+        f"{path}, a {type(q).__name__}"
+        for path, q in module.named_modules()
+        if isinstance(q, FakeQuantize) and not has_rule(q)
+    ]
+    if own:
+        raise CheckpointError(
+            f"{len(own)} quantizers of your own cannot be rebuilt from a file: {', '.join(own[:4])}.\n"
+            "  what to do: enter the class with fxquant.quantizers.register and name it in the recipe's schemes; or save "
+            "what fxquant.freeze or convert returns; or save the state dict, and put the quantizers into a model prepared "
+            "anew before it is loaded."
+        )
     content = {
         "fxquant": FORMAT,
         "model": module.__class__.__name__,
@@ -47,6 +70,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "kernels": settings.get("kernels", "auto"),
         "recipe": _recipe_to_plain(settings["recipe"]),
         "target": _target_to_plain(settings.get("target", X86)),
+        "processor": settings.get("target", X86).processor,
         "inputs": settings["inputs"],
         "leaves": list(settings["leaves"]),
         "constants": {key: node.meta["grid"] for key, node in _constants(module).items()},
@@ -71,18 +95,22 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"there is no file {os.fspath(path)!r}.") from error
     except Exception as error:
         raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("fxquant") != FORMAT:
+    if not isinstance(content, dict) or content.get("fxquant") not in (1, FORMAT):
         raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
     unfit = f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "
     remedy = "Build the model as it was built when it was saved."
     try:
         module = _rebuild(model, content)
-    except (InputError, RecipeError) as error:
+        _make_room(module, content["state"])
+    except (InputError, RecipeError, SchemeError) as error:
         raise CheckpointError(f"{unfit}{error}\n  {remedy}") from error
+    if content["fxquant"] == 1:
+        content["state"] = _from_format_1(content["state"], module)
     differences = _differences(content["state"], module.state_dict())
     if differences:
         raise CheckpointError(f"{unfit}{differences}. {remedy}")
     module.load_state_dict(content["state"])
+    _forget_statistics(module)
     constants = _constants(module)
     for key, numbers in content.get("constants", {}).items():
         constants[key].meta["grid"] = tuple(numbers)
@@ -97,6 +125,49 @@ def _constants(module: nn.Module) -> dict[str, fx.Node]:
         for node in graph.graph.nodes
         if node.meta.get("integer_constant")
     }
+
+
+def _forget_statistics(module: nn.Module) -> None:
+    """Forget what the float model's batch norms said: its weights may have been any."""
+    for graph in graphs_of(module).values():
+        for node in graph.graph.nodes:
+            del Folded(node).statistics
+
+
+def _make_room(module: nn.Module, state: dict[str, Any]) -> None:
+    """Give weight quantizers the buffers of roundings that were pinned, where ``state`` has them."""
+    for path, part in module.named_modules():
+        if isinstance(part, WeightQuantize):
+            part.make_room(state, f"{path}.")
+
+
+def _pin_calls(prepared: nn.Module, state: dict[str, Any]) -> None:
+    """Pin the weights of functional calls that were pinned when ``state`` was frozen: they are constants of its calls."""
+    for path, graph in graphs_of(prepared).items():
+        for node in graph.graph.nodes:
+            part: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(part, QuantWeightedOp):
+                continue
+            key = f"{path}." * bool(path) + str(node.target).replace(".", "_")
+            if f"{key}_weight" in state:
+                weight, bias = state[f"{key}_weight"], state.get(f"{key}_pinned_bias")
+                part.weight_quantizer.pin(torch.zeros_like(weight), torch.ones_like(part.weight_quantizer.scale), bias)
+
+
+def _from_format_1(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """An old file's state with one name for each tensor, and with what the rebuilt ``module`` has for what it lacks."""
+    own = module.state_dict()
+    names = {
+        n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    }
+    state = {key: value for key, value in saved.items() if key in own or key not in names}
+    for key, value in own.items():
+        before, _, name = key.rpartition(".")
+        if name in _SINCE_2 and key not in state:
+            scale, zero_point = saved.get(f"{before}.scale"), saved.get(f"{before}.zero_point")
+            known = {"known": lambda s=scale: (s > 0).all().float(), "origin": lambda z=zero_point: z.float()}
+            state[key] = known[name]() if name in known and scale is not None else value
+    return state
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
@@ -117,12 +188,14 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
     inputs = make_inputs(content["inputs"], device)
     leaves, mode = content.get("leaves", ()), content["batch_norm"]
     target = _target_from_plain(content.get("target", X86.name))
-    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=mode, recipe=recipe, target=target, leaves=leaves)
+    where = {"target": target, "processor": content.get("processor", _UNLIMITED)}
+    prepared = prepare(model, inputs, qat=content["qat"], batch_norm=mode, recipe=recipe, leaves=leaves, **where)
     if content["level"] == "prepared":
         return prepared
     for part in prepared.modules():
         if isinstance(part, FakeQuantize) and not part.ready:
             part.set_range(torch.full_like(part.scale, -1.0), torch.full_like(part.scale, 1.0))
+    _pin_calls(prepared, content["state"])
     if content["level"] == "frozen":
         return freeze(prepared)
     return convert(prepared, rounding=content["rounding"], kernels=content.get("kernels", "auto"))
@@ -130,9 +203,7 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
 
 def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
     return {
-        "settings": [
-            [_selector_to_plain(selector), _setting_to_plain(setting)] for selector, setting in recipe.settings
-        ],
+        "settings": [[_selector_to_plain(selector), _setting_to_plain(setting)] for selector, setting in recipe.pairs],
         "default": _setting_to_plain(recipe.default),
         "quantize_outputs": recipe.quantize_outputs,
         "float_dtype": recipe.float_dtype,
@@ -146,8 +217,10 @@ def _setting_to_plain(setting: Setting | None) -> dict[str, Any] | None:
 def _target_to_plain(target: Target) -> str | dict[str, Any]:
     """A target by its name where it is one of ours; else all it says."""
     known = TARGETS.get(target.name)
-    if known is not None and target in (known, known.with_estimator(target.activation.estimator)):
-        return target.name
+    if known is not None:
+        known = replace(known, processor=target.processor)
+        if target in (known, known.with_estimator(target.activation.estimator)):
+            return target.name
     plain = asdict(target)
     return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in plain.items()}
 
@@ -164,6 +237,8 @@ def _target_from_plain(plain: str | dict[str, Any]) -> Target | str:
 def _selector_to_plain(selector: Any) -> dict[str, str]:
     if isinstance(selector, str):
         return {"path": selector}
+    if isinstance(selector, Place):
+        return {"place": selector.name}
     if isinstance(selector, Op):
         return {"op": selector.name}
     return {"type": f"{selector.__module__}.{selector.__qualname__}"}
@@ -175,6 +250,8 @@ def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
     def selector(value: dict[str, str]) -> Any:
         if "path" in value:
             return value["path"]
+        if "place" in value:
+            return PLACES[value["place"]]
         if "op" in value:
             return Op(value["op"])
         if value["type"] not in classes:

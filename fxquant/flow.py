@@ -23,6 +23,10 @@ from fxquant.calibration import Counted, activation_quantizers, length_of, obser
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.capture import capture
 from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
+from fxquant.capture.models import deep_copy, is_layer
+from fxquant.capture.values import unchanged
+from fxquant.choose_ranges import choose_ranges
+from fxquant.collapse import warn_of_collapse
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
@@ -37,12 +41,16 @@ from fxquant.passes.drop_noops import drop_noops
 from fxquant.passes.fold_batchnorm import fold_batchnorm
 from fxquant.passes.freeze import freeze as freeze_graph
 from fxquant.passes.keep_accumulators import keep_accumulators
+from fxquant.passes.leave_unrounded import leave_unrounded
 from fxquant.passes.levels import check
 from fxquant.passes.merge_clamps import merge_clamps
 from fxquant.passes.place_quantizers import place_quantizers
 from fxquant.passes.scale_groups import scale_groups
+from fxquant.passes.settle_quantizers import settle_quantizers
 from fxquant.passes.to_integer import to_integer
 from fxquant.passes.verification import verify_against
+from fxquant.quantizers import RULES
+from fxquant.reach import keep_reach, watching
 from fxquant.recipe import Recipe
 from fxquant.targets import X86, Target
 from fxquant.targets.fitting import fit_target
@@ -68,6 +76,7 @@ def placing_passes(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
     """The part of that way that decides what is quantized, and puts quantizers there."""
     return (
         partial(apply_recipe, recipe=recipe, target=target),
+        partial(leave_unrounded, recipe=recipe),
         choose_regions,
         merge_clamps,
         partial(keep_accumulators, target=target),
@@ -83,6 +92,7 @@ def prepare(
     qat: bool = False,
     recipe: Recipe | None = None,
     target: str | Target = X86,
+    processor: str | None = None,
     batch_norm: str = "late",
     verify: bool = False,
     leaves: Iterable[str | type] = (),
@@ -90,20 +100,19 @@ def prepare(
     """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
 
     For post-training quantization, batch norms are folded and the result is in eval mode; calibrate it next. For
-    quantization-aware training the result trains like the model did, with its parameters at the same names.
-
-    A submodule that cannot be traced (its Python depends on data, on the batch size, or on its own state) runs as its
-    author wrote it, and its parts are captured inside it; ``coverage`` lists these islands with their causes.
+    quantization-aware training the result trains like the model did, with its parameters at the same names. A submodule
+    that cannot be traced runs as its author wrote it, its parts captured inside; ``coverage`` lists these islands.
 
     Args:
         model: any ``nn.Module``, unmodified.
         example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
-            Optional; answers Python's questions about shapes, adds shapes to the reports, and lets integer tensors be
-            told from real ones.
+            Optional; answers Python's questions about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
-        recipe: what is quantized how; by default, and where it leaves something open, as the target has it.
+        recipe: what is quantized how: a ``Recipe``, or the dict of selectors and settings that it is made of; by default,
+            and where it leaves something open, as the target has it.
         target: where the model will run: ``"x86"`` (PyTorch on a CPU), ``"onnxruntime"``, ``"openvino"``,
             ``"tensorrt"``, ``"xnnpack"``, ``"tflite"``, or a ``fxquant.targets.Target`` of your own.
+        processor: what it shall be right on, a name of ``fxquant.targets.PROCESSORS``; None for the target's (``"any"``).
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
             scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
         verify: run the model and the graph after every pass on ``example_inputs`` and compare, quantizers off.
@@ -122,8 +131,8 @@ def prepare(
         raise InputError(f"batch_norm={batch_norm!r} is not known. Choose one of {', '.join(BATCH_NORM_MODES)}.")
     if verify and example_inputs is None:
         raise InputError("verify=True compares outputs: give example_inputs to run on.")
-    recipe = recipe or Recipe()
-    target = fit_target(target, recipe, ops=TABLE, estimator="moving_average" if qat else None)
+    recipe = Recipe.of(recipe)
+    target = fit_target(target, recipe, ops=TABLE, estimator="moving_average" if qat else None, processor=processor)
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
     named = [island.path for island in islands_of(captured) if island.is_named]
     call = None if example_inputs is None else as_call(captured, example_inputs)
@@ -133,8 +142,8 @@ def prepare(
             qat=qat, batch_norm=batch_norm, recipe=recipe, target=target, inputs=inputs, leaves=named
         )
     prepared = run_passes(captured, passes_of(recipe=recipe, qat=qat, target=target), call if verify else None)
-    require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__)
-    return _ready_to_train(prepared, batch_norm) if qat else prepared.eval()
+    require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__, alone=is_layer(model))
+    return _ready_to_train(prepared, batch_norm, call) if qat else prepared.eval()
 
 
 def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
@@ -151,9 +160,11 @@ def _checked(step: Pass, graph: LeveledModule) -> LeveledModule:
     return check(step(graph), by=_name(step))
 
 
-def _ready_to_train(module: nn.Module, batch_norm: str) -> nn.Module:
+def _ready_to_train(module: nn.Module, batch_norm: str, call: Call | None) -> nn.Module:
+    if not isinstance(module, LeveledModule) and "num_items_in_batch" not in (call.kwargs if call else {}):
+        module.__dict__["accepts_loss_kwargs"] = False  # see LeveledModule.accepts_loss_kwargs
     for part in module.modules():
-        if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize):
+        if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize) and part.fixed_range is None:
             part.tracking = True
         if batch_norm == "frozen" and hasattr(part, "statistics_frozen"):
             part.statistics_frozen = True  # type: ignore[assignment]
@@ -175,49 +186,70 @@ def calibrate(
     """Run data through a prepared model and set every quantizer's range from what it saw.
 
     Args:
-        prepared: what ``prepare`` returned; changed in place, and returned.
+        prepared: what ``prepare`` returned; its ranges are changed in place, and it is returned. The model's own state
+            (streams, caches, counters) is afterwards what it was before.
         loader: any iterable of batches: tensors, or tuples, lists or dicts that start with the model's inputs (labels
             behind them are ignored).
         forward: how to run one batch, as ``forward(model, batch)``, for batches of another form.
         batches: stop after that many.
         progress: show a progress bar.
 
+    Warns:
+        UserWarning: 8 bits leave next to nothing of an output on the last batch or the first; says at which op it is lost.
+
     Raises:
         CalibrationError: the loader is empty, or NaN or infinity was seen; then all ranges are as they were before.
         LevelError: the model is not a prepared one.
     """
     require_level(prepared, ("prepared",), "calibrate")
+    if loader is None:
+        raise CalibrationError(
+            "calibrate was given no data.\n  what to do: give some batches, without labels; or, for a model with batch "
+            "norms, those that fxquant.algorithms.synthesize(model, example_inputs) makes of their statistics."
+        )
     quantizers = activation_quantizers(prepared)
     saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
-    modes = {part: part.training for part in prepared.modules()}
     try:
-        with observing(quantizers.values()), torch.no_grad():
+        with (
+            unchanged(prepared, but=FakeQuantize),
+            observing(quantizers.values()),
+            watching(prepared) as seen,
+            torch.no_grad(),
+        ):
             prepared.eval()
-            run_batches(prepared, quantizers, loader, forward, batches, progress)
+            runs = run_batches(prepared, quantizers, loader, forward, batches, progress)
     except BaseException:
         for name, quantizer in quantizers.items():
             for key, value in quantizer.range_state().items():
                 value.copy_(saved[name][key])
         raise
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     for quantizer in quantizers.values():
         quantizer.update_scale()
+    choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared))
+    keep_reach(prepared, seen)
     read_weights(prepared)
+    warn_of_collapse(prepared, runs, lambda: quantizers_off(prepared))
     return prepared
 
 
 def freeze(prepared: Any) -> Any:
     """A copy of a calibrated or trained model with every number final, still computing in floats.
 
+    It shares nothing with ``prepared``: training on, or running either, leaves the other as it is.
     It rounds exactly as the integer model does, and is the reference that ``convert`` is held against.
 
     Raises:
         CalibrationError: some quantizers have no range yet; names them.
+        LevelError: a quantizer of a user's own rounds otherwise than its grid, see ``passes.settle_quantizers``.
     """
     require_level(prepared, ("prepared",), "freeze")
     missing = [n for n, q in activation_quantizers(prepared).items() if not q.ready]
+    whole = [n for n, q in activation_quantizers(prepared).items() if not q.ready and q.seen_dtype is not None]
+    if whole:
+        raise CalibrationError(
+            f"{len(whole)} of the model's quantizers saw whole numbers, which have no range: {', '.join(whole[:8])}.\n"
+            "  what to do: prepare with example_inputs, which tell integer tensors from real ones."
+        )
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise CalibrationError(
@@ -225,7 +257,7 @@ def freeze(prepared: Any) -> Any:
             "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch "
             "reaches needs data that reaches it, or a recipe that keeps it in float."
         )
-    return run_passes(prepared, (freeze_graph,), None)
+    return deep_copy(run_passes(prepared, (settle_quantizers, freeze_graph), None))
 
 
 def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto") -> Any:
@@ -234,10 +266,14 @@ def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto"
     Args:
         prepared: a calibrated or trained model; not touched.
         rounding: how accumulators are requantized: ``single`` (one fixed-point rounding), ``double`` (TFLite's and
-            gemmlowp's two), or ``float`` (multiply and round half to even); None for the target's own, ``single`` on x86.
-        kernels: what computes the model when it is called. ``auto``: torch's int8 operators for this machine, within one
-            integer step of the reference at each op (``print(fxquant.coverage(model))`` names them), the reference
-            for the rest. ``reference``: the exact one everywhere. Neither changes the graph, its numbers or what is saved.
+            gemmlowp's two), or ``float`` (multiply and round half to even); None for the quantizer's, where it has one
+            (``tqt``), or the target's own, ``single`` on x86.
+        kernels: what computes the model when it is called. ``auto``: each graph on the native kernels, whose
+            integers are the reference's (but for what attention, layer norm and softmax evaluate in float32), where this
+            machine has them (Linux on x86-64; compiled once, when first used) and they have all of its ops; else as with
+            ``torch``. ``torch``: torch's int8 operators for this machine, within one integer step
+            of the reference at each op, and the reference for the rest. ``reference``: the exact one everywhere.
+            ``print(fxquant.coverage(model))`` names each op's. None changes the graph, its numbers or what is saved.
 
     Raises:
         CalibrationError: some quantizers have no range yet; names them.
@@ -248,14 +284,21 @@ def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto"
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not known. Choose one of {', '.join(KERNELS)}.")
     require_level(prepared, ("prepared", "frozen"), "convert")
-    frozen = prepared if level_of(prepared) == "frozen" else freeze(prepared)
+    frozen = deep_copy(prepared) if level_of(prepared) == "frozen" else freeze(prepared)
     settings = next(iter(graphs_of(frozen).values())).settings
-    rounding = rounding or settings.get("target", X86).rounding
+    rounding = rounding or _rounding_of(frozen) or settings.get("target", X86).rounding
     integer = run_passes(frozen, (partial(to_integer, rounding=rounding),), None).eval()
     for graph in graphs_of(integer).values():
         graph.meta["settings"] = {**graph.settings, "rounding": rounding, "kernels": kernels}
         use_kernels(graph, kernels)
     return integer
+
+
+def _rounding_of(frozen: nn.Module) -> str | None:
+    """How the rules that a frozen model was made with want accumulators requantized; None where they do not care."""
+    names = {part.scheme.quantizer for part in frozen.modules() if isinstance(part, FakeQuantize)}
+    wanted = (RULES[name].rounding for name in sorted(names) if name in RULES)
+    return next((rounding for rounding in wanted if rounding is not None), None)
 
 
 def quantize(
@@ -265,6 +308,7 @@ def quantize(
     example_inputs: Any = None,
     recipe: Recipe | None = None,
     target: str | Target = X86,
+    processor: str | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
@@ -280,7 +324,7 @@ def quantize(
     if example_inputs is None and forward is None:
         args, kwargs = arguments_of(model, move_to(model, first))
         example_inputs = kwargs or args
-    prepared = prepare(model, example_inputs, recipe=recipe, target=target)
+    prepared = prepare(model, example_inputs, recipe=recipe, target=target, processor=processor)
     every = Counted(itertools.chain([first], iterator), length_of(loader))
     calibrate(prepared, every, forward=forward, batches=batches, progress=progress)
     return convert(prepared)

@@ -14,14 +14,42 @@ from fxquant.errors import InputError
 __all__ = ["arguments_of", "describe_inputs", "make_inputs", "move_to"]
 
 
-def _input_names(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The names of forward's parameters, and of those that every call gives."""
+def _input_names(model: nn.Module) -> tuple[list[str], list[str], int | None]:
+    """The names of a call's arguments, those that every call gives, and how many of the latter may come by position.
+
+    The parts of ``*args`` have no names; None where any number of them is taken.
+    """
     spec = _spec(model)
     if spec is not None:
-        return [name for name, _, _ in spec.parameters], list(spec.given)
-    parameters = inspect.signature(model.forward).parameters.values()
+        return _captured_names(spec)
+    parameters = list(inspect.signature(model.forward).parameters.values())
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
+    needed = [p.name for p in named if p.default is p.empty]
+    is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return [p.name for p in named], needed, None if is_open else len(needed)
+
+
+def _takes_any_names(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return _spec(model) is None and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _captured_names(spec: Any) -> tuple[list[str], list[str], int]:
+    names: list[str] = []
+    needed: list[str] = []
+    count = 0
+    for name, kind, _ in spec.parameters:
+        tree = spec.trees.get(name, ("constant", None))
+        inside = [key for key, _ in tree[2]] if tree[0] in ("items", "dict") else []
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            count += len(inside)
+            continue
+        own = inside if kind is inspect.Parameter.VAR_KEYWORD else [name]
+        names += own
+        if name in spec.given:
+            needed += own
+            count += len(own)
+    return names, needed, count
 
 
 def _spec(model: nn.Module) -> Any:
@@ -37,19 +65,20 @@ def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
     Raises:
         InputError: the batch has fewer parts than the model has inputs.
     """
-    names, needed = _input_names(model)
+    names, needed, count = _input_names(model)
     if isinstance(batch, Mapping):
         if names and set(needed) <= set(batch) and (needed or set(batch) & set(names)):
             taken = needed if _spec(model) is not None else [name for name in names if name in batch]
             return (), {name: batch[name] for name in taken}
+        if not names and _takes_any_names(model):
+            return (), dict(batch)
         return (batch,), {}
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
-    if len(batch) < len(needed):
-        raise InputError(
-            f"a batch has {len(batch)} parts, and the model takes {len(needed)} inputs ({', '.join(needed)})."
-        )
-    return tuple(batch[: max(len(needed), 1)]), {}
+    if len(batch) < (len(needed) if count is None else count):
+        named = f" ({', '.join(needed)})" if needed else ""
+        raise InputError(f"a batch has {len(batch)} parts, and the model takes {count or len(needed)} inputs{named}.")
+    return tuple(batch if count is None else batch[: max(count, 1)]), {}
 
 
 def move_to(model: nn.Module, batch: Any) -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from fxquant.errors import RecipeError
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["Op", "Recipe", "Setting", "Site"]
+__all__ = ["FIRST", "INPUT", "LAST", "OUTPUT", "Op", "Place", "Recipe", "Setting", "Site"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,18 @@ class Setting:
         for name in ("weight", "activation"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Scheme):
-                raise RecipeError(f"{name}={value!r}: give a fxquant.Scheme, for example fxquant.Scheme(bits=8).")
+                bits = value if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 16 else 8
+                raise RecipeError(f"{name}={value!r}: write {name}=fxquant.Scheme.{name}({bits}).")
         if self.weight is not None and not self.weight.symmetric:
-            raise RecipeError(f"weight scheme {self.weight}: weights need zero point 0. Set symmetric=True.")
+            raise RecipeError(
+                f"weight scheme {self.weight}: weights need zero point 0. Set symmetric=True, or write "
+                f"weight=fxquant.Scheme.weight({self.weight.bits})."
+            )
         if self.weight is not None and not self.weight.signed:
-            raise RecipeError(f"weight scheme {self.weight}: weights take both signs. Set signed=True.")
+            raise RecipeError(
+                f"weight scheme {self.weight}: weights take both signs. Set signed=True, or write "
+                f"weight=fxquant.Scheme.weight({self.weight.bits})."
+            )
         if self.activation is not None and self.activation.per_channel:
             raise RecipeError(
                 f"activation scheme {self.activation}: an activation has one scale. Set per_channel=False."
@@ -50,15 +58,37 @@ class Op:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Selects by where an op stands in the model: ``FIRST``, ``LAST``, ``INPUT`` and ``OUTPUT`` are all there are."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FIRST = Place("FIRST")
+"""The weighted ops that no other weighted op stands before."""
+LAST = Place("LAST")
+"""Those that no other stands behind."""
+INPUT = Place("INPUT")
+"""The tensors that the model is given; ``activation`` is their scheme."""
+OUTPUT = Place("OUTPUT")
+"""The ops whose results the model returns; with an ``activation``, these are rounded where they would leave as floats."""
+PLACES = {place.name: place for place in (FIRST, LAST, INPUT, OUTPUT)}
+
+
+@dataclass(frozen=True)
 class Site:
-    """What a selector is held against: one op of the user's model."""
+    """What a selector is held against: one op of the user's model, or one of its inputs."""
 
     path: str
     op: str
     module_type: type[nn.Module] | None = None
+    places: frozenset[Place] = frozenset()
 
 
-Selector = str | type[nn.Module] | Op
+Selector = str | type[nn.Module] | Op | Place
 FLOAT_DTYPES = ("float32", "bfloat16")
 
 
@@ -67,9 +97,9 @@ class Recipe:
     """Settings in order of precedence.
 
     Args:
-        settings: pairs of a selector and a ``Setting``, or None to keep what it selects in float. A selector is a glob
-            over module paths (``"layer1.*"``; a container's path selects all that is in it), a module class, or an
-            ``Op``.
+        settings: pairs of a selector and a ``Setting``, or None to keep what it selects in float; or a dict of them. A
+            selector is a glob over module paths (``"layer1.*"``; a container's path selects all that is in it), a module
+            class, an ``Op``, or a ``Place``: ``fxquant.recipe.FIRST``, ``LAST``, ``INPUT`` or ``OUTPUT``.
         default: the setting of everything else; None keeps it in float.
         quantize_outputs: also quantize what leaves the model straight from a weighted op. By default its wide
             accumulator leaves as a float, which costs nothing and loses nothing.
@@ -77,13 +107,13 @@ class Recipe:
             a runtime has it (OpenVINO behind ``compile``, on processors that have it) and float32 elsewhere.
 
     Example:
-        >>> Recipe([("fc", None), (nn.Conv2d, Setting(weight=Scheme(bits=4, symmetric=True, signed=True)))])
+        >>> Recipe([("fc", None), (nn.Conv2d, Setting(weight=Scheme.weight(4)))])
 
     Raises:
         RecipeError: a selector or a setting of a wrong kind.
     """
 
-    settings: Sequence[tuple[Selector, Setting | None]] = ()
+    settings: Sequence[tuple[Selector, Setting | None]] | Mapping[Selector, Setting | None] = ()
     default: Setting | None = field(default_factory=Setting)
     quantize_outputs: bool = False
     float_dtype: str = "float32"
@@ -93,26 +123,52 @@ class Recipe:
             raise RecipeError(
                 f"float_dtype={self.float_dtype!r} is not known. Choose one of {', '.join(FLOAT_DTYPES)}."
             )
-        object.__setattr__(self, "settings", tuple(tuple(pair) for pair in self.settings))
-        for pair in self.settings:
-            if len(pair) != 2:
-                raise RecipeError(f"{pair!r}: each setting is a pair (selector, Setting or None).")
-            selector, setting = pair
+        object.__setattr__(self, "settings", _pairs(self.settings))
+        for selector, setting in self.pairs:
             is_class = isinstance(selector, type) and issubclass(selector, nn.Module)
-            if not (isinstance(selector, (str, Op)) or is_class):
-                raise RecipeError(f"{selector!r}: a selector is a module path, a module class or fxquant.Op(name).")
+            if not (isinstance(selector, (str, Op)) or is_class or selector in PLACES.values()):
+                raise RecipeError(
+                    f"{selector!r}: a selector is a module path, a module class, fxquant.Op(name), or FIRST, LAST, INPUT or "
+                    "OUTPUT of fxquant.recipe."
+                )
+            if selector == INPUT and (setting is None or getattr(setting, "weight", None) is not None):
+                raise RecipeError(
+                    "INPUT: an input has no weight, and cannot stay in float where integer ops read it. Write "
+                    "{INPUT: fxquant.Setting(activation=...)}; or keep the ops that read it in float: {FIRST: None}."
+                )
             if not (setting is None or isinstance(setting, Setting)):
-                raise RecipeError(f"{selector!r}: {setting!r} is neither a fxquant.Setting nor None (keep in float).")
+                raise RecipeError(
+                    f"{selector!r}: {setting!r} is neither a fxquant.Setting nor None (keep in float). Write, for example, "
+                    f"{{{selector!r}: fxquant.Setting(weight=fxquant.Scheme.weight(4))}}."
+                )
         if not (self.default is None or isinstance(self.default, Setting)):
             raise RecipeError(f"default={self.default!r} is neither a fxquant.Setting nor None (keep in float).")
 
+    @classmethod
+    def of(cls, value: Any) -> Recipe:
+        """``value`` as a recipe: itself, or one of the pairs or the dict that it is; None for one that asks for nothing.
+
+        Raises:
+            RecipeError: it is none of these.
+        """
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, Setting):
+            return cls(default=value)
+        return cls(() if value is None else value)
+
+    @property
+    def pairs(self) -> tuple[tuple[Selector, Setting | None], ...]:
+        """The settings in order."""
+        return _pairs(self.settings)
+
     def choose(self, site: Site) -> int | None:
         """The index of the first setting that selects ``site``; None where the default applies."""
-        return next((i for i, (selector, _) in enumerate(self.settings) if _selects(selector, site)), None)
+        return next((i for i, (selector, _) in enumerate(self.pairs) if _selects(selector, site)), None)
 
     def setting(self, index: int | None) -> Setting | None:
         """The setting at ``index``, the default where that is None."""
-        return self.default if index is None else self.settings[index][1]
+        return self.default if index is None else self.pairs[index][1]
 
     def require_all_used(self, sites: Sequence[Site]) -> None:
         """Raise where a selector selects none of ``sites``, with the nearest name that would have.
@@ -120,14 +176,38 @@ class Recipe:
         Raises:
             RecipeError: names the selector and suggests one.
         """
-        for selector, _ in self.settings:
+        for selector, _ in self.pairs:
             if not any(_selects(selector, site) for site in sites):
                 raise RecipeError(
                     f"the recipe's selector {selector!r} matches nothing in this model.{_nearest(selector, sites)}"
                 )
 
 
+def _pairs(settings: Any) -> tuple[tuple[Any, Any], ...]:
+    """Settings as a recipe's author wrote them, as pairs.
+
+    Raises:
+        RecipeError: they are neither pairs nor a dict.
+    """
+    what = "a recipe is pairs or a dict of selectors and settings: write Recipe([('fc', None)]) or {'fc': None}"
+    if isinstance(settings, Mapping):
+        return tuple(settings.items())
+    if isinstance(settings, (str, bytes)) or not isinstance(settings, Iterable):
+        raise RecipeError(f"recipe={settings!r}: {what}.")
+    pairs: list[tuple[Any, Any]] = []
+    for given in settings:
+        pair = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+        if len(pair) != 2:
+            raise RecipeError(f"{given!r}: each setting is a pair (selector, Setting or None); {what}.")
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
+
+
 def _selects(selector: Selector, site: Site) -> bool:
+    if isinstance(selector, Place):
+        return selector in site.places
+    if INPUT in site.places:
+        return False
     if isinstance(selector, Op):
         return selector.name == site.op
     if isinstance(selector, str):
@@ -136,6 +216,12 @@ def _selects(selector: Selector, site: Site) -> bool:
 
 
 def _nearest(selector: Selector, sites: Sequence[Site]) -> str:
+    if isinstance(selector, Place):
+        return (
+            " It has no such op, or is captured in parts (fxquant.coverage lists them), where no part knows what is first "
+            "or last: name the layers by their paths."
+        )
+    sites = [site for site in sites if INPUT not in site.places]
     if isinstance(selector, Op):
         known, wanted = {site.op for site in sites}, selector.name
     elif isinstance(selector, str):

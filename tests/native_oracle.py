@@ -45,8 +45,8 @@ def with_statistics(model: nn.Module) -> nn.Module:
 def integers_of(
     model: nn.Module, *inputs: Tensor, recipe: Recipe | None = ROUNDED, target: str = "x86", **options: Any
 ) -> Any:
-    """The integer model on the reference's kernels, calibrated on ``inputs``."""
-    prepared = fxquant.prepare(with_statistics(model), inputs, recipe=recipe, target=target)
+    """The integer model on the reference's kernels, calibrated on ``inputs``: weights of 8 bits, whatever adds up in 16."""
+    prepared = fxquant.prepare(with_statistics(model), inputs, recipe=recipe, target=target, processor="vnni")
     fxquant.calibrate(prepared, [inputs], progress=False)
     return fxquant.convert(prepared, kernels="reference", **options)
 

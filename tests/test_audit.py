@@ -23,8 +23,10 @@ SEVEN_BITS = Scheme(bits=7, symmetric=True, signed=True, per_channel=True, narro
 TWELVE_BITS = Scheme(bits=12)
 
 
-def converted(model: nn.Module, *inputs: Tensor, recipe: Recipe | None = None, kernels: str = "auto") -> Any:
-    prepared = fxquant.prepare(model.eval(), inputs, recipe=recipe)
+def converted(
+    model: nn.Module, *inputs: Tensor, recipe: Recipe | None = None, kernels: str = "auto", processor: str | None = None
+) -> Any:
+    prepared = fxquant.prepare(model.eval(), inputs, recipe=recipe, processor=processor)
     return fxquant.convert(fxquant.calibrate(prepared, [inputs], progress=False), kernels=kernels)
 
 
@@ -95,7 +97,7 @@ def test_sums_that_overflow_32_bits_are_named_and_run_by_the_reference():
     with torch.no_grad():
         layer.weight.fill_(1.0)
     x = torch.rand(4, 70_000)
-    integer = converted(nn.Sequential(layer), x, recipe=ROUNDED)
+    integer = converted(nn.Sequential(layer), x, recipe=ROUNDED, processor="vnni")
     (found,) = findings(integer)
     assert (found.path, found.kind) == ("0", "accumulator")
     assert "reference" in found.repair and "1.06 times" in found.what
@@ -103,7 +105,7 @@ def test_sums_that_overflow_32_bits_are_named_and_run_by_the_reference():
     assert layers(integer)["0"].int32_share > 1
     assert "32 bits" in fxquant.coverage(integer).kernels["0"]
     top = torch.ones(1, 70_000)
-    exact = converted(nn.Sequential(layer), x, recipe=ROUNDED, kernels="reference")
+    exact = converted(nn.Sequential(layer), x, recipe=ROUNDED, kernels="reference", processor="vnni")
     assert torch.equal(integer(top), exact(top)) and float(exact(top).max()) > 0
     fits = converted(nn.Sequential(nn.Linear(60_000, 2)), torch.rand(4, 60_000), recipe=ROUNDED)
     assert not findings(fits)
@@ -124,7 +126,7 @@ def test_a_pair_that_saturates_is_told_from_one_that_does_not():
         layer = nn.Linear(4, 1, bias=False)
         with torch.no_grad():
             layer.weight.copy_(torch.tensor([weights]) / 127)
-        return converted(nn.Sequential(layer), torch.rand(8, 4), recipe=ROUNDED)
+        return converted(nn.Sequential(layer), torch.rand(8, 4), recipe=ROUNDED, processor="vnni")
 
     over, under = net([127.0, 2.0, -100.0, -28.0]), net([127.0, 1.0, -100.0, -28.0])
     assert (layers(over)["0"].pair, layers(under)["0"].pair) == (129, 128)
@@ -132,7 +134,7 @@ def test_a_pair_that_saturates_is_told_from_one_that_does_not():
     assert 255 * 129 > 2**15 - 1 >= 255 * 128
     assert fxquant.coverage(over).audit.saturating == ("0",)
     assert fxquant.coverage(under).audit.saturating == ()
-    assert "without VNNI runs 1 of 1 layers" in str(fxquant.coverage(over))
+    assert "on x86 without VNNI 1 of 1 layers saturate" in str(fxquant.coverage(over))
     assert "VNNI" not in str(fxquant.coverage(under))
     assert not findings(over), "where this machine adds in 32 bits, nothing is wrong"
 
@@ -217,6 +219,7 @@ def test_channels_of_zeros_are_sound_and_counted():
     assert "2 output channels with weights all 0, which is sound" in str(fxquant.coverage(integer))
 
 
+@pytest.mark.long
 def test_a_clean_model_takes_one_line():
     images, _ = test_images()
     integer = converted(DigitsNet(), images[:64], recipe=recipe_with(None, SEVEN_BITS))

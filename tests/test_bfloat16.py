@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 from comparisons import assert_same_bits
-from op_cases import prepared_of
+from op_cases import mostly_long, prepared_of
 from torch import Tensor, nn
 
 import fxquant
 from fxquant import Op, Recipe
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError, RecipeError
-from fxquant.export import runtimes, sessions
+from fxquant.export.interleaved_timing import InterleavedTimes
 from fxquant.export.sessions import has_bfloat16, openvino_session
 from fxquant.export.to_onnx import make_onnx
-from fxquant.export.turns import Turns
 from fxquant.graph.text import graph_text
+from fxquant.runtimes import RUNTIMES
+from fxquant.runtimes import openvino as sessions
 from fxquant.tuning import placement
 from fxquant.tuning.regions import HALF, Region, half_regions, regions_of
 from fxquant.tuning.search import INT8, Kept, Search
@@ -81,7 +83,7 @@ def test_floats_in_bfloat16_are_the_model_within_eight_bits():
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("kept", [("two", "gelu"), ("one", "relu"), ("fc",), ()], ids=" ".join)
+@pytest.mark.parametrize("kept", mostly_long([("two", "gelu"), ("one", "relu"), ("fc",), ()], [("fc",)]), ids=" ".join)
 def test_a_region_in_bfloat16_beside_integers(kept):
     """Integers may turn by a step where a float at a border did, which is no more than their own rounding makes."""
     with torch.no_grad():
@@ -150,7 +152,7 @@ REGIONS = [
 
 
 def search(cost) -> tuple[Search, Kept]:
-    measure = lambda kept, final: {own: Turns((1e-3 * cost(own),) * 9) for own in kept}  # noqa: E731
+    measure = lambda kept, final: {own: InterleavedTimes((1e-3 * cost(own),) * 9) for own in kept}  # noqa: E731
     found = Search(half_regions(REGIONS), measure, 1e6, lambda: 0.0)
     return found, found.run()
 
@@ -212,12 +214,13 @@ def prefer(best: Kept):
         asked.extend(placements)
         for kept in placements:
             self.placed(kept)
-        return {kept: Turns((1e-3 * (10 + len(kept ^ best)),) * 9) for kept in placements}
+        return {kept: InterleavedTimes((1e-3 * (10 + len(kept ^ best)),) * 9) for kept in placements}
 
     return measure, asked
 
 
 @needs_bfloat16
+@pytest.mark.long
 def test_what_was_measured_is_what_is_saved_and_compiled(tmp_path, monkeypatch):
     measure, _ = prefer(frozenset({"two", "gelu", HALF}))
     monkeypatch.setattr(placement._Bench, "measure", measure)
@@ -288,6 +291,6 @@ def test_runtimes_without_it_say_so(runtime):
 
 def test_processors_without_it_say_so(monkeypatch):
     pytest.importorskip("openvino")
-    monkeypatch.setitem(runtimes.HALF_RUNTIMES, "openvino", lambda: False)
+    monkeypatch.setitem(RUNTIMES, "openvino", replace(RUNTIMES["openvino"], bfloat16=lambda: False))
     with pytest.raises(InputError, match=r"(?s)openvino does not compute in bfloat16 on this processor.*what to do"):
         fxquant.tune_placement(prepared_of(net(), X), X, runtime="openvino", bfloat16=True)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import mostly_long
 from PIL import Image
 
 import fxquant
 from fxquant.cli import main
+from fxquant.export.sessions import onnxruntime_session
+from fxquant.export.to_executorch import executorch_session
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
 from fxquant.ops.behaviour import FloatOnly, Measuring
@@ -73,9 +76,79 @@ def test_quantize_writes_a_model_that_loads(tmp_path, images, capsys):
     integer = fxquant.load(model, out)
     batch = next(iter(ImageFolder(images, resize=8, crop=8)))
     prepared = fxquant.calibrate(
-        fxquant.prepare(model, batch[:1]), ImageFolder(images, resize=8, crop=8), progress=False
+        fxquant.prepare(model, batch[:1]), ImageFolder(images, resize=8, crop=8, batch_size=3), progress=False
     )
     assert torch.equal(integer(batch), fxquant.convert(prepared)(batch))
+
+
+@pytest.mark.parametrize("ending", mostly_long((".onnx", ".pt2", ".xml", ".pte"), (".onnx",)))
+def test_the_ending_says_what_is_written(ending, tmp_path, images, capsys):
+    out = tmp_path / f"int8{ending}"
+    assert main(["quantize", SPEC, "--data", str(images), "--shape", "8x8", "--out", str(out)]) == 0
+    assert f"int8{ending}" in capsys.readouterr().out
+    (batch,) = ImageFolder(images, resize=9, crop=8)
+    target = {".xml": "openvino", ".pte": "xnnpack"}.get(ending, "x86")
+    prepared = fxquant.calibrate(fxquant.prepare(build_model(SPEC), batch[:1], target=target), [batch], progress=False)
+    expected = fxquant.convert(prepared, kernels="reference")(batch)
+    if ending == ".pt2":
+        found = torch.export.load(out).module()(batch)
+    elif ending == ".pte":
+        (found,) = executorch_session(out.read_bytes())([batch])
+    elif ending == ".onnx":
+        (found,) = onnxruntime_session(out.read_bytes())([batch])
+    else:
+        import openvino
+
+        assert sorted(path.name for path in tmp_path.glob("int8*")) == ["int8.bin", "int8.xml"]
+        found = torch.from_numpy(openvino.Core().compile_model(str(out), "CPU")([batch.numpy()])[0])
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+    assert not list(tmp_path.glob(".fxquant*"))
+
+
+def test_an_unknown_ending_is_told_before_any_work(tmp_path, capsys):
+    assert main(["quantize", "nowhere.py:Net", "--data", "nowhere", "--out", str(tmp_path / "x.tfl")]) == 1
+    assert "the ending '.tfl' names no format" in capsys.readouterr().err
+
+
+FACTORIES = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, width, *, depth=1):
+        super().__init__(nn.Conv2d(3, width, 3), *(nn.Conv2d(width, width, 1) for _ in range(depth - 1)))
+"""
+
+
+def test_factories_take_arguments(tmp_path, capsys):
+    path = tmp_path / "nets.py"
+    path.write_text(FACTORIES)
+    assert main(["diff", f"{path}:Net(4, depth=2)", "--shape", "12x10"]) == 0
+    assert capsys.readouterr().out.count("QuantConv2d") == 2
+    assert build_model(f"{path}:Net(width=5)")[0].out_channels == 5
+    for spec, words in (
+        (f"{path}:Net", "missing a required argument: 'width'"),
+        (f"{path}:Net(4, wide=2)", "unexpected keyword argument 'wide'"),
+        (f"{path}:Net(x)", "are not plain numbers"),
+        (str(path), f"as {path}:factory"),
+        ("torchvision:resnet18(3)", "takes arguments by name"),
+    ):
+        assert main(["diff", spec]) == 1
+        assert words in capsys.readouterr().err
+    assert build_model("torchvision:resnet18(num_classes=7)").fc.out_features == 7
+
+
+def test_an_interrupted_command_leaves_nothing(tmp_path, images, capsys, monkeypatch):
+    out = tmp_path / "int8.pt"
+    out.write_bytes(b"before")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fxquant.cli.models.save", interrupted)
+    assert main(["quantize", SPEC, "--data", str(images), "--shape", "8x8", "--out", str(out)]) == 130
+    assert "interrupted" in capsys.readouterr().err and out.read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "int8.pt"]
 
 
 def test_weights_are_loaded(tmp_path, capsys):

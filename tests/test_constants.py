@@ -165,6 +165,7 @@ def swin_block() -> nn.Module:
     return swin.SwinTransformerBlockV2(8, num_heads=2, window_size=[4, 4], shift_size=[0, 0]).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("build", [lambda: Computed(USES["multiplied"]).eval(), swin_block], ids=["bias", "swin"])
 def test_files_hold_integers_where_openvino_refuses_a_quantizer(runtime, build):

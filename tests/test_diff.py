@@ -364,6 +364,7 @@ def test_googlenet_in_training_has_graphs_and_an_island_at_the_top():
     assert max(map(len, text.split("\n"))) <= 120
 
 
+@pytest.mark.long
 def test_a_detector_is_shown_graph_by_graph():
     detection = pytest.importorskip("torchvision").models.detection
     model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()

@@ -45,7 +45,16 @@ def test_the_first_screen_shows_how_to_run_the_demo_and_the_tests():
     assert len(blocks("python")[0].strip().splitlines()) <= 9
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+TRAINERS = ("accelerate_loop", "hf_trainer", "lightning_trainer", "timm_ema")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.long if path.stem in TRAINERS else ())
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_examples_run(path, capsys):
     if path.stem == "qat":
         pytest.importorskip("sklearn", reason="scikit-learn, the extra `demo`, has the digits")

@@ -20,9 +20,9 @@ import fxquant
 from fxquant import Recipe, Scheme, Setting
 from fxquant.demo import DigitNet
 from fxquant.errors import ExportError, InputError
-from fxquant.export import files
 from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
+from fxquant.onnx import files
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -106,6 +106,7 @@ def _stored(x: Any) -> float:
     return x.size / 2 if x.dtype.itemsize == 1 and "int4" in x.dtype.name else x.nbytes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["qdq", "qoperator"])
 def test_every_tensor_inside_is_compared_too(form, tmp_path):
     prepared = digits()
@@ -115,6 +116,7 @@ def test_every_tensor_inside_is_compared_too(form, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "b.onnx.data"]
 
 
+@pytest.mark.long
 def test_a_targets_rules_are_held_against_the_tensors_too(tmp_path):
     x = torch.rand(2, 3, 64, 64)
     prepared = fxquant.calibrate(fxquant.prepare(zoo.build("resnet18"), x, target="tensorrt"), [x], progress=False)
@@ -154,6 +156,7 @@ def test_no_file_for_tensors_without_a_large_one(tmp_path):
     assert "no tensor is large enough to lie in a file of its own" in str(report)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_compile_keeps_the_pair_as_long_as_it_runs(runtime, tmp_path, monkeypatch):
     pytest.importorskip(runtime)
@@ -257,6 +260,7 @@ def test_a_failure_at_any_step_leaves_what_was_there(older, external, exported, 
     assert 1 <= failed <= 4
 
 
+@pytest.mark.long
 def test_no_space_for_the_tensors(tmp_path, monkeypatch):
     import onnx_ir as ir
 
@@ -272,6 +276,7 @@ def test_no_space_for_the_tensors(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.long
 def test_places_that_cannot_be_written_to(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"external_data='yes' is not known\. Choose None, True or False"):
         fxquant.export_onnx(digits(), tmp_path / "m.onnx", external_data="yes")  # type: ignore[arg-type]

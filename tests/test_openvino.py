@@ -15,16 +15,17 @@ from op_cases import prepared_of
 from torch import Tensor, nn
 
 import fxquant
+from fxquant import installed
 from fxquant.errors import ExportError, InputError
-from fxquant.export import sessions
-from fxquant.export.fixed_sizes import takes_fixed_sizes
-from fxquant.export.joins import round_before_joining
 from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
+from fxquant.onnx.concat_inputs import round_before_joining
+from fxquant.onnx.fixed_sizes import takes_fixed_sizes
+from fxquant.runtimes import openvino as sessions
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-needs_openvino = pytest.mark.skipif(not fxquant.export.installed.is_installed("openvino"), reason="no openvino")
+needs_openvino = pytest.mark.skipif(not installed.is_installed("openvino"), reason="no openvino")
 
 
 class Small(nn.Module):
@@ -242,6 +243,7 @@ def reads_a_concat(graph: Any) -> list[str]:
     return [n.output[0] for n in graph.node if n.op_type == "QuantizeLinear" and made_by.get(n.input[0]) == "Concat"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", JOINED)
 def test_rounding_before_joining_changes_no_bit(name):
     made, x = made_from(JOINED[name](), torch.randn(4, 3, 16, 16)), torch.randn(3, 3, 16, 16)

@@ -52,7 +52,7 @@ X = torch.randn(16, 3, 10, 10, generator=torch.Generator().manual_seed(4))
 
 def pair() -> tuple[LeveledModule, LeveledModule]:
     torch.manual_seed(2)
-    prepared = fxquant.calibrate(fxquant.prepare(Net().eval(), X), [X], progress=False)
+    prepared = fxquant.calibrate(fxquant.prepare(Net().eval(), X, processor="vnni"), [X], progress=False)
     frozen = fxquant.freeze(prepared)
     return frozen, fxquant.convert(frozen)
 

@@ -28,7 +28,7 @@ from fxquant.nn.integer import IntegerOp, Site
 from fxquant.passes import levels
 from fxquant.recipe import Recipe
 
-NOT_PASSES = ("levels", "verification")
+NOT_PASSES = ("facts", "levels", "real_forms", "verification")
 FILES = [m.name for m in pkgutil.iter_modules(fxquant.passes.__path__) if m.name not in NOT_PASSES]
 
 
@@ -108,7 +108,7 @@ LAST = ("to_exchange", "to_decomposed")
 def steps(*, qat: bool) -> list[tuple[str, Callable[..., LeveledModule]]]:
     """The whole way from a captured graph to an integer one, and to the forms that files and programs are written from."""
     way = [(getattr(s, "func", s).__name__, s) for s in passes_of(recipe=Recipe(), qat=qat)]
-    return [*way, *((name, pass_named(name)) for name in ("freeze", "to_integer", *LAST))]
+    return [*way, *((name, pass_named(name)) for name in ("settle_quantizers", "freeze", "to_integer", *LAST))]
 
 
 def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, tuple[LeveledModule, LeveledModule]]:
@@ -266,6 +266,10 @@ def forget_place(module: LeveledModule) -> None:
     node_named(module, "conv").meta.pop("by", None)
 
 
+def write_another_type(module: LeveledModule) -> None:
+    node_named(module, "conv").meta["quantized"] = "yes"
+
+
 def forget_entry(module: LeveledModule) -> None:
     del node_named(module, "relu").meta["entry"]
 
@@ -280,7 +284,7 @@ def spell_as_method(module: LeveledModule) -> None:
 
 
 def float_module(module: LeveledModule) -> None:
-    module.conv = nn.Conv2d(2, 3, 3)
+    module._modules["conv"] = nn.Conv2d(2, 3, 3)
     node_named(module, "conv").meta["quantized"] = True
 
 
@@ -313,6 +317,10 @@ def leaves_integers(module: LeveledModule) -> None:
     output.args = (node_named(module, "conv"),)
 
 
+def holds_more(module: LeveledModule) -> None:
+    module.conv.register_buffer("gain", torch.ones(3))
+
+
 def still_integer(module: LeveledModule) -> None:
     module.conv = IntegerOp(Site(node_named(module, "conv").meta["entry"], {}, (), None))
 
@@ -322,6 +330,7 @@ BROKEN = [
     ("captured", "knows_its_place", forget_place, "conv"),
     ("canonical", "well_formed", break_order, None),
     ("canonical", "knows_its_place", forget_place, "conv"),
+    ("canonical", "facts_are_typed", write_another_type, "conv"),
     ("canonical", "one_entry_each", forget_entry, "relu"),
     ("canonical", "one_entry_each", spell_otherwise, "relu"),
     ("canonical", "one_entry_each", spell_as_method, "relu"),
@@ -333,8 +342,10 @@ BROKEN = [
     ("frozen", "grids_are_sound", infinite_scale, None),
     ("frozen", "grids_are_sound", zero_point_off_the_grid, None),
     ("frozen", "quantized_once", no_weight_quantizer, "conv"),
+    ("integer", "facts_are_typed", write_another_type, "conv"),
     ("integer", "integers_between", reads_float, "conv"),
     ("integer", "integers_between", leaves_integers, "output"),
+    ("integer", "state_can_be_written", holds_more, "conv"),
     ("exchange", "nothing_integer", still_integer, "conv"),
     ("decomposed", "nothing_integer", still_integer, "conv"),
 ]

@@ -252,7 +252,7 @@ def test_clamps_that_a_runtime_may_not_know_of_stand_in_front():
         prepared_of(nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval(), x, recipe), form="decomposed"
     )
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("aten.clamp.default") == 1 and targets.count("aten.relu.default") == 1
+    assert targets.count("aten.hardtanh.default") == 1 and targets.count("aten.relu.default") == 1
     for node in calls_of(program, DECOMPOSED.quantize_per_tensor.default):
         assert node.args[3:] == (-128, 127, torch.int8)
 

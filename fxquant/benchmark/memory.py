@@ -17,16 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.export.runtimes import native_model
-from fxquant.export.sessions import onnxruntime_session, openvino_session
+from fxquant.runtimes import Runtime, runtime_of
 
 __all__ = ["Carried", "peak_memory"]
 
 Carried = dict[str, Any]
-"""What the process needs: ``runtime``, and ``model`` (a module) with ``call``, or ``content`` (of a file; or its path) with
-``tensors``."""
+"""What the process needs: ``runtime`` (one, or its name), and ``model`` (a module) with ``call``, or ``content`` (of a file,
+or its path) with ``tensors``."""
 
-_SESSIONS: dict[str, Any] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
 _LIMIT = 600
 
 
@@ -65,21 +63,21 @@ def _resident(which: str) -> int:
 
 def _run(folder: str) -> int:
     path = Path(folder) / "carried.pt"
-    kind = torch.load(path, weights_only=False, mmap=True)["runtime"]
-    if kind in _SESSIONS:
-        __import__(kind)
+    named = torch.load(path, weights_only=False, mmap=True)["runtime"]
+    runtime: Runtime = runtime_of(named) if isinstance(named, str) else named
+    if runtime.package:
+        __import__(runtime.package)
     gc.collect()
     before = _resident("VmRSS")
     carried = torch.load(path, weights_only=False)
     if carried["threads"] is not None:
         torch.set_num_threads(carried["threads"])
-    if kind in _SESSIONS:
-        session = _SESSIONS[kind](carried.pop("content"), carried["threads"])
+    if runtime.session is not None:
+        session = runtime.session(carried.pop("content"), carried["threads"])
         session(carried["tensors"])  # compiles, which is not what is measured
         run, args, kwargs = session, (carried["tensors"],), dict[str, Any]()
     else:
-        run, (args, kwargs) = carried.pop("model"), carried["call"]
-        run = native_model(run) if kind == "native" else run
+        run, (args, kwargs) = runtime.alone(carried.pop("model")), carried["call"]
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
     with torch.no_grad():

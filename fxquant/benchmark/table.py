@@ -25,6 +25,7 @@ class Row:
         size: bytes on disk: the float state dict, what ``save`` writes, or the ONNX file.
         memory: bytes that a process of its own needs at most, above what it needs without the model.
         sqnr: signal to quantization noise of the outputs against float, in decibels.
+        agreement: how well an int8 row's outputs agree with the exact integers', in decibels.
         note: why a number is missing.
     """
 
@@ -38,6 +39,7 @@ class Row:
     size: int | None = None
     memory: int | None = None
     sqnr: float | None = None
+    agreement: float | None = None
     note: str = ""
 
 
@@ -47,7 +49,7 @@ class Benchmark:
 
     Attributes:
         name: the model's class.
-        rows: one a contender, batch size and number of threads.
+        rows: one per contender, batch size and number of threads.
         notes: what has to be known to read them.
     """
 
@@ -70,6 +72,7 @@ class Benchmark:
             "size MB": [_mega(row.size) for row in self.rows],
             "memory MB": [_mega(row.memory) for row in self.rows],
             "SQNR dB": [_text(row.sqnr, "{:.1f}") for row in self.rows],
+            "agrees dB": [_text(row.agreement, "{:.0f}") for row in self.rows],
             "note": [row.note for row in self.rows],
         }
         kept = {title: cells for title, cells in shown.items() if any(cells)}

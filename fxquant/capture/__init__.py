@@ -2,5 +2,5 @@
 
 Read ``capture`` first, then ``tracing``. ``proxies`` stand for tensors and sizes while forward runs, ``evaluation`` knows
 their shapes, ``memory`` follows what is written in place, ``modes`` merges training and eval, ``trials`` asks whether
-other inputs would have gone another way, ``witness`` runs the model for real where nothing else will do.
+other inputs would have gone another way, ``eager_recorder`` runs the model for real where nothing else will do.
 """

@@ -142,6 +142,11 @@ class CallSpec:
             self._check_ranks(flat)
         return flat
 
+    def takes(self, name: str) -> bool:
+        """Whether the example had an argument ``name``, in ``**kwargs`` or of its own."""
+        inside = (tree[2] for tree in self.trees.values() if tree[0] == "dict")
+        return name in self.trees or any(name == key for items in inside for key, _ in items)
+
     def _check_ranks(self, flat: list[Any]) -> None:
         assert self.ranks is not None
         for value, rank in zip(flat, self.ranks, strict=True):
@@ -168,6 +173,8 @@ def _flatten(value: Any, tree: Tree, name: str, flat: list[Any]) -> None:
             raise _contradiction(name, "a value", "None")
         flat.append(value)
     elif tree[0] == "constant":
+        if isinstance(tree[1], dict) and isinstance(value, dict) and set(value) != set(tree[1]):
+            raise _other_keys(name, list(tree[1]), list(value))
         if not (value is tree[1] or (type(value) is type(tree[1]) and value == tree[1])):
             raise _contradiction(name, repr(tree[1]), _short(value))
     else:
@@ -176,13 +183,32 @@ def _flatten(value: Any, tree: Tree, name: str, flat: list[Any]) -> None:
             found = dict(_parts(value)[1])
         except UntraceableError:
             raise _contradiction(name, f"a {cls.__name__}", _short(value)) from None
-        if list(found) != [key for key, _ in items] and set(found) != {key for key, _ in items}:
-            raise _contradiction(name, f"{[key for key, _ in items]}", f"{list(found)}")
+        if set(found) != {key for key, _ in items}:
+            raise _other_keys(name, [key for key, _ in items], list(found))
         for key, item in items:
             _flatten(found[key], item, f"{name}[{key!r}]", flat)
 
 
+def _other_keys(name: str, captured: list[Any], given: list[Any]) -> SpecializationError:
+    """What a dict, or the ``**kwargs`` of a call, has too much or too little."""
+    more = [key for key in given if key not in captured]
+    less = [key for key in captured if key not in given]
+    said = [f"with {', '.join(map(repr, less))}, which is missing now"] if less else []
+    said += [f"without {', '.join(map(repr, more))}, which is given now"] if more else []
+    return SpecializationError(
+        f"the model was captured {' and '.join(said)}, in {name}: its code may do something else then.\n"
+        "  what to do: prepare with example_inputs that have what calls will have"
+        + (f" (example_inputs={{…, {more[0]!r}: a value of its kind}})" if more else "")
+        + (", or leave it out of the call." if more else ", or give it.")
+    )
+
+
 def _contradiction(name: str, captured: str, given: str) -> SpecializationError:
+    if captured == "None":  # what was left out, most often
+        return SpecializationError(
+            f"the model was captured with {name} = None, and now it is {given}: its code may do something else then.\n"
+            f"  what to do: prepare with example_inputs that include {name}, or leave it out of the call."
+        )
     return SpecializationError(
         f"the model was captured with {name} = {captured}, and now it is {given}.\n"
         "  what to do: prepare with example_inputs that include this argument as you will give it."

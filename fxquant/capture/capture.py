@@ -13,14 +13,15 @@ from typing import Any
 from torch import nn
 
 from fxquant.capture.calls import Call, as_call
+from fxquant.capture.eager_recorder import EagerRecorder
 from fxquant.capture.findings import Island
 from fxquant.capture.islands import graphs_of, mark_island
 from fxquant.capture.models import check_model, has_weights, nearest, own_copy, same_random_numbers, unwrapped
 from fxquant.capture.one_graph import multiplies, trace_module
+from fxquant.capture.seen_types import note_seen_types
 from fxquant.capture.tracing import Tracer
 from fxquant.capture.trials import contradicted
 from fxquant.capture.values import FakeRun
-from fxquant.capture.witness import Witness
 from fxquant.errors import CaptureError, InputError
 from fxquant.graph.leveled import LeveledModule
 
@@ -53,7 +54,10 @@ def capture(
     owned = own_copy(model, for_training=for_training)
     call = None if example_inputs is None else as_call(model, example_inputs)
     with same_random_numbers():
-        return _Capture(owned, call, for_training=for_training, leaves=tuple(leaves)).whole(type(model).__name__)
+        captured = _Capture(owned, call, for_training=for_training, leaves=tuple(leaves)).whole(type(model).__name__)
+        if call is not None:
+            note_seen_types(captured, call)
+        return captured
 
 
 class _Capture:
@@ -70,7 +74,7 @@ class _Capture:
         self.graphs: dict[nn.Module, LeveledModule] = {}
         self.named = self._named(leaves)
         self.calls: dict[nn.Module, list[Call]] = {}
-        self._witness: Witness | None = None
+        self._recorder: EagerRecorder | None = None
         self._filled: set[nn.Module] = set()
 
     def _named(self, leaves: tuple[str | type, ...]) -> set[nn.Module]:
@@ -88,12 +92,12 @@ class _Capture:
         return found
 
     @property
-    def witness(self) -> Witness:
+    def recorder(self) -> EagerRecorder:
         """One real run of the model, made when it is first needed."""
-        if self._witness is None:
+        if self._recorder is None:
             assert self.call is not None and self.fake is not None
-            self._witness = Witness(self.model, self.call.args, self.call.kwargs, self.fake)
-        return self._witness
+            self._recorder = EagerRecorder(self.model, self.call.args, self.call.kwargs, self.fake)
+        return self._recorder
 
     def whole(self, name: str) -> Any:
         """The captured model."""
@@ -143,14 +147,14 @@ class _Capture:
     def _note(self, module: nn.Module, island: Island) -> None:
         self.islands[module] = island
         if self.call is not None:
-            _ = self.witness  # a model that does not run on its example is an error, not an island
+            _ = self.recorder  # a model that does not run on its example is an error, not an island
 
     def _trace(self, tracer: Tracer, module: nn.Module, calls: list[Call]) -> LeveledModule:
         known = set(self.islands)
         keep = self.for_training and module in self.submodules
         graph = trace_module(tracer, module, calls, may_overwrite=module is self.model, keep_unused=keep)
         if self.call is not None and set(self.islands) - known:
-            _ = self.witness
+            _ = self.recorder
         return graph
 
     # ---- islands
@@ -193,7 +197,7 @@ class _Capture:
         if self.call is None:
             return [(part, []) for part in nearest(island)]
         found = []
-        for part, calls in self.witness.calls.items():
+        for part, calls in self.recorder.calls.items():
             own = [call for call in calls if call.caller is island]
             seen = [call for call in self.calls.get(part, ()) if call.caller is island]
             if own and part in self.paths:
@@ -203,7 +207,7 @@ class _Capture:
     def _called_from_outside(self, part: nn.Module) -> str | None:
         if self.call is None:
             return None
-        for (owner, name), calls in self.witness.methods.items():
+        for (owner, name), calls in self.recorder.methods.items():
             if owner is part and any(call.caller is not part for call in calls):
                 return name
         return None
@@ -213,7 +217,7 @@ class _Capture:
         done: set[str] = set()
         if self.call is None:
             return done
-        for (owner, name), calls in self.witness.methods.items():
+        for (owner, name), calls in self.recorder.methods.items():
             own = [call for call in calls if call.caller is island and call.method is None]
             if owner is not island or not own or len(own) != len(calls):
                 continue

@@ -8,7 +8,8 @@ import torch
 from torch import fx, nn
 
 from fxquant.capture.attributes import Attributes
-from fxquant.capture.patches import ATTENTION, BATCH_NORM, KEPT_WHOLE, attention_in_python
+from fxquant.capture.kept import KEPT_WHOLE
+from fxquant.capture.patches import ATTENTION, BATCH_NORM, attention_in_python
 from fxquant.capture.plain_norms import plain_norm
 from fxquant.capture.proxies import find_proxy
 

@@ -115,6 +115,7 @@ def _write_output(tracer: Tracer, graph: fx.Graph, result: Any) -> Any:
     leaves: list[Any] = []
 
     def leaf(name: str, value: Any) -> Any:
+        tracer.memory.refuse_stale(None, (value,), {})
         made = tracer.create_arg(value) if find_proxy(value) is not None or isinstance(value, torch.Tensor) else value
         leaves.append(made)
         return made
@@ -188,7 +189,8 @@ def _leveled(
         module.keep_unused(owner)
         module.adopt_order(owner)
     module.stand_for(owner)
-    if type(owner).__module__.startswith("torch.nn"):  # a layer of its own: its one op bears its name
+    parts = set(owner._modules) - {"parametrizations"}
+    if type(owner).__module__.startswith("torch.nn") and not parts:  # a layer of its own: its one op bears its name
         module.meta["layer"] = type(owner)
     return module
 

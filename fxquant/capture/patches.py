@@ -3,7 +3,8 @@
 - ``nn.Module``: calls, attributes read and attributes set;
 - functions that make tensors (``torch.arange``): they become nodes, also where their arguments are proxies;
 - ``math`` and the builtins ``len``, ``max`` and ``min`` in the modules that define the model: symbolic on proxies;
-- functions marked with ``torch.fx.wrap``; ``torch.utils.checkpoint``, which becomes a plain call.
+- functions that the op table names (`kept`), and those marked with ``torch.fx.wrap``;
+- ``torch.utils.checkpoint``, which becomes a plain call.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.fx import _symbolic_trace
 
-from fxquant.capture.proxies import ValueProxy, find_proxy, is_instance
+from fxquant.capture.kept import KEPT_WHOLE, kept_functions
+from fxquant.capture.proxies import ValueProxy, find_proxy, is_callable, is_instance
 from fxquant.capture.tracer_type import Tracing
 
-__all__ = ["ATTENTION", "BATCH_NORM", "KEPT_WHOLE", "attention_in_python", "patched"]
+__all__ = ["ATTENTION", "BATCH_NORM", "attention_in_python", "patched"]
 
 BATCH_NORM = torch.nn.functional.batch_norm
 ATTENTION = torch.nn.functional.multi_head_attention_forward
@@ -48,9 +50,8 @@ _FOREIGN = frozenset(
     {"torch", "builtins", "abc", "typing", "fxquant", "functools", "contextlib", "collections", "enum"}
 )
 _ABSENT: Any = object()
-
-KEPT_WHOLE: set[str] = set()
-"""Functions marked with ``torch.fx.wrap`` that stay one node, as ``module.name``: the op table knows them."""
+_TRANSFORMER: Any = torch.nn.modules.transformer
+"""Whether a mask is the causal one is a hint there, for kernels that need no mask; the mask itself is applied."""
 
 
 @contextmanager
@@ -60,12 +61,13 @@ def patched(tracer: Tracing) -> Iterator[None]:
         for owner, name, value in _replacements(tracer):
             stack.enter_context(_replaced(owner, name, value))
         stack.enter_context(_flag_of_fx())
-        stack.enter_context(_attention_in_full())
+        stack.enter_context(attention_in_full())
+        stack.enter_context(kept_functions(tracer))
         yield
 
 
 @contextmanager
-def _attention_in_full() -> Iterator[None]:
+def attention_in_full() -> Iterator[None]:
     """Let torch's attention take its ordinary path, which consists of linear maps, not its fused one for inference."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -132,8 +134,12 @@ def _replacements(tracer: Tracing) -> Iterator[tuple[Any, str, Any]]:
                 yield space, name, _wrapped(tracer, value)
         if "isinstance" not in space:
             yield space, "isinstance", is_instance
+        if "callable" not in space:
+            yield space, "callable", is_callable
         if "int" not in space:
             yield space, "int", symbolic_int
+    yield _TRANSFORMER, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True
+    yield torch, "_check_with", _without_proxies(torch._check_with)
     yield torch, "is_tensor", lambda value: is_instance(value, torch.Tensor)
     for (_, name), space in list(_symbolic_trace._wrapped_fns_to_patch.items()):
         if name in space and callable(space[name]):
@@ -190,6 +196,17 @@ def _reader(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]
         return function(*(tracer.concrete(a, None) if issubclass(type(a), ValueProxy) else a for a in args))
 
     return read
+
+
+def _without_proxies(check: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch._check`` of a condition on sizes, which has to hold for the example and is no part of the graph."""
+
+    def checked(error: Any, condition: Any, message: Any) -> None:
+        known = condition.value if issubclass(type(condition), ValueProxy) else condition
+        if isinstance(known, (bool, torch.SymBool)):
+            check(error, known, message)
+
+    return checked
 
 
 def _symbolic(tracer: Tracing, function: Callable[..., Any]) -> Callable[..., Any]:

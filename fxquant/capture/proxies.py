@@ -20,7 +20,16 @@ from torch import fx
 from fxquant.capture.tracer_type import Tracing
 from fxquant.capture.values import UNKNOWN
 
-__all__ = ["ModeFlag", "ParameterProxy", "Spoilt", "UntraceableError", "ValueProxy", "find_proxy", "is_instance"]
+__all__ = [
+    "ModeFlag",
+    "ParameterProxy",
+    "Spoilt",
+    "UntraceableError",
+    "ValueProxy",
+    "find_proxy",
+    "is_callable",
+    "is_instance",
+]
 
 _RANK_METHODS = ("dim", "ndimension")
 _GRADIENT_FACTS = ("requires_grad", "grad_fn", "is_leaf", "grad")
@@ -171,7 +180,7 @@ class _AttributeOf(ValueProxy):
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
-        if self._node is None:
+        if self._node is None or self._node._erased:  # it went with a part of the trace that was taken back
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             object.__setattr__(self, "_node", made.node)
         assert self._node is not None
@@ -214,6 +223,15 @@ def is_instance(value: Any, kinds: Any) -> bool:
     if known is UNKNOWN:
         return isinstance(value, kinds)
     return isinstance(known, kinds)
+
+
+def is_callable(value: Any) -> bool:
+    """``callable`` as the user's code means it: a size or a tensor is none, though its proxy is."""
+    if not issubclass(type(value), ValueProxy):
+        return callable(value)
+    if value.value is UNKNOWN:
+        return isinstance(value, _AttributeOf)  # perhaps a method; what an op computes is never a function
+    return callable(value.value)
 
 
 class Spoilt:

@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -25,18 +25,18 @@ from fxquant.capture.evaluation import containers_in, contains_unknown, in_eval_
 from fxquant.capture.findings import Island, user_line
 from fxquant.capture.functions import Functions
 from fxquant.capture.hooks import refuse_hooks
-from fxquant.capture.memory import Memory
+from fxquant.capture.kept import KEPT_CLASSES
+from fxquant.capture.memory import Memory, shares_memory
+from fxquant.capture.models import COMPOSED
 from fxquant.capture.modes import merge_modes, record_of
 from fxquant.capture.patches import patched
 from fxquant.capture.plain_norms import counting_nodes
 from fxquant.capture.proxies import ModeFlag, Spoilt, UntraceableError, ValueProxy
 from fxquant.capture.questions import ModeAskedError
-from fxquant.capture.values import UNKNOWN, FakeRun, containers_of, differs, versions
+from fxquant.capture.values import UNKNOWN, FakeRun, containers_of, differs, put_back, versions
 
 __all__ = ["Tracer", "TrainingFlag"]
 
-_COMPOSED = (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer,
-             nn.TransformerDecoder, nn.TransformerDecoderLayer)  # fmt: skip
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -163,6 +163,8 @@ class Tracer(Functions):
         except Exception:
             self.erase_since(len(self._created) - 1)
             raise
+        if value is UNKNOWN:
+            value = self._unseen(proxy.node)
         if value is not UNKNOWN:
             self.values[proxy.node] = value
         self._write_back(proxy.node)
@@ -170,6 +172,12 @@ class Tracer(Functions):
             self.erase_since(len(self._created) - 1)
             return None
         return self._open(proxy, value) if kind == "call_module" else proxy
+
+    def _unseen(self, node: fx.Node) -> Any:  # follows what a node writes whose value is not known
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        first = node.args[0] if node.args else None
+        operand = self.values.get(first, UNKNOWN) if isinstance(first, fx.Node) else UNKNOWN
+        return self.memory.note_unseen(node, module if module not in self.leaves else None, operand)
 
     def _evaluate(self, node: fx.Node) -> Any:
         args, kwargs = value_of(node.args, self.values), value_of(dict(node.kwargs), self.values)
@@ -214,10 +222,11 @@ class Tracer(Functions):
         view = node.args[0] if node.meta.get("writes") == "value" and node.target is not operator.setitem else None
         if isinstance(view, fx.Node) and view.target is operator.getitem and isinstance(view.args[0], fx.Node):
             whole, key = view.args
-            if isinstance(self.values.get(whole), torch.Tensor):  # type: ignore[arg-type]
-                proxy: Any = self.proxy
+            value, proxy = self.values.get(view.args[0]), cast(Any, self.proxy)
+            if isinstance(value, torch.Tensor) and shares_memory(self.values.get(view), value, key, self.values):
                 again = (proxy(whole), fx.map_arg(key, proxy), proxy(node))
-                self.create_proxy("call_function", operator.setitem, again, {})
+                with self.memory.assigned_back(value):
+                    self.create_proxy("call_function", operator.setitem, again, {})
 
     def _open(self, proxy: ValueProxy, value: Any) -> Any:
         """A module's structured result as the container it is, with proxies of its parts."""
@@ -276,9 +285,11 @@ class Tracer(Functions):
         return self.flag
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in KEPT_CLASSES:
+            return True
         if isinstance(m, nn.Sequential):
             return False
-        if isinstance(m, _COMPOSED):
+        if isinstance(m, COMPOSED):
             return self.fake is None
         return type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
 
@@ -288,7 +299,7 @@ class Tracer(Functions):
         if m not in (self.submodule_paths or {}) and isinstance(m, (nn.Sequential, nn.ModuleList)):
             return forward(*args, **kwargs)  # a slice of layers, made in forward
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
+        if self.is_leaf_module(m, path) and not self._computes_from_sizes(m, args, kwargs):
             self.hooked = self.hooked or bool(m._forward_hooks or m._forward_pre_hooks)
             with self._inside(m, path):
                 return self.create_proxy("call_module", path, args, kwargs)
@@ -305,11 +316,17 @@ class Tracer(Functions):
         except Exception as error:
             self.erase_since(mark)
             self.memory.restore(names)
-            _put_back([*before, *given])
+            put_back([*before, *given])
             for part in set(self.leaves) - known:  # to be tried again, with what they are given in a real run
                 del self.leaves[part]
             self.leaves[m] = Island.of(error, self._absolute(path))
             return self._as_leaf(m, path, args, kwargs)
+
+    def _computes_from_sizes(self, m: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether a transposed convolution is to find its ``output_padding`` from the size that it is to give."""
+        given = (*args[1:2], kwargs.get("output_size"))
+        asked = self.fake is not None and hasattr(m, "output_padding") and any(size is not None for size in given)
+        return asked and not m._forward_hooks and not m._forward_pre_hooks
 
     def _watch(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Note the calls that an island makes while its own code runs on fake tensors."""
@@ -330,7 +347,7 @@ class Tracer(Functions):
         with self._inside(m, path):
             result = self.create_proxy("call_module", path, args, kwargs)
         for container in self.changed.pop(m, ()):
-            given = _at((args, kwargs), container)
+            given: Any = functools.reduce(operator.getitem, container, (args, kwargs))
             for key in list(given) if isinstance(given, dict) else range(len(given)):
                 given[key] = Spoilt()
         return result
@@ -368,23 +385,10 @@ class Tracer(Functions):
 
     def _refuse_changed(self, m: nn.Module, before: list[tuple[Any, Any]]) -> None:
         if any(differs(container, items) for container, items in before):
-            _put_back(before)
+            put_back(before)
             raise UntraceableError(
                 f"its forward changes a list or dict that {type(m).__name__} keeps", "build a new one in each call"
             )
-
-
-def _at(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
-
-
-def _put_back(before: list[tuple[Any, Any]]) -> None:
-    for container, items in before:
-        if differs(container, items):
-            container.clear()
-            container.update(items) if isinstance(items, dict) else container.extend(items)
 
 
 def _autocast() -> tuple[bool, ...]:

@@ -9,7 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["NodeAgreement", "OutputAgreement", "compare_nodes", "compare_output", "other_batch"]
+__all__ = [
+    "GOOD_SQNR",
+    "NodeAgreement",
+    "OutputAgreement",
+    "compare_nodes",
+    "compare_output",
+    "other_batch",
+    "together",
+]
+
+GOOD_SQNR = 40.0
+"""Decibels below which an agreement with the exact integers is worth a word: noise of 1 % of the signal."""
+_LEAST_EQUAL = 0.99
+"""For outputs that are no real numbers (classes, masks): the share of elements that have to be equal."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,28 @@ def compare_output(name: str, actual: Tensor, expected: Tensor, scale: float | N
         sqnr=math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf,
         top1=float((own.argmax(1) == other.argmax(1)).double().mean()) if is_score else None,
     )
+
+
+def together(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """How well all outputs agree: the least of their SQNR in decibels; -inf where some output is another one altogether."""
+    if [y.shape for y in actual] != [y.shape for y in expected]:
+        return -math.inf
+    found = [math.inf]
+    for own, other in zip(actual, expected, strict=True):
+        if other.is_floating_point():
+            found.append(_decibels(own, other))
+        else:
+            found.append(math.inf if compare_output("", own, other, None).equal >= _LEAST_EQUAL else -math.inf)
+    return min(found)
+
+
+def _decibels(actual: Tensor, expected: Tensor) -> float:
+    """SQNR where ``expected`` is finite; -inf where the others are not what they should be, or some should not be there."""
+    finite = torch.isfinite(expected)
+    same = (actual == expected) | (torch.isnan(actual) & torch.isnan(expected))
+    if not bool(same[~finite].all()) or not bool(torch.isfinite(actual[finite]).all()):
+        return -math.inf
+    return compare_output("", actual[finite], expected[finite], None).sqnr
 
 
 def compare_nodes(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[NodeAgreement]:

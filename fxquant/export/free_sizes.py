@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import SpecializationError
 from fxquant.export.signature import FlatModel
 
-__all__ = ["contradicted_size", "refused_axes"]
+__all__ = ["contradicted_size", "fixed_sizes", "is_fixed", "refused_axes"]
 
 _OTHER_LENGTHS: tuple[Callable[[int], int], ...] = (lambda n: max(1, n // 2), lambda n: 2 * n, lambda n: n + 1)
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -39,6 +39,55 @@ def _resized(x: Tensor, first: Tensor, factor: float) -> Tensor:
     elif first.ndim in (2, 3):
         shape[1:] = [max(1, int(size * factor)) if size == first.shape[1] else size for size in shape[1:]]
     return x.new_zeros(shape)
+
+
+def fixed_sizes(
+    model: FlatModel, tensors: Sequence[Tensor], program: torch.export.ExportedProgram, asked: str
+) -> list[str]:
+    """What there is to say of sizes that ``program`` fixes although ``model`` takes others: a loop over them was unrolled.
+
+    Args:
+        model: what was exported.
+        tensors: its inputs in the example.
+        program: what torch.export made of it.
+        asked: which sizes were to be free, as of ``trace``.
+    """
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    held = [values[str(name)] for name in program.graph_signature.user_inputs]
+    notes: list[str] = []
+    for position, (x, value) in enumerate(zip(tensors, held, strict=True)):
+        for axis in range(1, x.ndim if asked == "sizes" else 1):
+            size = value.shape[axis]
+            if is_fixed(size) and int(size) > 1 and _takes_other(model, tensors, position, axis):
+                name = model.signature.input_names[position]
+                notes.append(
+                    f"axis {axis} of {name} is {size} in the file, the example's, although the model takes others: "
+                    "torch.export unrolled a loop over it"
+                )
+    return notes
+
+
+def is_fixed(size: Any) -> bool:
+    """Whether a size of an exported program is a number; torch.export also writes those as symbols with one value."""
+    return isinstance(size, int) or bool(size.node.expr.is_number)
+
+
+def _takes_other(model: FlatModel, tensors: Sequence[Tensor], position: int, axis: int) -> bool:
+    """Whether the model runs with one more along ``axis`` of one input, or of all that are as long there."""
+    size = tensors[position].shape[axis]
+
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat([x, x.narrow(axis, 0, 1)], axis)
+
+    alike = [i for i, x in enumerate(tensors) if x.ndim > axis and x.shape[axis] == size]
+    for changed in ([position], alike):
+        try:
+            with torch.no_grad():
+                model(*(longer(x) if i in changed else x.clone() for i, x in enumerate(tensors)))
+        except (SpecializationError, *_REFUSALS):
+            continue
+        return True
+    return False
 
 
 def refused_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:

@@ -1,4 +1,4 @@
-"""From a model in exchange form to an ONNX program in memory, through torch's own exporter.
+"""From a model in QDQ form to an ONNX program in memory, through torch's own exporter.
 
 The exporter knows every float op and follows islands; our quantize and dequantize operators are told to it here. What it
 leaves behind (traces of source lines, duplicate constants, 4-bit integers in 8-bit tensors) is put right afterwards.
@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import ExportError
-from fxquant.export.batch_axis import copy_batch_size, count_rows
-from fxquant.export.implied import drop_copies, drop_defaults, drop_zero_points
-from fxquant.export.integer_moves import move_integers
-from fxquant.export.joins import round_before_joining
-from fxquant.export.names import name_axes, name_operators, name_tensors
-from fxquant.export.qoperators import to_qoperators
-from fxquant.export.repeated_roundings import drop_repeated_roundings
-from fxquant.export.spread_factors import spread_factors
 from fxquant.export.trace import quiet
+from fxquant.onnx.batch_axis import copy_batch_size, count_rows
+from fxquant.onnx.default_attributes import drop_copies, drop_defaults, drop_zero_points
+from fxquant.onnx.integer_moves import move_integers
+from fxquant.onnx.names import name_axes, name_operators, name_tensors
+from fxquant.onnx.per_head_scales import spread_over_rows
+from fxquant.onnx.qoperators import to_qoperators
+from fxquant.onnx.repeated_roundings import drop_repeated_roundings
 
 __all__ = ["emit"]
 
@@ -34,7 +35,7 @@ def emit(
     outputs: list[str],
     narrow: set[str],
     form: str = "qdq",
-    rounds_joined: bool = True,
+    passes: Sequence[Callable[[Any], object]] = (),
 ) -> Any:
     """``program`` as an ``onnx_ir.Model``.
 
@@ -44,7 +45,7 @@ def emit(
         inputs, outputs: names.
         narrow: names of the buffers whose integers fit into 4 bits and are stored so.
         form: ``qdq`` or ``qoperator``.
-        rounds_joined: as in ``Target``.
+        passes: of the runtime that the file is for, over an ``onnx_ir.Model``.
 
     Raises:
         ExportError: it holds an operator that has no ONNX form.
@@ -72,20 +73,28 @@ def emit(
         count_rows(model)
         _separate(model, inputs, outputs)
         _pack(model, narrow)
-        _rewrite(model, form, rounds_joined, {*program.state_dict, *program.constants})
+        rows = [
+            x.shape[0] if x.ndim else None for x in pytree.tree_leaves(program.example_inputs) if isinstance(x, Tensor)
+        ]
+        _rewrite(model, form, passes, {*program.state_dict, *program.constants}, rows)
     return model
 
 
-def _rewrite(model: Any, form: str, rounds_joined: bool, held: set[str]) -> None:
-    """What runtimes read well, in as few bytes as it takes; constants that the program ``held`` keep their names."""
+def _rewrite(
+    model: Any, form: str, passes: Sequence[Callable[[Any], object]], held: set[str], rows: list[int | None]
+) -> None:
+    """What runtimes read well, in as few bytes as it takes.
+
+    Constants that the program ``held`` keep their names; ``rows`` are those of the inputs in the example.
+    """
     from onnx_ir.passes import common
 
     name_operators(model)
-    _clean(model)
+    _clean(model, rows)
     drop_repeated_roundings(model)
-    if not rounds_joined:
-        round_before_joining(model)
-    spread_factors(model)
+    for step in passes:
+        step(model)
+    spread_over_rows(model)
     if form == "qoperator":
         move_integers(model)
         to_qoperators(model)
@@ -191,9 +200,9 @@ def _pack(model: Any, narrow: set[str]) -> None:
         value.dtype = ir.DataType.INT4
 
 
-def _clean(model: Any) -> None:
+def _clean(model: Any, rows: list[int | None]) -> None:
     """Drop what speaks of this machine, and name free sizes."""
-    sizes = name_axes(model.graph.inputs)
+    sizes = name_axes(model.graph.inputs, rows)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None

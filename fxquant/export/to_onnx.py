@@ -1,6 +1,6 @@
 """export_onnx: an ONNX file whose tensors are quantized by pairs of QuantizeLinear and DequantizeLinear.
 
-    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_exchange──▶ exchange ──torch.onnx──▶ file
+    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_exchange──▶ QDQ form ──torch.onnx──▶ file
 
 Weights are 8-bit (or 4- or 16-bit) integers and biases 32-bit integers in the file, each behind a DequantizeLinear;
 runtimes turn the pattern into integer kernels. Nothing in the file is particular to fxquant.
@@ -10,34 +10,47 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fxquant.capture.findings import unproven
 from fxquant.capture.islands import specializations_of
 from fxquant.errors import ExportError, FxquantError, InputError
-from fxquant.export.agreement import NodeAgreement, OutputAgreement, compare_nodes, compare_output, other_batch
-from fxquant.export.exchange_model import ExchangeModel, narrow_weights, needed_bits
-from fxquant.export.files import Folder, Pair, checked_path, put, serialized
-from fxquant.export.free_sizes import contradicted_size
-from fxquant.export.installed import require
-from fxquant.export.names import integers_name
+from fxquant.export.agreement import (
+    GOOD_SQNR,
+    NodeAgreement,
+    OutputAgreement,
+    compare_nodes,
+    compare_output,
+    other_batch,
+    together,
+)
+from fxquant.export.deployment import Deployment
+from fxquant.export.finding import finding
+from fxquant.export.free_sizes import contradicted_size, fixed_sizes
 from fxquant.export.program import emit
-from fxquant.export.sessions import onnxruntime_session, run_session
-from fxquant.export.tensorrt_rules import Violation, tensorrt_violations
+from fxquant.export.qdq_model import QdqModel, narrow_weights, needed_bits
 from fxquant.export.trace import first_line, has_free_batch, refusal, trace, two_rows
+from fxquant.installed import require
+from fxquant.onnx.concat_inputs import round_before_joining
+from fxquant.onnx.files import Folder, Pair, checked_path, put, serialized
+from fxquant.onnx.names import integers_name
+from fxquant.runtimes import RUNTIMES
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.runtime import run_session
 from fxquant.targets import Target
 
-__all__ = ["ExportReport", "OnnxFile", "export_onnx", "make_onnx"]
+__all__ = ["ExportReport", "OnnxFile", "deployed", "export_onnx", "make_onnx"]
 
 DYNAMIC = ("auto", "sizes", "batch", "none")
 FORMS = ("qdq", "qoperator")
-SMALLEST_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 21
-_RULES: dict[str, Callable[[bytes | Pair], list[Violation]]] = {"tensorrt": tensorrt_violations}
-"""What a target's ``file_rules`` names."""
+SMALLEST_OPSET, DEFAULT_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 19, 21
+"""The smallest opset that is written; the smallest that ONNX's own reference evaluator reads; that of 4 and 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class OnnxFile:
     """
 
     content: bytes
-    model: ExchangeModel
+    model: QdqModel
     opset: int
     notes: tuple[str, ...]
     pair: Pair | None = None
@@ -80,7 +93,7 @@ class ExportReport:
         opset: the version of the operator set.
         inputs, outputs: shapes by name; sizes that are free are names.
         operators: how many nodes of each kind.
-        agreement: one entry an output and run; empty without ``verify``.
+        agreement: one entry per output and run; empty without ``verify``.
         nodes: one entry a rounded tensor, with ``verify="nodes"``.
         notes: what could not be had.
     """
@@ -132,8 +145,8 @@ def export_onnx(
         form: ``qdq``, pairs of QuantizeLinear and DequantizeLinear around operators on floats, which every runtime here
             turns into integer kernels; or ``qoperator``, the standard's operators on integers (QLinearConv, QLinearMatMul,
             MatMulInteger) where it has them, for runtimes that run a file as it is written. Give TensorRT and OpenVINO
-            ``qdq``: one refuses such operators, the other (2026.4) takes a scale a channel for one an input channel.
-        opset: version of the operator set; None for 18, or 21 where integers of 4 or 16 bits need it.
+            ``qdq``: one refuses such operators, the other (2026.4) takes a scale per channel for one per input channel.
+        opset: version of the operator set, from 18; None for 19, or 21 where integers of 4 or 16 bits need it.
         dynamic: which sizes stay free: ``sizes`` (every axis whose size the model does not fix), ``batch`` (the first
             axis), ``none``, or ``auto``: the most that can be had and for which the file is right, since it cannot
             refuse a size for which the model was not captured.
@@ -191,21 +204,22 @@ def make_onnx(
         raise InputError(f"dynamic={dynamic!r} is not known. Choose one of {', '.join(DYNAMIC)}.")
     if external_data not in (None, True, False):
         raise InputError(f"external_data={external_data!r} is not known. Choose None, True or False.")
-    exchange = ExchangeModel(model, example_inputs)
-    if form == "qoperator" and not exchange.target.integer_operators:
+    qdq = QdqModel(model, example_inputs)
+    if form == "qoperator" and not qdq.target.integer_operators:
         raise InputError(
-            f"form='qoperator' is nothing for {exchange.target.title}, for which the model was prepared: it refuses or "
+            f"form='qoperator' is nothing for {qdq.target.title}, for which the model was prepared: it refuses or "
             "misreads operators on integers.\n  what to do: leave form out, or prepare for target='onnxruntime'."
         )
-    needed = SMALLEST_OPSET if set().union(*needed_bits(exchange.flat)) <= {8, 32} else OPSET_OF_NARROW_AND_WIDE
+    needed = SMALLEST_OPSET if set().union(*needed_bits(qdq.flat)) <= {8, 32} else OPSET_OF_NARROW_AND_WIDE
     if opset is not None and opset < needed:
         raise InputError(
             f"opset={opset} is too old: this model needs {needed}"
             f"{', for integers of 4 or 16 bits' if needed > SMALLEST_OPSET else ''}. Leave opset out, or raise it."
         )
-    program, notes = _emitted(exchange, opset or needed, dynamic, form)
+    opset = opset or max(needed, DEFAULT_OPSET)
+    program, notes = _emitted(qdq, opset, dynamic, form)
     content, pair = serialized(program, external_data, at)
-    made = OnnxFile(content, exchange, opset or needed, notes, pair)
+    made = OnnxFile(content, qdq, opset, notes, pair)
     if external_data and pair is None:
         notes += ("no tensor is large enough to lie in a file of its own",)
     try:
@@ -214,37 +228,55 @@ def make_onnx(
         raise ExportError(
             f"what was exported is no valid ONNX: {error}\n  This is a defect; please report it."
         ) from error
-    return replace(made, notes=notes + _broken_rules(made.source, exchange.target))
+    return replace(made, notes=notes + _broken_rules(made.source, qdq.target))
 
 
-def _emitted(exchange: ExchangeModel, opset: int, dynamic: str, form: str) -> tuple[Any, tuple[str, ...]]:
+def deployed(model: Any, example_inputs: Any = None, *, dynamic: str = "auto") -> Deployment:
+    """``model`` made ready for runtimes once, its file with the sizes free that ``dynamic`` says; see ``export_onnx``."""
+    return Deployment(model, example_inputs, partial(make_onnx, dynamic=dynamic))
+
+
+def _passes_for(target: Target) -> tuple[Callable[[Any], object], ...]:
+    """The passes of runtimes over files for models that were prepared for ``target``."""
+    own = [step for runtime in RUNTIMES.values() if runtime.target.name == target.name for step in runtime.file_passes]
+    joined = () if target.rounds_joined else (round_before_joining,)
+    return tuple(dict.fromkeys((*joined, *own)))
+
+
+def _emitted(qdq: QdqModel, opset: int, dynamic: str, form: str) -> tuple[Any, tuple[str, ...]]:
     """The program with the most free sizes that can be had, and what could not."""
-    signature, notes = exchange.signature, list[str]()
+    signature, notes = qdq.signature, list[str]()
+    if qdq.written:
+        notes.append(
+            f"forward writes into {', '.join(qdq.written)}, and a file has no state: each call of it begins with what "
+            "was there at export"
+        )
     *attempts, last = ("sizes", "batch", "none") if dynamic == "auto" else (dynamic,)
-    if dynamic == "auto" and specializations_of(exchange.flat.model):
-        held = contradicted_size(exchange.flat, exchange.inputs)
+    if dynamic == "auto" and specializations_of(qdq.flat.model):
+        held = contradicted_size(qdq.flat, qdq.inputs)
         if held is not None:
             notes.append(f"free sizes could not be had: {held}, and a file cannot refuse other sizes")
             attempts.remove("sizes")
 
     def attempt(which: str) -> Any:
         try:
-            inputs = exchange.inputs if which == "none" else two_rows(exchange.inputs)
+            inputs = qdq.inputs if which == "none" else two_rows(qdq.inputs)
             with unproven() as given:
-                program = trace(exchange.flat, tuple(inputs), {}, which)
+                program = trace(qdq.flat, tuple(inputs), {}, which)
         except FxquantError:
             raise
         except Exception as error:  # torch.export lets through whatever the model's own code raises
-            raise refusal(error, exchange.flat.model) from error
+            raise refusal(error, qdq.flat.model) from error
         if which != "none" and not has_free_batch(program):
             notes.append("the batch size is the example's: the model's own code, or an operator in it, fixes it")
-            if inputs is not exchange.inputs:  # the second row was ours: what is fixed has to be the user's size
+            if inputs is not qdq.inputs:  # the second row was ours: what is fixed has to be the user's size
                 raise ExportError("the batch size cannot be free")
         if given and dynamic == "auto":
             raise ExportError(f"captured: {given[0]}, and a file cannot refuse other sizes")
+        notes.extend(fixed_sizes(qdq.flat, qdq.inputs, program, which))
         notes.extend(f"captured: {text}, which nothing in the file checks" for text in given[:1])
         names = signature.input_names, signature.output_names
-        return emit(program, opset, *names, narrow_weights(exchange.flat), form, exchange.target.rounds_joined)
+        return emit(program, opset, *names, narrow_weights(qdq.flat), form, _passes_for(qdq.target))
 
     for which in attempts:
         try:
@@ -258,12 +290,13 @@ def _broken_rules(file: bytes | Pair, target: Target) -> tuple[str, ...]:
     """Hold a file against the rules of the runtime that it is for: raise if that refuses it, tell what it runs slower."""
     if not target.file_rules:
         return ()
-    if target.file_rules not in _RULES:
+    rules = {name: own.file_rules for name, own in RUNTIMES.items() if own.file_rules is not None}
+    if target.file_rules not in rules:
         raise InputError(
             f"target {target.name!r} asks for the rules {target.file_rules!r}, which are not known. "
-            f"Choose one of {', '.join(_RULES)}, or leave file_rules out."
+            f"Choose one of {', '.join(rules)}, or leave file_rules out."
         )
-    violations = _RULES[target.file_rules](file)
+    violations = rules[target.file_rules](file)
     broken = [violation for violation in violations if violation.refused]
     if broken:
         shown = "".join(f"\n    {violation}" for violation in broken[:8])
@@ -297,15 +330,19 @@ def _shape(value: Any) -> list[int | str]:
 
 
 def _verify(made: OnnxFile, report: ExportReport, *, every_node: bool) -> None:
-    exchange = made.model
-    names, scales = exchange.signature.output_names, exchange.output_scales()
+    qdq = made.model
+    names, scales = qdq.signature.output_names, qdq.output_scales()
     session = onnxruntime_session(made.source)
     free = [bool(shape) and isinstance(shape[0], str) for shape in report.inputs.values()]
-    more = other_batch(exchange.inputs, lambda i: i < len(free) and free[i])
-    for tensors in (exchange.inputs, *([] if more is None else [more])):
-        expected, actual = exchange.run(tensors), run_session(session, tensors)
+    more = other_batch(qdq.inputs, lambda i: i < len(free) and free[i])
+    low = math.inf
+    for tensors in (qdq.inputs, *([] if more is None else [more])):
+        expected, actual = qdq.run(tensors), run_session(session, tensors)
         for name, own, other, scale in zip(names, actual, expected, scales, strict=True):
             report.agreement.append(compare_output(name, own, other, scale))
+        low = min(low, together(actual, expected))
+    if low < GOOD_SQNR:
+        report.notes.append(str(finding("ONNX Runtime", low, qdq.integer, qdq.least_sqnr())))
     if every_node:
         report.nodes = _compare_every_node(made)
 

@@ -17,7 +17,7 @@ from torch import nn
 from fxquant.capture.calls import Call, signature_of
 from fxquant.capture.islands import map_graphs
 from fxquant.errors import ExportError, FxquantError, InputError
-from fxquant.export.exchange_model import example_call, integer_model
+from fxquant.export.deployment import example_call, integer_model
 from fxquant.export.trace import has_free_batch, refusal, trace, two_rows
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import move_to

@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from fxquant.capture.islands import islands_of
 from fxquant.errors import ExportError
-from fxquant.export.free_sizes import refused_axes
+from fxquant.export.free_sizes import is_fixed, refused_axes
 from fxquant.graph.leveled import ISLAND_MARK
 
 __all__ = ["first_line", "has_free_batch", "quiet", "refusal", "trace", "two_rows"]
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str, *, largest_batch: int | None = None
 ) -> torch.export.ExportedProgram:
     """``model`` as torch.export sees it.
 
@@ -32,6 +32,7 @@ def trace(
         model: any module whose inputs and outputs torch.export knows.
         args, kwargs: an example of a call, of at least two rows where the batch is to be free.
         dynamic: which sizes stay free where the model's code allows: ``sizes`` (all), ``batch`` (axis 0) or ``none``.
+        largest_batch: the most rows that a free first axis has; None for any number.
     """
     refused = refused_axes(model, args, kwargs) if dynamic == "sizes" else set()
 
@@ -40,7 +41,9 @@ def trace(
             return None
         axes = {"sizes": range(x.ndim), "batch": range(min(1, x.ndim))}.get(dynamic, range(0))
         fixed = {x.ndim + axis for axis in refused} if x.ndim >= 4 else set()
-        return {axis: torch.export.Dim.AUTO for axis in axes if x.shape[axis] != 1 and axis not in fixed}
+        auto = torch.export.Dim.AUTO
+        first = auto if largest_batch is None else auto(max=largest_batch)
+        return {axis: auto if axis else first for axis in axes if x.shape[axis] != 1 and axis not in fixed}
 
     named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     with torch.no_grad(), quiet():
@@ -53,7 +56,7 @@ def has_free_batch(program: torch.export.ExportedProgram) -> bool:
     """Whether the first axis of some input may have any size."""
     inputs = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    return any(isinstance(x, Tensor) and x.ndim > 0 and not isinstance(x.shape[0], int) for x in values)
+    return any(isinstance(x, Tensor) and x.ndim > 0 and not is_fixed(x.shape[0]) for x in values)
 
 
 def two_rows(example: Any) -> Any:

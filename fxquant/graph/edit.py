@@ -105,8 +105,11 @@ class Edit:
 
     def unnote(self, node: fx.Node, passes: Collection[str]) -> None:
         """Take back what ``passes`` have written down at ``node``."""
-        by = node.meta.get("noted_by", {})
-        node.meta["notes"] = [text for text in node.meta.get("notes", ()) if by.get(text) not in passes]
+        notes, by = node.meta.get("notes", ()), node.meta.pop("noted_by", {})
+        node.meta["notes"] = [text for text in notes if by.get(text) not in passes]
+        left = {text: name for text, name in by.items() if name not in passes}
+        if left:
+            node.meta["noted_by"] = left
 
     def absorb(self, node: fx.Node, gone: fx.Node, how: str) -> None:
         """Take ``gone`` out, which ``node`` now does too; ``how`` is ``folded`` or ``merged``. Its users read its input.
@@ -138,11 +141,18 @@ class Edit:
         node.meta["by"] = self._by
 
     def insert_module(
-        self, after: fx.Node, path: str, module: nn.Module, *, users: Iterable[fx.Node], **meta: Any
+        self,
+        after: fx.Node,
+        path: str,
+        module: nn.Module,
+        *,
+        users: Iterable[fx.Node],
+        before: fx.Node | None = None,
+        **meta: Any,
     ) -> fx.Node:
-        """Call ``module`` on ``after``'s value right behind it; only ``users`` see the result."""
+        """Call ``module`` on ``after``'s value right behind it, or before ``before``; only ``users`` see the result."""
         self.attributes[path] = module
-        with self.graph.inserting_after(after):
+        with self.graph.inserting_after(after) if before is None else self.graph.inserting_before(before):
             node = self.graph.create_node("call_module", path, (after,), {}, name=path.replace(".", "_"))
         node.meta = {"by": self._by, "origin": [after.name], "notes": [], **meta}
         for user in list(users):
@@ -170,6 +180,13 @@ class Edit:
             if not step.users and step.op != "placeholder":
                 constant.meta["absorbed"] = [(step.name, "folded"), *constant.meta.get("absorbed", ())]
                 self.graph.erase_node(step)
+
+    def put_value(self, node: fx.Node, value: Any) -> None:
+        """Take ``node`` out; its users are given ``value``, which is no tensor, in its place."""
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+            user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
+        self.graph.erase_node(node)
 
     def redirect(self, users: Iterable[fx.Node], old: fx.Node, new: fx.Node) -> None:
         """Let ``users`` read ``new`` where they read ``old``."""
@@ -204,6 +221,11 @@ class Edit:
         writing = [n for n in self.graph.nodes if n.meta.get("writes") == "attribute"]
         written = {step.target for n in writing for step in self._behind(n) if step.op == "get_attr"}
         return not any(step.op == "get_attr" and step.target in written for step in behind)
+
+    def writes_into(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write into the buffer that ``node`` reads, in order."""
+        writing = [n for n in self.graph.nodes if n.meta.get("writes") == "attribute"]
+        return [n for n in writing if node in self._behind(n.args[0])]
 
     def _behind(self, node: fx.Node) -> list[fx.Node]:
         """``node`` and all that it is computed from, in the order of the graph."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.errors import SpecializationError
+from fxquant.errors import LevelError, SpecializationError
 
 __all__ = ["LEVELS", "Container", "ISLAND_MARK", "RUNNER", "LeveledModule", "is_container"]
 
@@ -34,11 +34,70 @@ RUNNER = "_fxquant_runner"
 
 LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "exchange", "decomposed")
 
+_NOT_CALLED = (
+    "this part of a model is no module any more that is called: its ops stand in the graph of the whole model.\n"
+    "  what to do: call the whole model; put hooks on the layers in it, which the graph calls; take features out of a "
+    "model (IntermediateLayerGetter, create_feature_extractor) before fxquant.prepare."
+)
+
 _NAMESPACES = (torch, torch.nn.functional, torch.Tensor, operator, math, torch.linalg, torch.special)
 
 
-class Container(nn.Module):
+class Holder(nn.Module):
+    """Asks a module of a graph what stands there when another is put in its place (``replaced_by``)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._settled(name, value))
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, self._settled(name, module))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, but that a tensor has one name, the first; what several modules share is loaded into all of them."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for names in self._shared():
+            present = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
+            for key in present[1:]:
+                del state[key]
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for names in self._shared():
+            keys = [f"{prefix}{name}" for name in names]
+            given = next((state_dict[key] for key in keys if key in state_dict), None)
+            if given is not None:
+                for key in keys:
+                    state_dict.setdefault(key, given)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _shared(self) -> list[list[str]]:
+        """The names of each tensor that has more than one."""
+        found: dict[int, list[str]] = {}
+        for named in (self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)):
+            for name, tensor in named:
+                found.setdefault(id(tensor), []).append(name)
+        return [names for names in found.values() if len(names) > 1]
+
+    def _settled(self, name: str, value: Any) -> Any:
+        old = self.__dict__.get("_modules", {}).get(name)
+        if old is None or value is old or not hasattr(type(old), "replaced_by"):
+            return value
+        return old.replaced_by(value, name)
+
+
+class Container(Holder):
     """Holds a graph's modules where a module of the user's stood, and has that module's attributes and methods."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the ops of this part stand in the graph, which runs them itself."""
+        raise LevelError(_NOT_CALLED)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it would never be called."""
+        raise LevelError(_NOT_CALLED)
+
+    register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook
 
     def __getattr__(self, name: str) -> Any:
         return _answer(self, name, super().__getattr__)
@@ -61,7 +120,7 @@ def is_container(part: nn.Module) -> bool:
     return type(part) in (nn.Module, Container)
 
 
-class LeveledModule(fx.GraphModule):
+class LeveledModule(Holder, fx.GraphModule):
     """What every pass takes and gives: a graph, its modules, and the level whose laws it obeys.
 
     Attributes:
@@ -114,6 +173,23 @@ class LeveledModule(fx.GraphModule):
             if taken:
                 return result
         return super().__call__(*inputs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; the quantizers follow the mode of the graph and not that of the part they stand in."""
+        super().train(mode)
+        for part in self.modules():
+            if getattr(part, "follows_graph", False):
+                part.training = mode
+        return self
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the graph takes ``num_items_in_batch``: Hugging Face's ``Trainer`` asks before it passes it.
+
+        It does where the example had it; else the trainer divides losses itself.
+        """
+        spec = self.meta.get("call")
+        return spec is not None and spec.takes("num_items_in_batch")
 
     def _forget(self) -> None:
         if RUNNER in self.__dict__:
@@ -192,13 +268,14 @@ class LeveledModule(fx.GraphModule):
         return self.meta.setdefault("settings", {})
 
     def __deepcopy__(self, memo: Any) -> LeveledModule:
-        twin = super().__deepcopy__(memo)
-        assert isinstance(twin, LeveledModule)
-        twin.__class__.__name__ = self.__class__.__name__  # fx names every copy GraphModule
+        twin: LeveledModule = LeveledModule.__new__(LeveledModule)
+        memo[id(self)] = twin  # before its parts are copied, which may hold it: hooks, methods of islands
+        nn.Module.__init__(twin)
+        twin.__class__.__name__ = self.__class__.__name__
         for name, value in self.__dict__.items():
-            if name not in twin.__dict__:
+            if name != "_graph":
                 twin.__dict__[name] = copy.deepcopy(value, memo)
-        twin.adopt_order(self)
+        twin.graph = copy.deepcopy(self.graph, memo)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Graphs as stable text: one line a node, the same for the same graph, for tests, errors and people."""
+"""Graphs as stable text: one line per node, the same for the same graph, for tests, errors and people."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def node_text(node: fx.Node) -> str:
 
 
 def graph_text(module: fx.GraphModule) -> str:
-    """The whole graph, a line a node in execution order."""
+    """The whole graph, a line per node in execution order."""
     return "\n".join(node_text(node) for node in module.graph.nodes)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph.leveled import LeveledModule
-from fxquant.kernels.choice import STEPS
-from fxquant.kernels.forms import convert
+from fxquant.kernels.choice import step_of
 from fxquant.kernels.operators import Operators, operators
 from fxquant.kernels.place import Known, Place, Step
+from fxquant.kernels.storage import convert
 from fxquant.nn.integer import IntegerOp, Quantize
 
 __all__ = ["Agreement", "agreement", "described"]
@@ -45,7 +45,7 @@ def agreement(graph: LeveledModule, *inputs: Any) -> list[Agreement]:
 
     Args:
         graph: an integer graph.
-        inputs: its inputs, one a placeholder.
+        inputs: its inputs, one per placeholder.
 
     Returns:
         One entry for each node with a fast form; empty where this machine has none.
@@ -75,9 +75,10 @@ def _compared(graph: LeveledModule, values: dict[fx.Node, Any], found: Operators
     known = {node: described(graph, node, value) for node, value in values.items()}
     for node in graph.graph.nodes:
         part: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(part) not in STEPS or not isinstance(values[node], Tensor) or not values[node].numel():
+        make = step_of(part)
+        if make is None or not isinstance(values[node], Tensor) or not values[node].numel():
             continue
-        step = STEPS[type(part)](Place(part, node, known, found))
+        step = make(Place(part, node, known, found))
         if step is not None:
             got = _run(step, node, known, known[node].signed)
             if got is not None:

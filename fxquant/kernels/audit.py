@@ -18,13 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant import processor
+from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
-from fxquant.kernels.choice import expected_kernel
-from fxquant.kernels.saturation import INT32, channels_first, largest_pair, largest_sum, one_sided_sums, weight_rows
+from fxquant.kernels.runner import kernel_of
+from fxquant.kernels.saturation import (
+    INT32,
+    channels_first,
+    largest_pair,
+    largest_sum,
+    narrowed_channels,
+    one_sided_sums,
+    weight_rows,
+)
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 
-__all__ = ["Audit", "AuditFinding", "LayerAudit", "audit"]
+__all__ = ["Audit", "AuditFinding", "LayerAudit", "audit", "saturates_here"]
 
 _FITTED_BIAS = 2**29
 """``freeze`` raises weight scales until a bias is at most 2^30; one beyond half of that was made to fit."""
@@ -41,6 +51,9 @@ class LayerAudit:
         pair: the largest magnitude of the sum of two weights of one sign in an output channel.
         zero_channels: output channels whose weights are all 0, which is sound.
         kernel: what runs it on this machine, where shapes allow it.
+        channels: how many output channels it has.
+        narrowed: of how many the weight scale was raised, so that sums of two products stay within 16 bits.
+        limited: whether pairs were to stay there, for inputs as calibration saw them.
     """
 
     path: str
@@ -48,6 +61,9 @@ class LayerAudit:
     pair: int
     zero_channels: int
     kernel: str
+    channels: int = 0
+    narrowed: int = 0
+    limited: bool = False
 
     @property
     def int32_share(self) -> float:
@@ -56,7 +72,7 @@ class LayerAudit:
 
     @property
     def pairs_saturate(self) -> bool:
-        """Whether sums of two products could overflow 16 bits on x86 without VNNI."""
+        """Whether inputs exist for which sums of two products leave 16 bits on x86 without VNNI."""
         return self.pair * 255 > 2**15 - 1
 
 
@@ -91,8 +107,11 @@ class Audit:
 
     @property
     def saturating(self) -> tuple[str, ...]:
-        """Layers whose weights could overflow 16-bit sums of pairs on x86 without VNNI, where they run by the reference."""
-        return tuple(layer.path for layer in self.layers if layer.pairs_saturate)
+        """Layers whose sums of pairs leave 16 bits on x86 without VNNI, for inputs within what calibration saw.
+
+        ONNX Runtime and OpenVINO are wrong there; in PyTorch such layers run by the reference.
+        """
+        return tuple(layer.path for layer in self.layers if layer.pairs_saturate and not layer.limited)
 
     def __str__(self) -> str:
         if not self.layers and not self.findings:
@@ -111,10 +130,21 @@ class Audit:
         zero = sum(layer.zero_channels for layer in self.layers)
         if zero:
             facts.append(f"{zero} output channel{'s' if zero > 1 else ''} with weights all 0, which is sound")
+        facts += self._pairs()
+        return f"audit: {', '.join(facts)}"
+
+    def _pairs(self) -> Iterator[str]:
+        """What was done about sums of two products in 16 bits, or has to be."""
         if self.saturating:
             share = f"{len(self.saturating)} of {len(self.layers)} layers"
-            facts.append(f"x86 without VNNI runs {share} by the reference, for want of 7-bit weights")
-        return f"audit: {', '.join(facts)}"
+            yield f"on x86 without VNNI {share} saturate in ONNX Runtime and OpenVINO (prepare(processor='any') repairs it)"
+        narrowed = [layer for layer in self.layers if layer.narrowed]
+        if narrowed:
+            channels = f"{sum(own.narrowed for own in narrowed)} of {sum(own.channels for own in self.layers)}"
+            yield (
+                f"{channels} output channels, in {len(narrowed)} of {len(self.layers)} layers, have weights of less than "
+                "8 bits so that x86 without VNNI is right (processor='vnni' keeps all 8)"
+            )
 
 
 def audit(graphs: Iterable[LeveledModule]) -> Audit:
@@ -150,7 +180,11 @@ def _layer(graph: LeveledModule, node: fx.Node, part: Any, path: str) -> LayerAu
     held = largest_sum(part) if high - low < 256 else 0
     pair = largest_pair(channels_first(part)) if part.weight.dtype == torch.int8 else 0
     zeros = int((weight_rows(part) == 0).all(1).sum())
-    return LayerAudit(path, max(reach, held), pair, zeros, expected_kernel(part))
+    limited = bool(getattr(graph.settings.get("target"), "limits_pairs", False))
+    own = channels_first(part).flatten(1)
+    short = narrowed_channels(own, part.weight_scheme) if limited and pair else 0
+    sizes: dict[str, Any] = {"channels": own.shape[0], "narrowed": short, "limited": limited}
+    return LayerAudit(path, max(reach, held), pair, zeros, kernel_of(graph, node), **sizes)
 
 
 def _reach(part: IntegerWeighted, low: int, high: int) -> int:
@@ -242,3 +276,8 @@ def _multipliers(part: nn.Module, multiplier: Tensor, shift: Tensor) -> _Found:
         yield "scale", f"{which}: below 2^-32 beside the scale of its result", then
     if bool((shift >= 30).any()):
         yield "scale", "its multiplier is cut off at 2^30", "its results are at the bounds of their grid"
+
+
+def saturates_here(int8: Any) -> bool:
+    """Whether kernels of this processor add pairs in 16 bits, and ``int8`` was not made for such."""
+    return processor.adds_pairs_in_16_bits() and bool(audit(graphs_of(int8).values()).saturating)

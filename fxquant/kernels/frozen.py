@@ -1,6 +1,6 @@
 """A program without Python: traced and frozen by TorchScript, which halves what calling an operator costs.
 
-TorchScript is on its way out of torch, so nothing depends on it: where it is gone, declines or gives other bits than the
+torch is giving TorchScript up, so nothing depends on it: where it is gone, declines or gives other bits than the
 program, the model itself is called.
 """
 
@@ -17,6 +17,7 @@ from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.leveled import RUNNER, LeveledModule
+from fxquant.kernels.data_flow import follows_data
 from fxquant.kernels.program import Program
 from fxquant.kernels.runner import Runner, input_key
 
@@ -49,23 +50,11 @@ def fastest(model: nn.Module, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         A callable with the model's signature; ``model`` itself where nothing faster is known.
     """
     fast: Callable[..., Any] = model
-    if isinstance(model, LeveledModule) and isinstance(model.__dict__.get(RUNNER), Runner) and not follows_data(model):
+    runner = model.__dict__.get(RUNNER)
+    if isinstance(model, LeveledModule) and isinstance(runner, Runner) and not (runner.native or follows_data(model)):
         fast = Frozen(model)
     fast(*args, **kwargs)
     return fast
-
-
-def follows_data(graph: LeveledModule) -> bool:
-    """Whether Python inside ``graph`` may decide by data: in a module of the user's, or by a number read off a tensor.
-
-    A trace would hold the decision that it saw. Ops of the table never decide.
-    """
-    for node in graph.graph.nodes:
-        part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        foreign = part is not None and not type(part).__module__.startswith("torch.nn.")
-        if "reason" in node.meta and (foreign or not isinstance(node.meta.get("shape"), tuple)):
-            return True
-    return False
 
 
 class Frozen:
@@ -95,7 +84,7 @@ class Frozen:
         """Call the model, and freeze the program that it has made for such inputs."""
         result = self.model(*args, **kwargs)
         program = None if key is None else self.runner.current(key)
-        if program is not None:
+        if isinstance(program, Program):
             self._made[key] = program, _freeze(program, inputs)
             self._made.move_to_end(key)
             while len(self._made) > _SHAPES:

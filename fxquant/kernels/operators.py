@@ -103,7 +103,7 @@ def _engine(name: str) -> Iterator[None]:
 
 
 def quantized_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 integers with one scale a row (axis 0) as torch's quantized tensor."""
+    """int8 integers with one scale per row (axis 0) as torch's quantized tensor."""
     zeros = torch.zeros_like(scale, dtype=torch.int64)
     return torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.kernels.forms import Form
 from fxquant.kernels.operators import Engine, Operators
+from fxquant.kernels.storage import Storage
 from fxquant.nn.integer import IntegerOp
 
 __all__ = ["Known", "Place", "Step", "clamped", "zero_point_held"]
@@ -30,7 +30,7 @@ class Known:
     sample: Any
     scale: float | None = None
     signed: bool = False
-    form: Form | None = None
+    form: Storage | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Step:
     """
 
     run: Callable[..., Any]
-    gives: Form | None
+    gives: Storage | None
     kernel: str
-    takes: dict[fx.Node, Form | None] = field(default_factory=dict)
+    takes: dict[fx.Node, Storage | None] = field(default_factory=dict)
     packed: Any = None
 
 
@@ -82,19 +82,19 @@ class Place:
         found = self.known.get(value) if isinstance(value, fx.Node) else None
         return found if found is not None and found.scale is not None else None
 
-    def input_form(self, index: int) -> Form | None:
+    def input_form(self, index: int) -> Storage | None:
         """The form in which operand ``index`` tells what its numbers stand for; None where it holds no bytes."""
         found = self.integers(self.node.args[index])
         if found is None or found.scale is None:
             return None
-        return Form(found.scale, int(self.part.offset[index]) + 128 * found.signed)
+        return Storage(found.scale, int(self.part.offset[index]) + 128 * found.signed)
 
-    def output_form(self) -> Form | None:
+    def output_form(self) -> Storage | None:
         """The form in which the result tells what its numbers stand for; None where it is wider than a byte."""
         part: IntegerOp = self.part
         if part.output_dtype not in (torch.uint8, torch.int8):
             return None
-        return Form(float(part.scale), zero_point_held(part))
+        return Storage(float(part.scale), zero_point_held(part))
 
 
 def zero_point_held(part: Any) -> int:
@@ -102,7 +102,7 @@ def zero_point_held(part: Any) -> int:
     return int(part.zero_point) + 128 * (part.output_dtype == torch.int8)
 
 
-def clamped(part: Any, form: Form, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def clamped(part: Any, form: Storage, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``run`` with its result clamped as the integer form says, where a byte's own bounds do not do that."""
     shift = 128 * (part.output_dtype == torch.int8)
     low, high = int(part.low) + shift, int(part.high) + shift

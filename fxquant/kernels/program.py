@@ -1,4 +1,4 @@
-"""Straight-line code of a graph: one line a node, fast forms where there are any, tensors let go after their last use.
+"""Straight-line code of a graph: one line per node, fast forms where there are any, tensors let go after their last use.
 
 The code is made while the graph runs once on real inputs, so each choice sees the shapes that it is for.
 """
@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.agreement import described
-from fxquant.kernels.choice import REFERENCE, STEPS
-from fxquant.kernels.forms import Form, convert
+from fxquant.kernels.choice import step_of, without_kernel
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.place import Known, Place, Step
+from fxquant.kernels.storage import Storage, convert
 from fxquant.nn.integer import IntegerOp
 
 __all__ = ["Program", "build"]
@@ -53,7 +53,7 @@ class _Writer:
     def __init__(self, graph: LeveledModule, operators: Operators, packs: dict[Any, Any]) -> None:
         self.graph, self.operators, self.packs = graph, operators, packs
         self.known: dict[fx.Node, Known] = {}
-        self.held: dict[tuple[fx.Node, Form | None], tuple[str, Any]] = {}
+        self.held: dict[tuple[fx.Node, Storage | None], tuple[str, Any]] = {}
         self.names: dict[str, Any] = {}
         self.lines: list[tuple[str, str, list[str]]] = []
         self.parameters: list[str] = []
@@ -94,10 +94,10 @@ class _Writer:
         if step is not None and step.packed is not None:
             self.packed.append(step.packed)
         if isinstance(part, IntegerOp):
-            self.kernels[node.name] = REFERENCE if step is None else step.kernel
+            self.kernels[node.name] = without_kernel(part) if step is None else step.kernel
 
     def _fast(self, node: fx.Node, part: nn.Module | None) -> Step | None:
-        chosen = STEPS.get(type(part)) if part is not None else None
+        chosen = step_of(part)
         return None if chosen is None else chosen(Place(part, node, self.known, self.operators, self.packs))
 
     def _plain(self, node: fx.Node, part: nn.Module | None) -> Callable[..., Any]:
@@ -159,7 +159,7 @@ class _Writer:
         self.known[node] = described(self.graph, node, value, step)
         self.held[node, self.known[node].form] = variable, value
 
-    def _in_form(self, node: fx.Node, form: Form | None) -> tuple[str, Any]:
+    def _in_form(self, node: fx.Node, form: Storage | None) -> tuple[str, Any]:
         """The variable and value of ``node`` in ``form``, by a line that converts it where none has it yet."""
         if (node, form) not in self.held:
             known = self.known[node]

@@ -1,5 +1,8 @@
 """The fast way of an integer graph: made when it is first called, kept for each shape of inputs, never saved.
 
+That is the native kernels, bit for bit the reference, where this machine has them and they have the whole graph; else a
+program of torch's int8 operators, which are within one integer step of it.
+
 The graph and its modules stay what they are, the exact reference that is inspected, saved and exported. A runner only
 holds what can be made again from them. It steps aside, and the reference runs, wherever a program would not be right:
 inputs on another device, of another class (tracers, fake tensors), empty or asking for gradients; modules with hooks;
@@ -8,23 +11,28 @@ under autocast.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.errors import FxquantError
 from fxquant.graph.leveled import RUNNER, LeveledModule
-from fxquant.kernels.choice import REFERENCE, expected_kernel
-from fxquant.kernels.operators import operators
+from fxquant.kernels.choice import REFERENCE, expected_kernel, without_kernel
+from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.operators import Operators, operators
 from fxquant.kernels.program import Program, build
 from fxquant.nn.integer import IntegerEvaluate, IntegerOp
 
-__all__ = ["KERNELS", "Runner", "input_key", "kernel_of", "use_kernels"]
+__all__ = ["KERNELS", "Runner", "by_reference", "input_key", "kernel_of", "on_torch", "use_kernels"]
 
-KERNELS = ("auto", "reference")
-"""What ``convert`` takes: the fastest kernels that are right on this machine, or the exact reference everywhere."""
+KERNELS = ("auto", "torch", "reference")
+"""What ``convert`` takes: the native kernels where they have the graph, else torch's; torch's; the exact reference."""
 
 _PROGRAMS = 16
 """Shapes of inputs that are kept."""
@@ -38,8 +46,34 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def use_kernels(graph: LeveledModule, kernels: str) -> None:
     """Let calls of an integer graph take the fast way, or not."""
     graph.__dict__.pop(RUNNER, None)
-    if kernels == "auto" and operators() is not None:
-        graph.__dict__[RUNNER] = Runner()
+    if kernels == "auto" or (kernels == "torch" and operators() is not None):
+        graph.__dict__[RUNNER] = Runner(native=kernels == "auto")
+
+
+def on_torch(module: nn.Module) -> nn.Module:
+    """``module``, whose integer graphs take torch's operators where they would take the native kernels: a twin then,
+    which shares its tensors."""
+    graphs = [part for part in module.modules() if isinstance(part, LeveledModule)]
+    if not any(runner.native for graph in graphs if (runner := graph.__dict__.get(RUNNER)) is not None):
+        return module
+    twin = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    for part in twin.modules():
+        if isinstance(part, LeveledModule) and RUNNER in part.__dict__:
+            use_kernels(part, "torch")
+    return twin
+
+
+@contextmanager
+def by_reference(module: nn.Module) -> Iterator[None]:
+    """Inside, every integer graph of ``module`` computes by the exact reference."""
+    graphs = [part for part in module.modules() if isinstance(part, LeveledModule)]
+    held = [(graph, graph.__dict__.pop(RUNNER, None)) for graph in graphs]
+    try:
+        yield
+    finally:
+        for graph, runner in held:
+            if runner is not None:
+                graph.__dict__[RUNNER] = runner
 
 
 def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
@@ -54,18 +88,39 @@ def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
     if runner is None:
         kernel = REFERENCE
     elif runner.programs:
-        kernel = next(reversed(runner.programs.values())).kernels.get(node.name, REFERENCE)
+        kernel = next(reversed(runner.programs.values())).kernels.get(node.name) or without_kernel(part)
+    elif (native := runner.native_model(graph)) is not None:
+        kernel = native.kernels.get(node.name) or without_kernel(part)
     else:
         kernel = expected_kernel(part)
     inexact = kernel == REFERENCE and isinstance(part, IntegerEvaluate)
     return f"{REFERENCE}, float64 inside" if inexact else kernel
 
 
-class Runner:
-    """Programs of one graph by the shapes of their inputs, the least recently used one dropped first."""
+class _Natively:
+    """The calls of a native model, in the place of a program."""
 
-    def __init__(self) -> None:
-        self.programs: OrderedDict[Any, Program] = OrderedDict()
+    def __init__(self, model: NativeModel) -> None:
+        self.model, self.kernels = model, model.kernels
+
+    def run(self, *args: Any) -> Any:
+        return self.model.run(args)
+
+
+class Runner:
+    """Programs of one graph by the shapes of their inputs, the least recently used one dropped first.
+
+    Args:
+        native: whether the native kernels are taken where they can be.
+
+    Attributes:
+        unfit: why they have no part of the graph's calls; empty while nothing speaks against them.
+    """
+
+    def __init__(self, native: bool = False) -> None:
+        self.native, self.unfit = native, ""
+        self.programs: OrderedDict[Any, Program | _Natively] = OrderedDict()
+        self._model: NativeModel | None = None
         self._packs: dict[Any, Any] = {}
         self._own = 0
         self._owner = 0
@@ -90,8 +145,18 @@ class Runner:
         """Drop what was made: the numbers or the graph have changed."""
         self.programs.clear()
         self._packs, self._own = {}, 0
+        self._model, self.unfit = None, ""
 
-    def current(self, key: Any) -> Program | None:
+    def native_model(self, graph: LeveledModule) -> NativeModel | None:
+        """The graph on the native kernels; None where these are not wanted, not here, or lack something."""
+        if self._model is None and self.native and not self.unfit:
+            try:
+                self._model = NativeModel(graph)
+            except Unfit as reason:
+                self.unfit = str(reason)
+        return self._model
+
+    def current(self, key: Any) -> Program | _Natively | None:
         """The program for inputs of that key, if there is one and the model's numbers are what they were."""
         program = self.programs.get(key)
         if program is not None:
@@ -107,11 +172,20 @@ class Runner:
         hooks = tuple(getattr(part, name) for part in graph.modules() if part is not graph for name in _HOOKS)
         hooks += tuple(getattr(nn.modules.module, f"_global{name}", {}) for name in _HOOKS)
         state = [*graph.parameters(), *graph.buffers()]
-        if found is None or graph.training or any(hooks) or any(t.device.type != "cpu" for t in state):
+        if graph.training or any(hooks) or any(t.device.type != "cpu" for t in state):
             return False, None
-        with torch.no_grad():
-            program, result = build(graph, args, found, self._packs if self._own == _OWN_PACKS else {})
-        self._own = min(self._own + 1, _OWN_PACKS)
+        made, failure = self._run_natively(graph, args)
+        if made is None and found is not None:
+            made = self._build(graph, args, found)
+            if failure is not None:  # the model itself refuses nothing
+                warnings.warn(
+                    f"the native kernels failed on a call that torch's operators take, which run it now: {failure!r}.\n"
+                    "  what to do: nothing for right results; please report it.",
+                    stacklevel=6,
+                )
+        if made is None:
+            return False, None
+        program, result = made
         self._hooks = hooks
         self._watched = tuple(b for name, b in graph.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
         self._version = sum([t._version for t in self._watched])
@@ -120,11 +194,35 @@ class Runner:
             self.programs.popitem(last=False)
         return True, result
 
+    def _run_natively(
+        self, graph: LeveledModule, args: Sequence[Any]
+    ) -> tuple[tuple[Program | _Natively, Any] | None, Exception | None]:
+        """A call on the native kernels; None where these lack the graph, or inputs of such shapes.
+
+        With it, an error of which only a second try tells whether it is the model's own, which refuses the call, or ours.
+        """
+        model = self.native_model(graph)
+        if model is None:
+            return None, None
+        try:
+            return (_Natively(model), model.run(args)), None
+        except (Unfit, FxquantError):
+            return None, None
+        except Exception as error:
+            return None, error
+
+    def _build(self, graph: LeveledModule, args: Sequence[Any], found: Operators) -> tuple[Program | _Natively, Any]:
+        """A call by a program of torch's operators that is written on the way."""
+        with torch.no_grad():
+            made = build(graph, args, found, self._packs if self._own == _OWN_PACKS else {})
+        self._own = min(self._own + 1, _OWN_PACKS)
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
-        return Runner()
+        return Runner(self.native)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Runner, ()
+        return Runner, (self.native,)
 
 
 def input_key(args: Sequence[Any]) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.numerics.scheme import Scheme
 
 __all__ = [
     "INT32",
@@ -20,6 +21,7 @@ __all__ = [
     "channels_first",
     "largest_pair",
     "largest_sum",
+    "narrowed_channels",
     "one_sided_sums",
     "saturating_layers",
     "weight_rows",
@@ -62,6 +64,18 @@ def largest_pair(weight: Tensor) -> int:
     high = rows.topk(count, dim=1).values.clamp(min=0).sum(1).max()
     low = rows.topk(count, dim=1, largest=False).values.clamp(max=0).sum(1).min()
     return max(int(high), -int(low))
+
+
+def narrowed_channels(rows: Tensor, scheme: Scheme) -> int:
+    """How many output channels, one per row, use less of their grid than a range read off the weights would have given them.
+
+    One of zeros has no range. A weight with one scale for all of it is narrowed as a whole.
+    """
+    rows = rows.to(torch.int32)
+    rows = rows if scheme.per_channel else rows.reshape(1, -1)
+    full = (rows.amax(1) >= scheme.qmax) | (rows.amin(1) <= scheme.qmin)
+    short = int((~full & (rows != 0).any(1)).sum())
+    return short if scheme.per_channel else short * rows.shape[0]
 
 
 def saturating_layers(module: nn.Module) -> dict[str, int]:

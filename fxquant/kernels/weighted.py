@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxquant.kernels.elementwise import FLOAT32
-from fxquant.kernels.forms import Form, convert
+from fxquant.behaviour import Weighted
 from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
+from fxquant.kernels.quantized import FLOAT32
 from fxquant.kernels.saturation import INT32, can_saturate, channels_first, largest_sum
+from fxquant.kernels.storage import Storage, convert
 from fxquant.nn.accumulating import IntegerWeighted
-from fxquant.ops.behaviour import Weighted
 
 __all__ = ["Geometry", "expected_engine", "geometry_of", "unfit", "weighted_step"]
 
@@ -56,7 +56,7 @@ def geometry_of(part: IntegerWeighted) -> Geometry | None:
         values = [int(value)] * dims if isinstance(value, int) else [int(v) for v in value]
         return values if dims == 2 else [free, *values]
 
-    stride, dilation = pair(attributes.get("stride", 1), 1), pair(attributes.get("dilation", 1), 1)
+    stride, dilation = pair(attributes.get("stride", 1), 1), pair(_without_idle_dilation(part)["dilation"], 1)
     return Geometry(stride, pair(padding, 0), dilation, int(attributes.get("groups", 1)))
 
 
@@ -131,23 +131,23 @@ def _folded(part: IntegerWeighted, x_scale: float, hidden: int, y_scale: float) 
     return quantized_weight(weight, real / x_scale), (bias * real).float()
 
 
-def _step(place: Place, run: Callable[..., Tensor], taken: Form, given: Form, kernel: str, packed: Any) -> Step:
+def _step(place: Place, run: Callable[..., Tensor], taken: Storage, given: Storage, kernel: str, packed: Any) -> Step:
     source = place.node.args[0]
     assert isinstance(source, fx.Node)
     return Step(clamped(place.part, given, run), given, kernel, {source: taken}, packed)
 
 
-def _convolution(place: Place, x: Known, told: Form) -> Step | None:
+def _convolution(place: Place, x: Known, told: Storage) -> Step | None:
     part, geometry = place.part, geometry_of(place.part)
     if geometry is None or x.sample.ndim != part.weight.ndim:
         return None
     engine = _engine_for_convolution(place, x.sample)
     if engine is None:
         return None
-    given, padding = Form(float(part.scale), zero_point_held(part)), geometry.padding
+    given, padding = Storage(float(part.scale), zero_point_held(part)), geometry.padding
     many = part.weight.numel() > _MANY_WEIGHTS + x.sample.numel()
     bordered = engine.name == "onednn" and told.zero_point != 0 and any(padding) and many
-    taken = Form(told.scale, 0) if bordered else told
+    taken = Storage(told.scale, 0) if bordered else told
     weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given.scale)
     arguments = (geometry.stride, [0, 0] if bordered else padding, geometry.dilation, geometry.groups)
     packed = place.pack("conv2d", engine, weight, bias, *arguments)
@@ -164,7 +164,7 @@ def _engine_for_convolution(place: Place, sample: Tensor) -> Engine | None:
     return (fbgemm or onednn) if small or onednn is None else onednn
 
 
-def _operator(operator: Callable[..., Tensor], packed: Any, given: Form) -> Callable[..., Tensor]:
+def _operator(operator: Callable[..., Tensor], packed: Any, given: Storage) -> Callable[..., Tensor]:
     """``operator`` with packed weights; what these keep is for the first shape that they see."""
     scale, zero_point = given
 
@@ -174,9 +174,9 @@ def _operator(operator: Callable[..., Tensor], packed: Any, given: Form) -> Call
     return run
 
 
-def _behind_border(run: Callable[..., Tensor], padding: list[int], told: Form) -> Callable[..., Tensor]:
+def _behind_border(run: Callable[..., Tensor], padding: list[int], told: Storage) -> Callable[..., Tensor]:
     """``run`` on an input with a border of its zero point; the form says 0 for it."""
-    sides, border, form = [padding[1], padding[1], padding[0], padding[0]], told.zero_point, Form(told.scale, 0)
+    sides, border, form = [padding[1], padding[1], padding[0], padding[0]], told.zero_point, Storage(told.scale, 0)
 
     def bordered(x: Tensor) -> Tensor:
         wide = F.pad(convert(x, None, False), sides, value=border)
@@ -194,21 +194,21 @@ def _flat(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return flat
 
 
-def _linear(place: Place, x: Known, told: Form) -> Step | None:
+def _linear(place: Place, x: Known, told: Storage) -> Step | None:
     part = place.part
     onednn, fbgemm = _usable(place, "onednn"), _usable(place, "fbgemm")
     few = x.sample.numel() <= _FEW_ROWS * x.sample.shape[-1]
     engine = (fbgemm or onednn) if few or onednn is None else onednn
     if engine is None:
         return None
-    taken = told if engine.name == "fbgemm" else Form(told.scale, 0)
-    given = Form(float(part.scale), zero_point_held(part))
+    taken = told if engine.name == "fbgemm" else Storage(told.scale, 0)
+    given = Storage(float(part.scale), zero_point_held(part))
     weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given.scale)
     packed = place.pack("linear", engine, weight, bias)
     return _step(place, _operator(place.operators.linear, packed, given), taken, given, engine.name, packed)
 
 
-def _float_linear(place: Place, told: Form) -> Step | None:
+def _float_linear(place: Place, told: Storage) -> Step | None:
     """A linear layer whose accumulator leaves as a float."""
     part, operator, engine = place.part, place.operators.linear_float, _usable(place, "fbgemm")
     if operator is None or engine is None or not bool((part.output_scale > 0).all()):
@@ -229,19 +229,30 @@ def _float_linear(place: Place, told: Form) -> Step | None:
     return Step(run, None, engine.name, {source: told}, packed)
 
 
-def _float_convolution(place: Place, told: Form) -> Step:
+def _float_convolution(place: Place, told: Storage) -> Step:
     """A convolution whose accumulator leaves as a float: of integers, with weights in units of the result."""
-    part, taken, source = place.part, Form(1.0, told.zero_point), place.node.args[0]
+    part, taken, source = place.part, Storage(1.0, told.zero_point), place.node.args[0]
     shape = [-1] + [1] * (part.weight.ndim - 1)
     scale, weight = part.output_scale.double(), channels_first(part).double()
     each = scale if scale.ndim == 0 else scale[: weight.shape[0]].reshape(shape)
     weight = (weight * each).transpose(0, _behaviour(part).out_axis).float().contiguous()
     bias = None if part.bias is None else (part.bias.double() * scale).float()
-    bounds, dtype = part.clamp, part.real_dtype
+    bounds, dtype, attributes = part.clamp, part.real_dtype, _without_idle_dilation(part)
 
     def run(q: Tensor) -> Tensor:
-        y = part.entry.function(q.dequantize(), weight, bias, **part.attributes).contiguous().to(dtype)
+        y = part.entry.function(q.dequantize(), weight, bias, **attributes).contiguous().to(dtype)
         return y if bounds == (None, None) else torch.clamp(y, *bounds)
 
     assert isinstance(source, fx.Node)
     return Step(run, None, FLOAT32, {source: taken})
+
+
+def _without_idle_dilation(part: IntegerWeighted) -> dict[str, Any]:
+    """The attributes, with a dilation of 1 where the kernel has one tap: the same sums.
+
+    torch 2.14 crashes there on images in channels last whose other side is as short (oneDNN: in floats with AVX2, in
+    integers with AVX512).
+    """
+    sides, dilation = part.weight.shape[2:], part.attributes.get("dilation", 1)
+    given = [dilation] * len(sides) if isinstance(dilation, int) else list(dilation)
+    return {**part.attributes, "dilation": tuple(1 if side == 1 else d for side, d in zip(sides, given, strict=True))}

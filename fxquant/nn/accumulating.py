@@ -3,10 +3,11 @@
 A weighted op computes
 
     acc = Σ (q_x - z_x) · q_w + q_b                exact integers
-    q_y = clamp(round(acc · M) + z_y, lo, hi)      M = s_x · s_w / s_y as a 31-bit integer and a shift
+    q_y = clamp(round(acc · M) + z_y, lo, hi)      M = s_x · s_w / s_y as an integer and a shift
 
-(Jacob et al., 1712.05877, eq. 4–7). Products and sums are carried in float32 where no partial sum can reach 2**24, by the
-weights that there are, and in float64 otherwise: an integer below 2**24, or 2**53, is exact in any order of addition.
+(Jacob et al., 1712.05877, eq. 4–7; M has 24 or 31 significant bits, see ``numerics.requantize``). Products and sums are
+carried in float32 where no partial sum can reach 2**24, by the weights that there are, and in float64 otherwise: an integer
+below 2**24, or 2**53, is exact in any order of addition.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = ["IntegerMatmul", "IntegerProduct", "IntegerSum", "IntegerWeighted"]
 class IntegerWeighted(IntegerOp):
     """Convolutions and linear layers: int8 weights, an int32 bias, one requantization."""
 
+    parameters_kept = ("weight", "bias")
     weight: Tensor
     bias: Tensor
     multiplier: Tensor
@@ -91,6 +93,7 @@ class IntegerWeighted(IntegerOp):
 class IntegerSum(IntegerOp):
     """A weighted sum of tensors and numbers, with one rounding: add, sub, and a per-tensor affine map."""
 
+    parameters_kept = ()
     multipliers: Tensor
     shift: Tensor
 
@@ -113,6 +116,7 @@ class IntegerSum(IntegerOp):
 class IntegerProduct(IntegerOp):
     """A product of two tensors, or of a tensor and a number."""
 
+    parameters_kept = ()
     multiplier: Tensor
     shift: Tensor
     sign: Tensor
@@ -139,6 +143,7 @@ class IntegerProduct(IntegerOp):
 class IntegerMatmul(IntegerOp):
     """A product of two quantized matrices, accumulated exactly."""
 
+    parameters_kept = ()
     multiplier: Tensor
     shift: Tensor
 

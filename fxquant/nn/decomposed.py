@@ -19,13 +19,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.errors import ExportError
-from fxquant.nn.exchange import Cast, Exchanged, Rounding, Spot, Stored
+from fxquant.nn.qdq import Cast, Exchanged, Rounding, Spot, Stored
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["Coding", "Decode", "Decomposed", "Encode", "Rows", "StoredPerChannel", "require_operators"]
+__all__ = [
+    "Coding",
+    "Decode",
+    "Decomposed",
+    "Encode",
+    "Rows",
+    "StoredPerChannel",
+    "StoredPerTensor",
+    "require_operators",
+]
 
 _OPERATORS = ("quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel")
 _REGISTERED_BY = ("torch.ao.quantization.fx._decomposed", "torchao.quantization.pt2e.quantize_pt2e")
@@ -117,6 +127,16 @@ class Encode(Rounding):
     def forward(self, x: Tensor) -> Tensor:
         return self.coding.encode(self.clamped(x if x.dtype == torch.float32 else x.float()))
 
+    def clamped(self, x: Tensor) -> Tensor:
+        """As of ``Rounding``; bounds other than 0 are a hardtanh, which XNNPACK takes into the layer before it.
+
+        A bound that is not there is that of the stored type, at which rounding saturates anyway.
+        """
+        if (self.lower is None and self.upper is None) or (self.lower == 0.0 and self.upper is None):
+            return super().clamped(x)
+        spot = self.spot
+        return F.hardtanh(x, (self.low - spot.zero_point) * spot.scale, (self.high - spot.zero_point) * spot.scale)
+
 
 class Decode(Cast):
     """From integers to real numbers: where data leaves the integer region."""
@@ -131,7 +151,7 @@ class Decode(Cast):
 
 
 class StoredPerChannel(Stored):
-    """A weight that is kept as integers with one scale a slice along ``axis``, and read as real numbers.
+    """A weight that is kept as integers with one scale per slice along ``axis``, and read as real numbers.
 
     Args:
         q: the integers.
@@ -152,6 +172,24 @@ class StoredPerChannel(Stored):
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
         q = self.integers
         return dequantize(q, self.scale, self.zero_points, self.axis, self.low, self.high, q.dtype)
+
+
+class StoredPerTensor(Stored):
+    """A weight that is kept as integers with one scale for all, and read as real numbers.
+
+    Args:
+        q: the integers.
+        scale: float32, ``()``.
+        scheme: their grid.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, scheme: Scheme) -> None:
+        super().__init__(q, scale, 0, scheme.bits)
+        self.low, self.high, self.step = scheme.qmin, scheme.qmax, float(scale)
+
+    def forward(self) -> Tensor:
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+        return dequantize(self.integers, self.step, 0, self.low, self.high, self.integers.dtype)
 
 
 class Decomposed(Exchanged):

@@ -7,46 +7,33 @@ in one of four states, which the verbs of ``flow`` switch:
     tracking    folds and rounds                                            QAT, in training mode
     ready       rounds                                                      after calibration; in eval mode
     off         lets everything pass                                        inside ``quantizers_off``
+
+What it knows lives in buffers: see ``grid_state``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxquant.errors import LevelError
+from fxquant.nn.grid import Grid
+from fxquant.nn.grid_state import GridState
+from fxquant.nn.pinning import Pinned
+from fxquant.nn.switch import Switch
 from fxquant.numerics.affine import scale_and_zero_point
 from fxquant.numerics.gradients import fake_quantize
+from fxquant.numerics.pairs import scale_factor
 from fxquant.numerics.ranges import ESTIMATOR
-from fxquant.numerics.scheme import Scheme
+from fxquant.numerics.scheme import OBSERVED, Scheme
 
 __all__ = ["FakeQuantize", "Grid", "WeightQuantize"]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The integers a tensor is made of: ``x = (q - zero_point) * scale`` with ``qmin <= q <= qmax``."""
-
-    scale: Tensor
-    zero_point: Tensor
-    scheme: Scheme
-
-    @property
-    def qmin(self) -> int:
-        return self.scheme.qmin
-
-    @property
-    def qmax(self) -> int:
-        return self.scheme.qmax
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scheme.storage_dtype
-
-
-class FakeQuantize(nn.Module):
+class FakeQuantize(GridState):
     """Quantizes and dequantizes a tensor, so that it holds only values that its integer grid has.
 
     Args:
@@ -56,14 +43,23 @@ class FakeQuantize(nn.Module):
         fixed_range: ``(low, high)`` known in advance; then nothing is ever observed.
         fixed_grid: ``(scale, zero_point)`` prescribed, likewise.
 
+    Attributes:
+        tracking: whether the range follows what passes in training mode; set it to False to hold the range still.
+        ready: whether there is a range to round to.
+        seen_dtype: that of whole numbers that it was given and could not find a range of.
+
     Buffers:
         scale: float32, ``()`` or ``(channels,)``; 0 as long as no range is known.
         zero_point: int32, of the same shape.
+        origin: float32, of the same shape: ``zero_point`` as a real number, which averages.
+        known: float32, ``()``: 1 where a range is known, else 0; a share of 1 in an average.
         range_*: the running state of the range estimator.
+        follows: ``tracking``.
     """
 
-    scale: Tensor
-    zero_point: Tensor
+    seen_dtype: torch.dtype | None = None
+    tracking = Switch("follows", initial=False)
+    follows_graph = True
 
     def __init__(
         self,
@@ -79,27 +75,40 @@ class FakeQuantize(nn.Module):
             fixed_range = tuple((q - fixed_grid[1]) * fixed_grid[0] for q in (scheme.qmin, scheme.qmax))  # type: ignore[assignment]
         self.scheme, self.axis, self.channels, self.fixed_range = scheme, axis, channels, fixed_range
         shape = () if channels is None else (channels,)
-        self.register_buffer("scale", torch.zeros(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.make_grid(shape)
         self._state_names: list[str] = []
-        self.enabled, self.observing, self.tracking, self.ready = True, False, False, False
+        self.enabled, self.observing = True, False
         if fixed_range is not None:
             self.set_range(*(torch.full(shape, float(bound)) for bound in fixed_range))
             if fixed_grid is not None:
                 self.set_grid(torch.tensor(fixed_grid[0]), torch.tensor(fixed_grid[1]))
             return
+        if self.averages:
+            self.tracking = False
         for name, value in ESTIMATOR[scheme.estimator].initial_state(channels).items():
             self.register_buffer(f"range_{name}", value)
             self._state_names.append(name)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a learned scale where ``forward`` is not its own: it computes the scale itself and gives it no gradient."""
+        if param is not None and type(self).forward in (FakeQuantize.forward, WeightQuantize.forward):
+            raise LevelError(
+                f"{name!r} of a {type(self).__name__} cannot be a parameter: its forward computes the grid from what it "
+                "sees, and gives it no gradient.\n  what to do: name a rule that learns it, Scheme(quantizer='lsq'); or "
+                "subclass it, override forward, and let its property grid give the scale that forward rounds with (see "
+                "fxquant.quantizers)."
+            )
+        super().register_parameter(name, param)
+
     @property
     def grid(self) -> Grid:
+        self._settle()
         return Grid(self.scale.detach().clone(), self.zero_point.detach().clone(), self.scheme)
 
     @property
     def active(self) -> bool:
         """Whether values are rounded now."""
-        return self.enabled and self.ready and not self.observing
+        return self.enabled and not self.observing and self.ready
 
     def range_state(self) -> dict[str, Tensor]:
         """The estimator's running state, by name."""
@@ -122,7 +131,7 @@ class FakeQuantize(nn.Module):
             self.observe(x, lower=lower, upper=upper)
         if not self.active or not x.is_floating_point():
             return x
-        return fake_quantize(
+        y = fake_quantize(
             x,
             self.scale,
             self.zero_point,
@@ -133,17 +142,51 @@ class FakeQuantize(nn.Module):
             upper=upper,
             inplace=inplace,
         )
+        if self.tracking and not self.training and y.requires_grad:
+            y.register_hook(_warn_left_behind)
+        return y
 
     @torch.no_grad()
     def observe(self, x: Tensor, *, lower: float | None = None, upper: float | None = None) -> None:
-        """Fold ``x`` into the running range; while tracking, follow it with scale and zero point at once."""
+        """Fold ``x`` into the running range; while tracking, follow it with scale and zero point at once.
+
+        While tracking, a batch with NaN or infinity leaves the range as it was, and so does a forward pass inside a
+        backward pass: that is activation checkpointing, which runs again what was observed already.
+
+        A mask has the range of all masks, and passes unrounded: 0 and 1 are on its grid. Whole numbers have none.
+        """
+        if x.dtype == torch.bool:
+            x = torch.tensor([0.0, 1.0], device=x.device)
+        if not x.is_floating_point():
+            self.seen_dtype = x.dtype
         if self.fixed_range is not None or not x.is_floating_point() or x.numel() == 0:
             return
-        ESTIMATOR[self.scheme.estimator].update(
-            self.range_state(), x.detach(), axis=self.axis, lower=lower, upper=upper
-        )
-        if not self.observing:
-            self.update_scale()
+        state = self.range_state()
+        update = ESTIMATOR[self.scheme.estimator].update
+        if self.observing:
+            update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+            return
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self._start_anew(state)
+        before = {name: value.clone() for name, value in state.items()}
+        update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+        finite = (torch.isfinite(state["low"]) & torch.isfinite(state["high"])).all()
+        for name, value in state.items():
+            value.copy_(torch.where(finite, value, before[name]))
+        self.update_scale()
+        if not self._ready:
+            warnings.warn(
+                "NaN or infinity in the first batch that a quantizer of this model saw: it has no range, and lets its "
+                f"tensor {tuple(x.shape)} pass unrounded until a finite batch comes.",
+                stacklevel=2,
+            )
+
+    def _start_anew(self, state: dict[str, Tensor]) -> None:
+        """Forget a range that is NaN: averages of models make such of the infinities that stand for no range."""
+        lost = (torch.isnan(state["low"]) | torch.isnan(state["high"])).any()
+        for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels, device=lost.device).items():
+            state[name].copy_(torch.where(lost, value, state[name]))
 
     @torch.no_grad()
     def update_scale(self) -> None:
@@ -151,34 +194,20 @@ class FakeQuantize(nn.Module):
         if self.fixed_range is not None:
             return
         state = self.range_state()
-        if not self.ready and not bool(torch.isfinite(state["low"]).all()):
+        if not self._ready and not bool((torch.isfinite(state["low"]) & torch.isfinite(state["high"])).all()):
             return
         self.set_range(*ESTIMATOR[self.scheme.estimator].range(state, self.scheme))
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Cover ``[low, high]``."""
-        scale, zero_point = scale_and_zero_point(low, high, self.scheme)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
-        self.ready = True
-
-    @torch.no_grad()
-    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take over a given scale and zero point; a per-tensor grid becomes per channel where the scale is."""
-        self.scale, self.zero_point = scale.float().clone(), zero_point.to(torch.int32).clone()
-        self.ready = True
+        self.take_grid(*scale_and_zero_point(low, high, self.scheme))
 
     def reset(self) -> None:
-        """Forget every observation."""
+        """Forget every observation, but not which estimator was chosen."""
         for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels).items():
-            self._buffers[f"range_{name}"].copy_(value)  # type: ignore[union-attr]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Restores readiness with the scale; a float model's checkpoint, which knows no quantizer, loads as it is."""
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self.ready = bool((self.scale > 0).all())
+            if name != "choice":
+                self._buffers[f"range_{name}"].copy_(value)  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
         if not self.ready:
@@ -188,12 +217,38 @@ class FakeQuantize(nn.Module):
         return f"{self.scheme}, scale {self.scale.item():.4g}, zero point {int(self.zero_point)}"
 
 
-class WeightQuantize(FakeQuantize):
-    """The quantizer of a parameter: its range is read off the parameter in every pass, whoever has changed it."""
+def _warn_left_behind(gradient: Tensor) -> None:
+    warnings.warn(
+        "a backward pass through quantizers in eval mode: their ranges do not follow what passes.\n"
+        "  what to do: if this trains the model, call .train() on the whole of it, and hold batch norms still with "
+        "fxquant.freeze_batchnorm or with .eval() on them alone.",
+        stacklevel=2,
+    )
+
+
+class WeightQuantize(Pinned, FakeQuantize):
+    """The quantizer of a parameter: its range is read off the parameter in every pass, whoever has changed it.
+
+    Where sums of two products have to fit into 16 bits (``limit_pairs``) the scales of channels that would leave them are
+    raised, by the least factor that is enough; see ``numerics.pairs``.
+
+    Attributes:
+        pinned: whether the grid stays as it is instead; and the integers too, where ``pin`` was given some.
+
+    Buffers, where pairs are limited:
+        reach: float32 ``(groups, input channels of a group)``, the largest byte that each input channel is expected to hold.
+        seen: float32, the largest real number that calibration saw there; -inf where it saw none.
+    """
+
+    pinned = Switch("is_pinned", initial=False)
+    averages = False
+    reach: Tensor
+    seen: Tensor
 
     def __init__(self, scheme: Scheme, *, axis: int | None = None, channels: int | None = None) -> None:
         super().__init__(scheme, axis=axis, channels=channels)
-        self.frozen = False
+        self.pinned = False
+        self.out_axis: int | None = None
 
     def forward(
         self,
@@ -203,17 +258,55 @@ class WeightQuantize(FakeQuantize):
         inplace: bool = False,
         observes: bool = True,
     ) -> Tensor:
-        if self.enabled and not self.frozen:
+        if self.enabled and not self.pinned:
             self.refresh(x)
-        return super().forward(x)
+        return super().forward(x) if self.integers is None or not self.active else self.as_pinned(x)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Recompute scale and zero point from ``weight``."""
+        self.read_range(weight)
+        self._keep_pairs(weight.detach())
+
+    @torch.no_grad()
+    def read_range(self, weight: Tensor) -> None:
+        """Cover the range that the estimator finds in ``weight``."""
         self.reset()
         estimator, state = ESTIMATOR[self.scheme.estimator], self.range_state()
         estimator.update(state, weight.detach(), axis=self.axis)
         self.set_range(*estimator.range(state, self.scheme))
+
+    def limit_pairs(self, out_axis: int, groups: int, inputs: int, largest: int) -> None:
+        """Keep sums of two products within 16 bits, for ``groups * inputs`` input channels of bytes up to ``largest``.
+
+        A weight that several calls read keeps the bounds of all: where their groups differ, those of every group.
+        """
+        if self.out_axis is None:
+            self.register_buffer("reach", torch.full((groups, inputs), float(largest)))
+            self.register_buffer("seen", torch.full((groups, inputs), float("-inf")))
+        elif self.reach.shape != (groups, inputs):
+            self.reach = self.reach.amax(0, keepdim=True) if out_axis == 0 else self.reach.reshape(1, -1)
+            self.seen = torch.full_like(self.reach, float("-inf"))
+        self.reach.clamp_(min=largest)
+        self.out_axis = out_axis
+
+    def _keep_pairs(self, weight: Tensor) -> None:
+        if self.out_axis is not None:
+            self.scale.mul_(self.pair_factor(weight, self.scale))
+
+    def pair_factor(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """What ``scale`` has to be multiplied by so that no pair leaves 16 bits; only where pairs are limited."""
+        assert self.out_axis is not None
+        clipped = self.scheme.estimator != "minmax" or self.scheme.quantizer != OBSERVED
+        bounds: dict[str, Any] = {"qmin": self.scheme.qmin, "qmax": self.scheme.qmax, "clipped": clipped}
+        return scale_factor(weight.float(), scale, self.reach, out_axis=self.out_axis, **bounds)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state from before pairs were limited has no bounds on inputs: those that are here stay."""
+        if self.out_axis is not None and any(key.startswith(prefix) for key in state_dict):
+            for name in ("reach", "seen"):
+                state_dict.setdefault(f"{prefix}{name}", self._buffers[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def observe(self, x: Tensor, *, lower: float | None = None, upper: float | None = None) -> None:
         """Nothing: ``refresh`` has read the whole parameter already."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fxquant.errors import LevelError
 from fxquant.nn.fake_quantize import Grid
+from fxquant.nn.leaf import Leaf
 from fxquant.nn.modules import Described
 from fxquant.numerics.affine import dequantize, quantize
 from fxquant.numerics.requantize import SIGNIFICANT_BITS, quantize_multiplier
@@ -66,7 +68,7 @@ class Site:
         return grid
 
 
-class Quantize(nn.Module):
+class Quantize(Leaf):
     """From real numbers to integers: where data enters the integer region."""
 
     scale: Tensor
@@ -86,7 +88,7 @@ class Quantize(nn.Module):
         return f"{self.scheme}, scale {self.scale.item():.4g}, zero point {int(self.zero_point)}"
 
 
-class Dequantize(nn.Module):
+class Dequantize(Leaf):
     """From integers to real numbers: where data leaves the integer region."""
 
     scale: Tensor
@@ -105,13 +107,17 @@ class Dequantize(nn.Module):
         return f"scale {self.scale.item():.4g}, zero point {int(self.zero_point)}"
 
 
-class IntegerOp(nn.Module):
+class IntegerOp(Leaf):
     """The root of the integer forms: input zero points, the output grid with merged clamps, and the rounding rule.
 
     ``scheme``, ``scale`` and ``zero_point`` say what the integers of the result stand for; ``scale`` is kept for reports.
     Buffers of one element that steer the code are kept as plain numbers too (``numbers``), which a tracer can follow.
+
+    Raises:
+        LevelError: the op has constant tensors that the form would not keep (``parameters_kept``; None keeps all).
     """
 
+    parameters_kept: ClassVar[tuple[str, ...] | None] = None
     scale: Tensor
     zero_point: Tensor
     low: Tensor
@@ -120,6 +126,12 @@ class IntegerOp(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
+        if self.parameters_kept is not None and (lost := set(site.parameters) - set(self.parameters_kept)):
+            names = ", ".join(sorted(lost))
+            raise LevelError(
+                f"the integer form {type(self).__name__} of op {site.entry.name!r} would lose its {names}.\n"
+                "  what to do: give the op's entry a form that keeps constant tensors, as IntegerEvaluate does."
+            )
         self.entry, self.rounding = site.entry, site.rounding
         self.attributes, self.numbers = dict(site.attributes), dict[str, int]()
         zero_points = [torch.zeros((), dtype=torch.int32) if g is None else g.zero_point for g in site.inputs]
@@ -173,6 +185,7 @@ class IntegerOp(nn.Module):
 class IntegerTable(IntegerOp):
     """A function of one number, tabulated over every integer of the input grid."""
 
+    parameters_kept = ()
     table: Tensor
     first: Tensor
 
@@ -202,6 +215,7 @@ class IntegerPass(IntegerOp):
         fill: name of the attribute that holds a real number to be written into the result (the value of a padding).
     """
 
+    parameters_kept = ()
     filling: Tensor
 
     def __init__(self, site: Site, *, carried: bool = False, fill: str | None = None) -> None:
@@ -228,6 +242,7 @@ class IntegerPass(IntegerOp):
 class IntegerLinearMap(IntegerOp):
     """A linear map that torch's own function computes: averages, sums, interpolations; float64 sums, one rounding."""
 
+    parameters_kept = ()
     ratio: Tensor
 
     def __init__(self, site: Site) -> None:
@@ -262,13 +277,15 @@ class IntegerEvaluate(IntegerOp):
         self.register_buffer("input_scale", torch.stack([s.double() for s in scales]))
         self.register_buffer("output_scale", site.output.scale.double().clone())
         self.quantized_inputs = tuple(g is not None for g in site.inputs)
+        self.may_fail = bool(getattr(site.entry, "sensitive", None))  # 0 / 0 on the grid counts as 0
 
     def forward(self, *operands: Any, **dynamic: Any) -> Tensor:
         real = [self._real(value, i) for i, value in enumerate(operands)]
         named = {name: getattr(self, f"parameter_{name}") for name in self.parameter_names}
         function = self.function or self.entry.function
         y = function(*real, **named, **self.attributes, **dynamic)
-        return self.emit(torch.round(y / self.output_scale))
+        steps = torch.round(y / self.output_scale)
+        return self.emit(torch.nan_to_num(steps) if self.may_fail else steps)
 
     def _real(self, value: Any, index: int) -> Any:
         if not isinstance(value, Tensor) or index >= len(self.quantized_inputs) or not self.quantized_inputs[index]:
@@ -277,8 +294,9 @@ class IntegerEvaluate(IntegerOp):
 
 
 class IntegerEmbedding(IntegerOp):
-    """A table of integer rows; looking one up is all there is to do."""
+    """A table of integer rows, within the bounds of a merged clamp; looking one up is all there is to do."""
 
+    parameters_kept = ("weight",)
     weight: Tensor
 
     def __init__(self, site: Site) -> None:
@@ -286,7 +304,7 @@ class IntegerEmbedding(IntegerOp):
         assert site.output is not None
         out = site.output
         q = quantize(site.parameters["weight"].detach().float(), out.scale, out.zero_point, out.qmin, out.qmax)
-        self.register_buffer("weight", q.to(out.dtype))
+        self.register_buffer("weight", torch.clamp(q, self.low, self.high).to(out.dtype))
 
     def forward(self, indices: Tensor, **_: Any) -> Tensor:
         return self.weight[indices]

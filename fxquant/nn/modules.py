@@ -14,10 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.errors import LevelError
+from fxquant.graph.edit import clone_module
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.leaf import Leaf
+from fxquant.nn.shipped_bias import rounded_bias
+from fxquant.nn.switch import Switch, Switched
+
+_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
+_GLOBAL_PRE_HOOKS = nn.modules.module._global_forward_pre_hooks
 
 __all__ = [
     "Described",
@@ -42,7 +51,7 @@ class Described(Protocol):
     def function(self) -> Callable[..., Any]: ...
 
 
-class _Quantized(nn.Module):
+class _Quantized(Leaf):
     """What all fake-quant modules share."""
 
     entry: Any = None
@@ -59,15 +68,70 @@ class _Quantized(nn.Module):
         Args:
             quantizer: the quantizer of this module's output, or None.
             applies: whether this module rounds; False where the values are on the grid already.
-            inplace: whether the value to round is a buffer that nobody else reads.
+            inplace: whether the value to round is a buffer that nobody else reads, unless a hook does.
             observes: whether the quantizer's range follows this module's values; False where it follows its input's.
         """
         self.output_quantizer, self.applies, self.inplace, self.observes = quantizer, applies, inplace, observes
 
+    def ships_bias(self, source: FakeQuantize | None, weighted: nn.Module | None = None) -> None:
+        """Let the bias be rounded as it will ship: a weighted op's own, or that which it gets from a batch norm behind it.
+
+        The two are held without being registered: they have their names elsewhere.
+
+        Args:
+            source: the quantizer of the weighted op's input; None lets the bias be.
+            weighted: the weighted op that this batch norm will be folded into.
+        """
+        self.__dict__["_bias_of"] = None if source is None else (source, weighted)
+
+    def _shipped(self, bias: Tensor | None) -> Tensor | None:
+        """``bias`` as a weighted op will have it."""
+        part: Any = self
+        source, weighted = self.__dict__.get("_bias_of") or (None, None)
+        if isinstance(part.weight_quantizer, WeightQuantize):
+            bias = part.weight_quantizer.bias_for(bias)
+        if bias is None or source is None or weighted is not None or not source.active:
+            return bias
+        return rounded_bias(bias, source.scale, part.weight_quantizer.scale)
+
     def _quantize(self, y: Any) -> Any:
         if self.output_quantizer is None or not self.applies:
+            if hasattr(y, "is_leaf") and not (self._forward_hooks or _GLOBAL_HOOKS):
+                y._fxquant_unread = True
             return y
         return self.output_quantizer(y, inplace=self.inplace, observes=self.observes)
+
+    def _may_overwrite(self, x: Any) -> bool:
+        """Whether ``x``, made by the link before in a chain, is this module's to overwrite: no hook has seen it."""
+        unread = bool(self.inplace and getattr(x, "_fxquant_unread", False))
+        if unread:
+            x._fxquant_unread = False
+        return unread and not (self._forward_pre_hooks or _GLOBAL_PRE_HOOKS)
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's, but that ``eval`` does not stop the quantizers in here: the whole graph's does.
+
+        A part alone is put into eval mode to hold batch norms or a stage still, while what comes in goes on changing.
+        """
+        following = [part for part in self.children() if isinstance(part, FakeQuantize) and part.training]
+        super().train(mode)
+        for part in following:
+            part.training = True
+        return self
+
+    def replaced_by(self, new: Any, name: str) -> nn.Module:
+        """What stands in the graph when the user's code puts ``new`` in this module's place.
+
+        Raises:
+            LevelError: the graph cannot go on with it.
+        """
+        if isinstance(new, _Quantized):
+            return new
+        raise LevelError(
+            f"{name!r} is a {type(self).__name__} of a prepared graph, which counts on its grid, and a "
+            f"{type(new).__name__} was put in its place.\n"
+            "  what to do: change the model's layers (adapters, wrappers, conversions) before fxquant.prepare."
+        )
 
 
 class QuantInput(_Quantized):
@@ -103,7 +167,8 @@ class QuantOp(_Quantized):
         quantizer = self.output_quantizer
         if quantizer is None or not self.applies:
             return self.entry.function(*operands, **self.attributes)
-        y = quantizer(operands[0], *self.clamp, inplace=self.inplace, observes=self.observes)
+        inplace = self._may_overwrite(operands[0])
+        y = quantizer(operands[0], *self.clamp, inplace=inplace, observes=self.observes)
         return y if quantizer.active else self.entry.function(y, **self.attributes)
 
     def extra_repr(self) -> str:
@@ -116,8 +181,9 @@ class QuantWeightedOp(QuantOp):
     weight_quantizer: WeightQuantize
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **dynamic: Any) -> Any:
-        y = self.entry.function(x, self.weight_quantizer(weight), bias, **self.attributes, **dynamic)
-        return self._quantize(y)
+        weight = self.weight_quantizer(weight)
+        bias = self._shipped(bias)
+        return self._quantize(self.entry.function(x, weight, bias, **self.attributes, **dynamic))
 
 
 class QuantParametric(_Quantized):
@@ -131,26 +197,28 @@ class QuantWeighted(_Quantized):
     """Mixin for modules with a weight to quantize; put it before the float class."""
 
     weight: Tensor
+    bias: Tensor | None
     weight_quantizer: WeightQuantize
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._quantize(self._weighted(x, self.weight_quantizer(self.weight), *args, **kwargs))
+        weight = self.weight_quantizer(self.weight)
+        return self._quantize(self._weighted(x, weight, self._shipped(self.bias), *args, **kwargs))
 
-    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
 class _Conv(QuantWeighted):
-    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class _ConvTranspose(QuantWeighted):
-    def _weighted(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         dims = len(self.kernel_size)
         padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        return function(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
+        return function(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
 class QuantConv1d(_Conv, nn.Conv1d):
@@ -180,21 +248,75 @@ class QuantConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 class QuantLinear(QuantWeighted, nn.Linear):
     """``nn.Linear`` with a fake-quantized weight and output."""
 
-    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
-class _BatchNorm(QuantParametric):
+class _BatchNorm(Switched, QuantParametric, nn.modules.batchnorm._BatchNorm):
     """Batch normalization whose statistics can be held still while the rest trains (*frozen* mode)."""
 
-    statistics_frozen = False
+    statistics_frozen = Switch("holds_statistics", initial=False)
+
+    def reset_running_stats(self) -> None:
+        """As torch's; refused where the statistics are frozen, since nothing would take them anew."""
+        if self.statistics_frozen:
+            raise LevelError(
+                "the statistics of this batch norm are frozen: set back to mean 0 and variance 1, they would stay so.\n"
+                "  what to do: fxquant.reestimate_batchnorm(model, loader) takes frozen statistics anew; or "
+                "fxquant.freeze_batchnorm(model, False) first."
+            )
+        super().reset_running_stats()
 
     def forward(self, x: Tensor) -> Any:
-        if not (self.statistics_frozen and self.training):
+        if self.running_mean is None or (self.training and not self.statistics_frozen):
             return super().forward(x)
         self._check_input_dim(x)
-        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return self._quantize(y)
+        bias = self._folded_bias()
+        return self._quantize(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias, False, 0.0, self.eps)
+        )
+
+    def _folded_bias(self) -> Tensor | None:
+        """β, moved by what rounding takes off the bias that this norm gives the weighted op before it.
+
+        Folded, that op has the weight scale |k|·s_w and the bias k·b + β - k·μ, k = γ / sqrt(σ² + ε): see ``passes.freeze``.
+        """
+        source, weighted = self.__dict__.get("_bias_of") or (None, None)
+        if source is None or weighted is None or not source.active:
+            return self.bias
+        assert self.running_mean is not None and self.running_var is not None
+        with torch.no_grad():
+            gain = torch.rsqrt(self.running_var.double() + float(self.eps))
+            gain = gain if self.weight is None else gain * self.weight.double()
+            offset = -self.running_mean.double() * gain
+            offset = offset if self.bias is None else offset + self.bias.double()
+            offset = offset if weighted.bias is None else offset + gain * weighted.bias.double()
+            scale = weighted.weight_quantizer.scale.double() * gain.abs()
+            moved = (rounded_bias(offset, source.scale, scale) - offset).to(self.running_mean.dtype)
+        return moved if self.bias is None else self.bias + moved
+
+    def replaced_by(self, new: Any, name: str) -> nn.Module:
+        """A converted batch norm (to ``SyncBatchNorm``, to a frozen one) takes over the quantizer of this one."""
+        cls = quant_class_of(new)
+        if cls is not None and issubclass(cls, _BatchNorm):
+            made: Any = clone_module(new, cls)
+            made._modules.pop("output_quantizer", None)
+            made.entry = self.entry
+        elif type(new).__name__ == "FrozenBatchNorm2d":
+            made = clone_module(self, eps=new.eps)
+            for key in ("weight", "bias"):
+                made._parameters[key] = nn.Parameter(getattr(new, key).detach().clone(), requires_grad=False)
+            for key in ("running_mean", "running_var"):
+                made._buffers[key] = getattr(new, key).detach().clone()
+            made._buffers.pop("holds_statistics", None)
+        else:
+            return super().replaced_by(new, name)
+        made.attach(self.output_quantizer, applies=self.applies, inplace=self.inplace, observes=self.observes)
+        made.__dict__["_bias_of"] = self.__dict__.get("_bias_of")
+        made.add_switches()
+        made.statistics_frozen = self.statistics_frozen or type(new).__name__ == "FrozenBatchNorm2d"
+        replacement: nn.Module = made
+        return replacement
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", statistics frozen" if self.statistics_frozen else "")

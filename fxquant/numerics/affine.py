@@ -37,7 +37,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int,
 
     Args:
         x: real numbers, any shape.
-        scale: one positive number, or ``(C,)`` for one a channel along ``axis``.
+        scale: one positive number, or ``(C,)`` for one per channel along ``axis``.
         zero_point: integers of the same shape as ``scale``.
         qmin, qmax: bounds of the grid.
         axis: the channel axis of ``x`` where scales are per channel.

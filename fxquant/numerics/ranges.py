@@ -2,8 +2,10 @@
 
     minmax           low = min x,  high = max x
     moving_average   high ← max(m, (1 - c) · high + c · m),  m = max(sample), sample by sample; low likewise
-    percentile       the smallest range that leaves out at most a fraction 1 - p of the values at either end
-    mse              argmin over ranges of  Σ_bins count · E|x - x̂|^p,  x uniform within its bin
+    percentile:P     the smallest range that leaves out at most 100 - P percent of the values at either end (99.99)
+    lp:p             argmin over ranges of  Σ_bins count · E|x - x̂|^p,  x uniform within its bin; mse is p = 2.4
+    kl               the range after which the rounded histogram diverges least from the whole one, see ``kl``
+    auto             the one of these with which the layers that read the tensor lose least, see ``choose_ranges``
 
 The range does not depend on how the samples are cut into batches. ``minmax`` and the histograms are exact folds. The
 moving average runs over samples (dimension 0), not over batches. It grows at once, so that what passes is not clipped,
@@ -12,9 +14,6 @@ hence n of them at once are the largest of n + 1 plain averages, each started at
 
     high ← max( a_0, …, a_n ),   a_k = (1 - c)^(n-k) · m_k + Σ_{i>k} c (1 - c)^(n-i) · m_i,   m_0 = high.
 
-The histogram's bins are ``[i, i + 1) · 2^k``. As the width is a power of two and the grid is aligned at zero, a range
-that grows merges neighbouring bins exactly, so that the counts depend on the data alone and not on their order.
-
 An estimator is stateless; its state is a dictionary of tensors of fixed shapes, which ``update`` changes in place.
 Source: Krishnamoorthi, 1806.08342, §3.1 (moving average); Nagel et al., 2106.08295, §3.1 (mse); the norm p = 2.4 is
 that of Wei et al., 2203.05740.
@@ -22,7 +21,6 @@ that of Wei et al., 2203.05740.
 
 from __future__ import annotations
 
-from math import inf
 from typing import Protocol
 
 import torch
@@ -30,18 +28,12 @@ from torch import Tensor
 
 from fxquant.errors import SchemeError
 from fxquant.numerics.affine import scale_and_zero_point
-from fxquant.numerics.memory import flat_view, pieces
+from fxquant.numerics.estimator_names import estimator_and_parameter
+from fxquant.numerics.histogram import Histogram, MinMax, channel_extrema, clamped, occupied, sample_extrema
+from fxquant.numerics.kl import KullbackLeibler
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["ESTIMATOR", "MeanSquareError", "MinMax", "MovingAverage", "Percentile", "RangeEstimator"]
-
-_BINS = 4096
-"""Bins of a tensor, half of them for each sign: a one-sided range spans 1024 to 2048 of them."""
-
-_CHANNEL_BINS = 256
-"""Bins of a channel of a weight."""
-
-_LEAST_EXPONENT = -126
+__all__ = ["ESTIMATOR", "Auto", "MeanSquareError", "MinMax", "MovingAverage", "Percentile", "RangeEstimator"]
 
 
 class RangeEstimator(Protocol):
@@ -76,33 +68,6 @@ class RangeEstimator(Protocol):
         ...
 
 
-class MinMax:
-    """The smallest and the largest value seen."""
-
-    def initial_state(self, channels: int | None, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        shape = () if channels is None else (channels,)
-        return {"low": torch.full(shape, inf, device=device), "high": torch.full(shape, -inf, device=device)}
-
-    @torch.no_grad()
-    def update(
-        self,
-        state: dict[str, Tensor],
-        x: Tensor,
-        *,
-        axis: int | None,
-        lower: float | None = None,
-        upper: float | None = None,
-    ) -> None:
-        if x.numel() == 0:
-            return
-        low, high = _clamped(_extrema(x) if axis is None else _channel_extrema(x, axis), lower, upper)
-        state["low"].copy_(torch.minimum(state["low"], low))
-        state["high"].copy_(torch.maximum(state["high"], high))
-
-    def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
-        return state["low"], state["high"]
-
-
 class MovingAverage(MinMax):
     """The extrema of single samples, followed at once when the range grows and by a moving average when it shrinks.
 
@@ -131,9 +96,9 @@ class MovingAverage(MinMax):
         if x.numel() == 0:
             return
         if axis is None:
-            lows, highs = _clamped(_sample_extrema(x), lower, upper)
+            lows, highs = clamped(sample_extrema(x), lower, upper)
         else:
-            low, high = _clamped(_channel_extrema(x, axis), lower, upper)
+            low, high = clamped(channel_extrema(x, axis), lower, upper)
             lows, highs = low[None], high[None]
         unseen = state["low"] > state["high"]
         for name, values, sign in (("low", lows, -1.0), ("high", highs, 1.0)):
@@ -151,57 +116,7 @@ class MovingAverage(MinMax):
         return (kept * m + later).amax(0).float()
 
 
-class _Histogram(MinMax):
-    """A streaming histogram.
-
-    One range: ``counts`` int64 ``(4096,)`` of the bins ``[i, i + 1) · 2^exponent``, ``-2048 ≤ i < 2048``.
-    Channels: ``counts`` int32 ``(C, 256)``, 128 bins of equal width for each sign up to the channel's largest
-    magnitude. As weights are seen whole, an update with an axis replaces what was there.
-    """
-
-    def initial_state(self, channels: int | None, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        state = super().initial_state(channels, device=device)
-        if channels is None:
-            state["counts"] = torch.zeros(_BINS, dtype=torch.int64, device=device)
-            state["exponent"] = torch.full((), _LEAST_EXPONENT, dtype=torch.int64, device=device)
-        else:
-            state["counts"] = torch.zeros(channels, _CHANNEL_BINS, dtype=torch.int32, device=device)
-        return state
-
-    @torch.no_grad()
-    def update(
-        self,
-        state: dict[str, Tensor],
-        x: Tensor,
-        *,
-        axis: int | None,
-        lower: float | None = None,
-        upper: float | None = None,
-    ) -> None:
-        if x.numel() == 0:
-            return
-        if axis is not None:
-            _count_channels(state, x, axis, lower, upper)
-            return
-        super().update(state, x, axis=None, lower=lower, upper=upper)
-        exponent = _exponent(state["low"], state["high"], state["exponent"])
-        state["counts"].copy_(_merge(state["counts"], exponent - state["exponent"]))
-        state["exponent"].copy_(exponent)
-        _count(state["counts"], exponent, x, lower, upper)
-
-    def _edges(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The bins' edges ``(bins + 1,)`` in units of their width, and the width, float64 of ``low``'s shape."""
-        counts = state["counts"]
-        half = counts.shape[-1] // 2
-        edges = torch.arange(-half, half + 1, dtype=torch.float64, device=counts.device)
-        if "exponent" in state:
-            width = torch.ldexp(torch.ones((), dtype=torch.float64, device=counts.device), state["exponent"])
-        else:
-            width = _channel_width(state["low"], state["high"]).double()
-        return edges, width
-
-
-class Percentile(_Histogram):
+class Percentile(Histogram):
     """Leaves out at most ``100 - percentile`` percent of the values at either end, to the width of a bin.
 
     Args:
@@ -215,7 +130,7 @@ class Percentile(_Histogram):
 
     @torch.no_grad()
     def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
-        edges, width = self._edges(state)
+        edges, width = self.edges_of(state)
         below = state["counts"].long().cumsum(-1)
         total = below[..., -1:]
         fraction = (100.0 - self.percentile) / 100.0
@@ -226,7 +141,7 @@ class Percentile(_Histogram):
         return torch.maximum(low, state["low"]), torch.minimum(high, state["high"])
 
 
-class MeanSquareError(_Histogram):
+class MeanSquareError(Histogram):
     """The range whose grid gives the least error ``Σ |x - x̂|^norm``, clipping included; never more than minmax's.
 
     Candidates are the observed extrema times factors between 1 and 0.01 in geometric steps: first both ends together,
@@ -248,8 +163,8 @@ class MeanSquareError(_Histogram):
         factors = torch.logspace(0.0, -2.0, self.steps, device=low.device)
         if low.ndim:
             return self._best_of_channels(state, low, high, factors, scheme)
-        edges, width = self._edges(state)
-        counts, edges = _occupied(state["counts"], edges * width)
+        edges, width = self.edges_of(state)
+        counts, edges = occupied(state["counts"], edges * width)
         lows, highs = low * factors, high * factors
         best = self._best(counts, edges, lows, highs, scheme)
         if not scheme.symmetric and bool((low < 0) & (high > 0)):
@@ -269,7 +184,7 @@ class MeanSquareError(_Histogram):
         self, state: dict[str, Tensor], low: Tensor, high: Tensor, factors: Tensor, scheme: Scheme
     ) -> tuple[Tensor, Tensor]:
         """The same for each channel. In units of the largest magnitude all channels share their candidates."""
-        edges, _ = self._edges(state)
+        edges, _ = self.edges_of(state)
         errors = state["counts"].double() @ self._errors(edges / edges[-1], -factors, factors, scheme).T
         limit = factors[errors.argmin(-1)] * torch.maximum(-low, high)
         return torch.maximum(low, -limit), torch.minimum(high, limit)
@@ -288,103 +203,50 @@ class MeanSquareError(_Histogram):
         return integral.diff(dim=1) / u.diff(dim=1) * s.pow(self.norm)
 
 
-def _extrema(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and greatest element, float32 ``()``; NaN if there is one."""
-    flat = flat_view(x)
-    low, high = (x.amin(), x.amax()) if flat is None else torch.aminmax(flat)
-    return low.float(), high.float()
+class Auto(Histogram):
+    """One of several estimators that read the same histogram, by its number in the state's ``choice``: int64, as ``low``.
+
+    Which one is chosen by ``fxquant.choose_ranges`` while calibrating; until then, and in training, it is ``mse``.
+    """
+
+    def initial_state(self, channels: int | None, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        state = super().initial_state(channels, device=device)
+        state["choice"] = torch.ones_like(state["low"], dtype=torch.int64)
+        return state
+
+    def candidates(self, state: dict[str, Tensor]) -> tuple[str, ...]:
+        """The names that there are to choose from, the first two being ``minmax`` and ``mse``."""
+        return _OF_CHANNELS if state["low"].ndim else _OF_TENSORS
+
+    @torch.no_grad()
+    def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
+        if not state["low"].ndim:
+            return ESTIMATOR[self.candidates(state)[int(state["choice"])]].range(state, scheme)
+        found = [ESTIMATOR[name].range(state, scheme) for name in self.candidates(state)]
+        low, high = (torch.stack(bounds).gather(0, state["choice"][None])[0] for bounds in zip(*found, strict=True))
+        return low, high
 
 
-def _sample_extrema(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of every slice along dimension 0, float32 ``(n,)``; a scalar is one sample."""
-    if x.ndim < 2:
-        values = x.reshape(-1).float()
-        return values, values
-    rest = tuple(range(1, x.ndim))
-    return x.amin(rest).float(), x.amax(rest).float()
+_OF_TENSORS = ("minmax", "mse", "lp:2", "lp:4", "percentile:99.99", "percentile:99.9", "kl")
+_OF_CHANNELS = ("minmax", "mse", "lp:2", "lp:4")
 
 
-def _channel_extrema(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Those of every slice along ``axis``, float32 ``(C,)``."""
-    rest = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
-    if not rest:
-        return x.float(), x.float()
-    return x.amin(rest).float(), x.amax(rest).float()
+class _Estimators(dict[str, RangeEstimator]):
+    """Those without a parameter, and every other one once it was asked for."""
+
+    def __missing__(self, name: str) -> RangeEstimator:
+        kind, parameter = estimator_and_parameter(name)
+        assert parameter is not None
+        self[name] = Percentile(percentile=parameter) if kind == "percentile" else MeanSquareError(norm=parameter)
+        return self[name]
 
 
-def _clamped(bounds: tuple[Tensor, Tensor], lower: float | None, upper: float | None) -> tuple[Tensor, Tensor]:
-    """The extrema of the clamped tensor, which are the clamped extrema."""
-    if lower is None and upper is None:
-        return bounds
-    return bounds[0].clamp(lower, upper), bounds[1].clamp(lower, upper)
-
-
-def _exponent(low: Tensor, high: Tensor, exponent: Tensor) -> Tensor:
-    """The least exponent, not below ``exponent``, whose bins reach over ``[low, high]``."""
-    magnitude = torch.maximum(-low, high)
-    _, power = torch.frexp(magnitude)
-    needed = power.long() - (_BINS // 2).bit_length() + 1
-    return torch.where(torch.isfinite(magnitude) & (magnitude > 0), torch.maximum(needed, exponent), exponent)
-
-
-def _merge(counts: Tensor, doublings: Tensor) -> Tensor:
-    """The counts of bins that are ``2^doublings`` times as wide."""
-    half = counts.numel() // 2
-    target = (torch.arange(-half, half, device=counts.device) >> doublings.clamp(max=62)) + half
-    return torch.zeros_like(counts).index_add_(0, target, counts)
-
-
-def _occupied(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """The counts, float64, and edges of the bins from the first to the last that is not empty."""
-    filled = counts.nonzero()
-    if filled.numel() == 0:
-        return counts.double(), edges
-    first, last = int(filled[0]), int(filled[-1])
-    return counts[first : last + 1].double(), edges[first : last + 2]
-
-
-def _count(counts: Tensor, exponent: Tensor, x: Tensor, lower: float | None, upper: float | None) -> None:
-    """Add the elements of ``x`` to the bins of width ``2^exponent``. A product with a power of two is exact."""
-    half = counts.numel() // 2
-    factor = torch.ldexp(torch.ones((), device=x.device), -exponent)
-    flat = flat_view(x)
-    for (piece,) in pieces(x.reshape(-1) if flat is None else flat):
-        clamped = piece if lower is None and upper is None else piece.clamp(lower, upper)
-        index = torch.floor_(clamped.float() * factor).clamp_(-half, half - 1)
-        if x.device.type == "cpu" and index.numel() < 2**24:
-            counts += torch.histc(index, counts.numel(), -half, half).long()
-        else:
-            index = index.nan_to_num_(0.0).long() + half
-            counts.index_add_(0, index, torch.ones((), dtype=counts.dtype, device=x.device).expand_as(index))
-
-
-def _count_channels(state: dict[str, Tensor], x: Tensor, axis: int, lower: float | None, upper: float | None) -> None:
-    """Replace ``state`` by the extrema and counts of ``x``, channel by channel."""
-    low, high = _clamped(_channel_extrema(x, axis), lower, upper)
-    state["low"].copy_(low)
-    state["high"].copy_(high)
-    counts = state["counts"]
-    half = counts.shape[1] // 2
-    rows = x.movedim(axis, 0).reshape(counts.shape[0], -1).float()
-    if lower is not None or upper is not None:
-        rows = rows.clamp(lower, upper)
-    index = (
-        torch.floor(rows / _channel_width(low, high)[:, None]).clamp_(-half, half - 1).nan_to_num_(0.0).long() + half
-    )
-    ones = torch.ones((), dtype=counts.dtype, device=x.device).expand_as(index)
-    counts.zero_().scatter_add_(1, index, ones)
-
-
-def _channel_width(low: Tensor, high: Tensor) -> Tensor:
-    """The width of a channel's bins."""
-    width = torch.maximum(-low, high).div(_CHANNEL_BINS // 2)
-    return torch.where(width > 0, width, torch.ones_like(width))
-
-
-ESTIMATOR: dict[str, RangeEstimator] = {
-    "minmax": MinMax(),
-    "moving_average": MovingAverage(),
-    "percentile": Percentile(),
-    "mse": MeanSquareError(),
-}
+ESTIMATOR: dict[str, RangeEstimator] = _Estimators(
+    minmax=MinMax(),
+    moving_average=MovingAverage(),
+    percentile=Percentile(),
+    mse=MeanSquareError(),
+    kl=KullbackLeibler(),
+    auto=Auto(),
+)
 """The estimators by the names that a scheme gives them."""

@@ -16,6 +16,7 @@ from fxquant.nn.integer import IntegerEvaluate, Site
 from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
+from fxquant.ops.exchange_forms import attention_by_heads
 
 __all__ = ["add", "div", "sub"]
 
@@ -72,6 +73,7 @@ OpEntry(
     inplace_methods=("add_", "__iadd__"),
     integer=integer_add,
     fresh=True,
+    additive=True,
     check=_operands_reason,
     onnx="Add",
     example=example(lambda x, y: torch.add(x, y, alpha=-0.7), (2, 3, 8, 8), (2, 3, 1, 8)),
@@ -87,6 +89,7 @@ OpEntry(
     inplace_methods=("sub_", "__isub__"),
     integer=integer_sub,
     fresh=True,
+    additive=True,
     check=_operands_reason,
     onnx="Sub",
     example=example(lambda x, y: 0.4 - torch.sub(x, y, alpha=1.7), (2, 3, 8, 8), (2, 3, 8, 8)),
@@ -117,6 +120,7 @@ OpEntry(
     inplace_methods=("div_", "__itruediv__"),
     integer=integer_div,
     fresh=True,
+    sensitive={"other": "it divides by what could round to zero"},
     check=_operands_reason,
     onnx="Div",
     example=example(lambda x, y: (x / (y.abs() + 3.0)) / 0.7, (2, 3, 8, 8), (2, 3, 8, 8)),
@@ -161,6 +165,7 @@ OpEntry(
     behaviour=Rescaling(inputs=("query", "key", "value")),
     integer=IntegerEvaluate,
     native="attention",
+    exchange=attention_by_heads,
     check=_attention_reason,
     macs=lambda call: (
         math.prod(call.shape("query")) * call.shape("key")[-2] + math.prod(call.shape()) * call.shape("key")[-2]

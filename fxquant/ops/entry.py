@@ -7,7 +7,7 @@ on the behaviour, ``to_integer`` builds the integer form, the docs and the gener
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.capture.kept import keep, seen_when_called
 from fxquant.nn.integer import Site
-from fxquant.ops.behaviour import Behaviour
+from fxquant.ops.behaviour import Behaviour, FloatOnly
 from fxquant.ops.example import Example
 
 __all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "UnbindableError", "scalar"]
@@ -24,6 +25,9 @@ __all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "UnbindableError", "scalar
 
 ENTRIES: dict[str, OpEntry] = {}
 """Every entry by name, in the order of definition; filled by importing the families (see ``ops.table``)."""
+
+_OWNERS: dict[Any, OpEntry] = {}
+"""The first entry of each spelling."""
 
 
 class UnbindableError(Exception):
@@ -51,11 +55,12 @@ class OpEntry:
         signature: its arguments in order, as ``"input*, dim=None"``: ``*`` marks a tensor operand, ``...name`` takes all
             further positional arguments.
         behaviour: what passes know of it.
-        functions, methods: other spellings.
+        functions, methods: other spellings. A Python function stays one node however the model reaches it.
         inplace_functions, inplace_methods: spellings that overwrite their first operand.
-        modules: module classes; a module with parameters stays a module, others become calls of ``function``.
+        modules: module classes, subclasses aside; a module with parameters stays a module, where it has a fake-quant class,
+            others become calls of ``function``.
         named_functions: spellings in packages that need not be installed, as ``"package.module.function"``.
-        parametric: the module has state (parameters, statistics, a mode) and stays a module.
+        parametric: the module has state (parameters, statistics, a mode), named in the signature as tensors.
         drops: it drops values while training and does nothing in eval mode.
         read: reads the attributes off a module whose own attributes are named otherwise.
         integer: builds the integer form from a ``Site``; None where the op has none.
@@ -64,6 +69,11 @@ class OpEntry:
         quantized: ``function`` moves values of torch's quantized tensors as well.
         quantized_as: torch's operator for it on quantized tensors, ``(input, output_scale, output_zero_point)``, where that
             is faster than ``function`` between a dequantization and a quantization.
+        sensitive: operands in which a rounding error of one step can make an error of any size in the result (a phase, an
+            exponent, a denominator), each with why, as ``{"other": "it divides by it"}``; not rounded where they are no
+            plain numbers.
+        masked: operands in which people write masks: a value far below the others there only vanishes.
+        additive: the result is a sum of the operands, so that one of another magnitude leaves the others no integers.
         native: what the native kernels do for its integer form, where that does not say it (``kernels.native``).
         returns: ``tensor`` or ``tuple``.
         order: the positional arguments of the spellings in ``functions``, where they come in another order.
@@ -74,6 +84,9 @@ class OpEntry:
         exchange: computes the op where it is written for other runtimes; ``function`` where None.
         example: makes a small model with the op and non-default attributes; mandatory.
         aliases: further names of arguments, as ``{"axis": "dim"}``.
+
+    Raises:
+        ValueError: the name or a spelling belongs to another entry, or a function is of a kind that no tracer sees called.
     """
 
     name: str
@@ -95,6 +108,9 @@ class OpEntry:
     views: bool = False
     quantized: bool = False
     quantized_as: str = ""
+    sensitive: Mapping[str, str] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
+    additive: bool = False
     native: str = ""
     returns: str = "tensor"
     order: tuple[str, ...] = ()
@@ -108,7 +124,30 @@ class OpEntry:
     def __post_init__(self) -> None:
         if self.name in ENTRIES:
             raise ValueError(f"the op {self.name!r} is entered twice; an op has one entry")
+        functions = (self.function, *self.functions, *self.inplace_functions)
+        for function in functions:
+            if not seen_when_called(function):
+                raise ValueError(
+                    f"{function!r} of op {self.name!r} is no function that a tracer sees called: it is of class "
+                    f"{type(function).__name__}.\n  what to do: enter a plain Python function that calls it, and call that."
+                )
+        self._claim(functions)
+        keep(functions, self.modules, self.named_functions)
         ENTRIES[self.name] = self
+
+    def _claim(self, functions: tuple[Callable[..., Any], ...]) -> None:
+        """Take the spellings, of which each belongs to one entry, or to several that say which calls they accept."""
+        if isinstance(self.behaviour, FloatOnly):
+            return
+        spellings = {*functions, *self.methods, *self.inplace_methods, *self.modules, *self.named_functions}
+        for spelling in spellings:
+            owner = _OWNERS.get(spelling)
+            if owner is not None and owner.accepts is None:
+                raise ValueError(
+                    f"{getattr(spelling, '__qualname__', spelling)} is a spelling of the op {owner.name!r} already, so that "
+                    f"{self.name!r} would never be asked.\n  what to do: enter a function or class of your own."
+                )
+        _OWNERS.update({spelling: self for spelling in spellings if spelling not in _OWNERS})
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -1,8 +1,9 @@
 """Ops spelled for the ONNX exporter of torch, where it lacks the op or drops an argument of it.
 
 ``avg_pool2d`` and ``avg_pool3d`` lose ``divisor_override`` there without a word; adaptive pools are refused unless they
-give one number a channel; ``linear`` on more than two axes becomes a MatMul, for which runtimes have no integer kernel
-with a bias.
+give one number per channel; ``linear`` on more than two axes becomes a MatMul, for which runtimes have no integer kernel
+with a bias; attention is refused unless it has a batch and heads; ``squeeze`` of an axis of more than one element, which
+torch lets be, becomes a file that no runtime takes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fxquant.errors import ExportError
 
-__all__ = ["adaptive_by_parts", "averages_over", "linear_by_rows"]
+__all__ = ["adaptive_by_parts", "attention_by_heads", "averages_over", "linear_by_rows", "squeeze_of_ones"]
 
 
 def linear_by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,6 +28,27 @@ def linear_by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if input.ndim == 1:
         return F.linear(input.unsqueeze(0), weight, bias).squeeze(0)
     return F.linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+
+
+def attention_by_heads(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` with one axis for the batch and one for the heads, whatever the number of axes."""
+    if query.ndim == 4:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **rest)
+
+    def in_four(x: Tensor) -> Tensor:
+        return x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x.flatten(0, x.ndim - 4)
+
+    mask = attn_mask if attn_mask is None or attn_mask.ndim <= 2 else in_four(attn_mask)
+    result = F.scaled_dot_product_attention(in_four(query), in_four(key), in_four(value), mask, **rest)
+    return result.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def squeeze_of_ones(input: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """``torch.squeeze`` of those of the axes ``dim`` that have one element."""
+    ones = tuple(d for d in ((dim,) if isinstance(dim, int) else dim) if input.ndim and input.shape[d] == 1)
+    return torch.squeeze(input, ones) if ones else input
 
 
 def averages_over(function: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
@@ -55,7 +77,7 @@ def adaptive_by_parts(reduce: Callable[..., Tensor], dims: int) -> Callable[...,
     """An adaptive pool of ``dims`` dimensions as ``reduce`` over slices, one axis after the other.
 
     Part ``i`` of ``n`` of an axis of size ``L`` is ``[floor(i·L/n), ceil((i+1)·L/n))``, as torch has it. Sizes become
-    constants, except where the result is one number an axis.
+    constants, except where the result is one number per axis.
     """
 
     def pool(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from fxquant.nn.integer import IntegerEvaluate, IntegerPass, Site
 from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
+from fxquant.ops.exchange_forms import squeeze_of_ones
 from fxquant.ops.reduction import carried_pass
 
 __all__ = [
@@ -208,6 +209,7 @@ _passing(
     lambda x: x.squeeze(2),
     (2, 3, 1, 4),
     onnx="Squeeze",
+    exchange=squeeze_of_ones,
     methods=("squeeze",),
     accepts=lambda call: "dim" in call.arguments,
     quantized=True,

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.nn.integer import IntegerEvaluate, IntegerTable
 from fxquant.ops.behaviour import Behaviour, Bounded, Clamping, Rescaling
-from fxquant.ops.entry import Call, OpEntry
+from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
 
 
@@ -83,6 +83,9 @@ OpEntry(
 )
 
 
+_STEEP = "its slope has no bound near zero"
+
+
 def _unary(
     name: str,
     function: Callable[..., Any],
@@ -96,6 +99,7 @@ def _unary(
     inplace_functions: tuple[Callable[..., Any], ...] = (),
     inplace_methods: tuple[str, ...] = (),
     quantized_as: str = "",
+    sensitive: str = "",
     sample: nn.Module | Callable[..., Any],
 ) -> None:
     """One row: a function of one number whose result has a range of its own, or a known one."""
@@ -111,6 +115,7 @@ def _unary(
         modules=modules,
         integer=IntegerTable,
         quantized_as=quantized_as,
+        sensitive={"input": sensitive} if sensitive else {},
         onnx=onnx,
         example=example(sample, (2, 3, 9, 7)),
     )
@@ -166,8 +171,109 @@ _unary(
     inplace_methods=("neg_",),
     sample=lambda x: -(x * 0.7),
 )
-_unary("exp", torch.exp, onnx="Exp", methods=("exp",), inplace_methods=("exp_",), sample=lambda x: torch.exp(x * 0.3))
-_unary("sqrt", torch.sqrt, onnx="Sqrt", methods=("sqrt",), sample=lambda x: torch.sqrt(x.abs()))
+_unary(
+    "exp",
+    torch.exp,
+    onnx="Exp",
+    methods=("exp",),
+    inplace_methods=("exp_",),
+    sensitive="an error of its exponent is a factor of its result",
+    sample=lambda x: torch.exp(x * 0.3),
+)
+_unary(
+    "sqrt",
+    torch.sqrt,
+    onnx="Sqrt",
+    methods=("sqrt",),
+    sensitive=_STEEP,
+    sample=lambda x: torch.sqrt(x.abs()),
+)
+_unary("square", torch.square, onnx="Mul", methods=("square",), inplace_methods=("square_",), sample=torch.square)
+_unary(
+    "sin",
+    torch.sin,
+    onnx="Sin",
+    methods=("sin",),
+    inplace_methods=("sin_",),
+    sensitive="its phase counts to a fraction of a turn",
+    sample=lambda x: torch.sin(x * 1.3),
+)
+_unary(
+    "cos",
+    torch.cos,
+    onnx="Cos",
+    methods=("cos",),
+    inplace_methods=("cos_",),
+    sensitive="its phase counts to a fraction of a turn",
+    sample=lambda x: torch.cos(x * 1.3),
+)
+_unary(
+    "log",
+    torch.log,
+    onnx="Log",
+    methods=("log",),
+    inplace_methods=("log_",),
+    sensitive=_STEEP,
+    sample=lambda x: torch.log(x.abs() + 0.5),
+)
+_unary(
+    "rsqrt",
+    torch.rsqrt,
+    onnx="Reciprocal",
+    methods=("rsqrt",),
+    inplace_methods=("rsqrt_",),
+    sensitive=_STEEP,
+    sample=lambda x: torch.rsqrt(x.abs() + 0.5),
+)
+_unary(
+    "reciprocal",
+    torch.reciprocal,
+    onnx="Reciprocal",
+    methods=("reciprocal",),
+    inplace_methods=("reciprocal_",),
+    sensitive=_STEEP,
+    sample=lambda x: torch.reciprocal(x.abs() + 0.5),
+)
+
+
+def _exponent_reason(call: Call) -> str | None:
+    if not scalar(call["exponent"]):
+        return "its exponent is a tensor"
+    return None if isinstance(call["input"], fx.Node) else "its base is a number"
+
+
+def _flattens(call: Call) -> bool:
+    """Whether small errors of the base stay small: not so for roots and what divides."""
+    return not scalar(call["exponent"]) or call["exponent"] >= 1
+
+
+OpEntry(
+    name="pow",
+    function=torch.pow,
+    signature="input*, exponent",
+    behaviour=Rescaling(),
+    functions=(operator.pow,),
+    methods=("pow", "__pow__"),
+    integer=IntegerTable,
+    accepts=_flattens,
+    check=_exponent_reason,
+    onnx="Pow",
+    example=example(lambda x: torch.pow(x * 0.7, 3), (2, 3, 9, 7)),
+)
+OpEntry(
+    name="root_pow",
+    function=torch.pow,
+    signature="input*, exponent",
+    behaviour=Rescaling(),
+    functions=(operator.pow,),
+    methods=("pow", "__pow__"),
+    integer=IntegerTable,
+    accepts=lambda call: not _flattens(call),
+    check=_exponent_reason,
+    sensitive={"input": _STEEP},
+    onnx="Pow",
+    example=example(lambda x: torch.pow(x.abs() + 0.5, -0.7), (2, 3, 9, 7)),
+)
 _unary(
     "sigmoid",
     torch.sigmoid,
@@ -230,6 +336,7 @@ OpEntry(
     read=lambda module: {"dim": getattr(module, "dim", -3)},
     integer=IntegerEvaluate,
     native="softmax",
+    masked=("input",),
     check=_dtype_reason,
     onnx="Softmax",
     example=example(lambda x: F.softmax(x * 2.0, dim=1), (2, 7, 5)),
@@ -244,6 +351,7 @@ OpEntry(
     modules=(nn.LogSoftmax,),
     integer=IntegerEvaluate,
     native="log softmax",
+    masked=("input",),
     check=_dtype_reason,
     onnx="LogSoftmax",
     example=example(nn.LogSoftmax(dim=1), (2, 7, 5)),

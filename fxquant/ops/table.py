@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxquant.capture.patches import KEPT_WHOLE
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
 from fxquant.ops import (
     arithmetic,
@@ -32,8 +31,6 @@ FAMILIES = (weighted, normalization, pointwise, arithmetic, reduction, layout, d
 
 TABLE = ENTRIES
 """Every entry by name."""
-
-KEPT_WHOLE.update(name for entry in TABLE.values() for name in entry.named_functions)
 
 
 @cache

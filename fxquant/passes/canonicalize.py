@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from fxquant.errors import CaptureError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
+from fxquant.nn.modules import quant_class_of
 from fxquant.ops.behaviour import Measuring, Passing, Weighted
 from fxquant.ops.calls import FLOAT, recognize
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement, reads_numbers
 from fxquant.ops.table import is_inplace
+from fxquant.passes.choose_regions import quantized_operands
 
 __all__ = ["canonicalize", "written"]
 
@@ -108,6 +111,8 @@ class _Canonicalizer:
             self._keep_float(node, "it writes into a buffer")
             return
         found = recognize(node, module)
+        if isinstance(found, Call) and found.module is None and isinstance(found.entry.behaviour, Weighted):
+            found = self._with_settled_weight(node, found)
         if isinstance(found, Call) and isinstance(found.entry.behaviour, Measuring):
             found = f"it reads the attribute {node.args[1]!r}"  # a tensor, as x.real or x.T
         if isinstance(found, Call):
@@ -119,6 +124,19 @@ class _Canonicalizer:
         self._keep_float(node, found)
         if node.meta.get("writes"):
             self._write_a_copy(node)
+
+    def _with_settled_weight(self, node: fx.Node, call: Call) -> Call:
+        """For inference, a weight computed from parameters alone (a part of ``in_proj_weight``) is a parameter itself."""
+        weight = call.operand("weight")
+        settles = not self.edit.meta.get("settings", {}).get("qat", True)
+        if weight is None or weight.op == "get_attr" or not settles or not self.edit.is_constant(weight):
+            return call
+        path = self.edit.fresh_path(f"{node.name}_weight")
+        tensor = nn.Parameter(self.edit.constant(weight).detach().clone(), requires_grad=False)
+        made = self.edit.insert_attribute(
+            node, path, tensor, is_tensor=True, constant=True, shape=tuple(tensor.shape), dtype=tensor.dtype
+        )
+        return replace(call, arguments={**call.arguments, "weight": made})
 
     def _write_a_copy(self, node: fx.Node) -> None:
         """An operation in place that the table does not know writes into a copy, which later readers read."""
@@ -137,6 +155,14 @@ class _Canonicalizer:
             return "it computes a number"
         if node.meta["constant"] and not isinstance(call.entry.behaviour, Passing):
             return "it is computed from parameters alone"
+        if call.entry.integer is None and not call.entry.drops:
+            return f"the entry of {call.entry.name} has no integer form"
+        if call.module is not None and (names := _unnamed_state(call.entry, call.module)):
+            return (
+                f"its module holds {', '.join(names)}, which the entry of {call.entry.name} does not name as a tensor"
+            )
+        if (held := _whole_numbers(call)) is not None:
+            return held
         if isinstance(call.entry.behaviour, Weighted) and call.module is None:
             if any(n.op != "get_attr" for n in nodes_in(call.arguments.get("weight"))):
                 return "its weight is computed in forward"
@@ -164,8 +190,11 @@ class _Canonicalizer:
         self.edit.call_function(node, entry.function, args, kwargs)
 
     def _settle_module(self, node: fx.Node, call: Call, module: nn.Module) -> None:
-        """A module called once stays; each further call gets the same parameters under its own node."""
-        if self.calls[node.target] == 1:
+        """A module called once stays; each further call gets the same parameters under its own node.
+
+        A module that has no fake-quant class, as one of a user's own, becomes a call with its parameters too.
+        """
+        if self.calls[node.target] == 1 and quant_class_of(module) is not None:
             return
         path, entry = str(node.target), call.entry
         held = [name for name in entry.operand_names[1:] if isinstance(getattr(module, name, None), torch.Tensor)]
@@ -214,11 +243,34 @@ class _Canonicalizer:
                 )
 
 
+def _whole_numbers(call: Call) -> str | None:
+    """Why an operand that would be quantized is not: counts, lengths, positions and indices are not rounded.
+
+    A mask as a factor or a term is 0 and 1, which every grid of its own has; joined to other values it would take theirs.
+    """
+    behaviour = call.entry.behaviour
+    joins = isinstance(behaviour, Passing) and behaviour.joins
+    for node in quantized_operands(call):
+        dtype = node.meta.get("dtype")
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point and (joins or dtype is not torch.bool):
+            return f"it reads {str(dtype).removeprefix('torch.')} values ({node.name}), which are not rounded"
+    return None
+
+
 def written(method: str, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A copy of ``value`` into which ``method`` has written."""
     copied = value.clone()
     getattr(copied, method)(*args, **kwargs)
     return copied
+
+
+def _unnamed_state(entry: OpEntry, module: nn.Module) -> list[str]:
+    """The parameters and buffers that a call of the op would not be given; layers with a fake-quant class keep theirs."""
+    if quant_class_of(module) is not None:
+        return []
+    named = set(entry.operand_names) if entry.parametric else set()
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return [name for name, _ in tensors if name not in named]
 
 
 def _holds_several(node: fx.Node) -> bool:

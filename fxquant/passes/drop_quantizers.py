@@ -10,17 +10,27 @@ from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.modules import QuantInput, QuantOp, float_class_of
 from fxquant.ops.calls import call_of
+from fxquant.passes import (
+    apply_recipe,
+    choose_regions,
+    keep_accumulators,
+    leave_unrounded,
+    merge_clamps,
+    place_quantizers,
+    scale_groups,
+)
+from fxquant.passes.facts import Placed
 
 __all__ = ["drop_quantizers"]
 
-_PLACEMENT = (
-    *("setting", "quantized", "group", "chain", "continues", "leaves_as_float", "requantizes", "float_module"),
-    *("stays_wide", "wide_operand"),
+_PLACING = (
+    *(apply_recipe, leave_unrounded, choose_regions, merge_clamps, keep_accumulators, scale_groups),
+    place_quantizers,
 )
-"""What the passes between the canonical and the prepared graph write on a node."""
+"""The files of the passes between the canonical and the prepared graph; all that they write on nodes is ``Placed``."""
 
-_PASSES = ("merge_clamps", "keep_accumulators", "scale_groups")
-"""Those of them that write notes."""
+_PASSES = tuple(file.__name__.rpartition(".")[2] for file in _PLACING)
+"""Their names, as they sign notes."""
 
 
 def drop_quantizers(module: LeveledModule) -> LeveledModule:
@@ -59,10 +69,9 @@ def drop_quantizers(module: LeveledModule) -> LeveledModule:
         elif isinstance(part, QuantOp):
             call = call_of(node, part)
             edit.call_function(node, call.entry.function, *call.entry.arrange(call.arguments))
-        if "setting" in node.meta and node.meta["setting"] is None:
+        if "setting" in Placed(node) and Placed(node).setting is None:
             node.meta.pop("reason", None)  # the recipe's, which it will give again
-        for key in _PLACEMENT:
-            node.meta.pop(key, None)
+        Placed.reset(node)
         edit.unnote(node, _PASSES)
     return edit.done(level="canonical")
 
@@ -72,6 +81,6 @@ def _restore_module(edit: Edit, node: fx.Node, part: nn.Module) -> None:
     for name in ("output_quantizer", "weight_quantizer"):
         made._modules.pop(name, None)
         made.__dict__.pop(name, None)
-    for name in ("entry", "applies", "inplace"):
+    for name in ("entry", "applies", "inplace", "_bias_of"):
         made.__dict__.pop(name, None)
     edit.set_module(node, made)

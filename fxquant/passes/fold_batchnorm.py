@@ -5,7 +5,8 @@ In eval mode  BN(y) = k·y + c  per channel, with  k = γ / sqrt(σ² + ε)  and
     after a weighted op    k·(W∗x + b) + c  =  (k·W)∗x + (k·b + c)
     before one             W∗(k·x + c) + b  =  (W·k)∗x + (Σ W·c + b)        exact only where nothing is padded
 
-ε is the module's own. The arithmetic is done in float64 and rounded to the weight's dtype once.
+ε is the module's own. The arithmetic is done in float64 and rounded to the weight's dtype once. What the batch norm says of
+its output, mean β and deviation |γ|, stays with the weighted op as ``facts.Folded``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fxquant.graph.pattern import Skip, next_in_chain
 from fxquant.ops.behaviour import ChannelAffine, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
+from fxquant.passes.facts import Folded
 
 __all__ = ["fold_batchnorm", "per_output_channel"]
 
@@ -76,7 +78,15 @@ def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     weight, bias = _scaled_outputs(behaviour, conv, gain)
     _put(edit, producer, conv, weight, offset if bias is None else bias * gain + offset)
     edit.absorb(producer, bn, "folded")
+    Folded(producer).statistics = _statistics(edit.module(bn), gain)
     return producer
+
+
+def _statistics(bn: nn.Module | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean β and standard deviation |γ| of what the batch norm gave in training, per channel, float64 ``(C,)``."""
+    shift, slope = getattr(bn, "bias", None), getattr(bn, "weight", None)
+    mean = torch.zeros_like(gain) if shift is None else shift.detach().double()
+    return mean.clone(), torch.ones_like(gain) if slope is None else slope.detach().double().abs()
 
 
 def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:

@@ -19,19 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.errors import CalibrationError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
+from fxquant.nn.shipped_bias import fit_bias
 from fxquant.numerics.affine import broadcast, dequantize, quantize
 from fxquant.ops.behaviour import ChannelAffine, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
+from fxquant.passes.facts import Placed
 from fxquant.passes.fold_batchnorm import per_output_channel
 
 __all__ = ["freeze", "input_quantizer"]
-
-_LARGEST_BIAS = 2.0**30
 
 
 def freeze(module: LeveledModule) -> LeveledModule:
@@ -83,29 +84,39 @@ class _Freezer:
         for node in self.edit.nodes:
             if isinstance(part := self.edit.module(node), QuantWeighted):
                 self._settle(node, part)
+        for node in self.edit.nodes:
+            part = self.edit.module(node)
+            if isinstance(part, (QuantWeighted, QuantWeightedOp)):
+                part.ships_bias(None)
 
     def _freeze(self, quantizer: FakeQuantize) -> FakeQuantize:
         """One frozen twin for each quantizer, so that what was shared stays shared."""
         if id(quantizer) not in self.frozen:
-            own = {name: buffer.clone() for name, buffer in quantizer.named_buffers(recurse=False)}
-            twin: FakeQuantize = clone_module(quantizer, None, **own)
-            twin.observing, twin.tracking, twin.enabled = False, False, True
+            twin = _twin(quantizer)
+            twin.observing, twin.enabled = False, True
+            if twin.tracking:
+                twin.tracking = False
             self.frozen[id(quantizer)] = twin
         return self.frozen[id(quantizer)]
 
-    def _freeze_weight(self, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
+    def _freeze_weight(self, node: fx.Node, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
+        if not bool(torch.isfinite(weight).all()):
+            raise CalibrationError(
+                f"the weight of {node.target!s} holds NaN or infinity: no grid covers it.\n"
+                "  what to do: the training run has diverged; go back to a checkpoint from before."
+            )
         twin = self._freeze(quantizer)
         assert isinstance(twin, WeightQuantize)
-        if not twin.frozen:
+        if not twin.pinned:
             twin.refresh(weight)
-            twin.frozen = True
+            twin.pinned = True
         return twin
 
     def _settle(self, node: fx.Node, part: Any) -> None:
         """Final weight, scale and bias of a module; the batch norm behind it is folded."""
         behaviour = behaviour_of(node)
         assert isinstance(behaviour, Weighted)
-        quantizer = self._freeze_weight(part.weight_quantizer, part.weight)
+        quantizer = self._freeze_weight(node, part.weight_quantizer, part.weight)
         real = part.weight.detach()
         q = quantize(
             real.float(),
@@ -128,7 +139,7 @@ class _Freezer:
             self._take_over(node, part, batch_norm)
             part = self.edit.module(node)
         given = scale
-        scale, bias = self._fit_bias(node, scale, bias, getattr(part, "groups", 1) if behaviour.out_axis == 1 else 1)
+        scale, bias = self._fit_bias(node, scale, bias)
         axis = behaviour.out_axis if scale.ndim else None
         q = torch.round(q * broadcast(given / scale, q.ndim, axis)).to(q.dtype)
         twin = self._with_scale(quantizer, scale, axis)
@@ -141,7 +152,7 @@ class _Freezer:
     def _take_over(self, node: fx.Node, part: Any, batch_norm: fx.Node) -> None:
         """Remove a folded batch norm; where it was the last link, its quantizer becomes the weighted op's."""
         last: Any = self.edit.module(batch_norm)
-        if not batch_norm.meta.get("continues"):
+        if not Placed(batch_norm).continues:
             part = clone_module(part)
             part.attach(last.output_quantizer, applies=True, inplace=True)
             self.edit.set_module(node, part)
@@ -151,43 +162,41 @@ class _Freezer:
 
     def _with_scale(self, quantizer: WeightQuantize, scale: Tensor, axis: int | None) -> WeightQuantize:
         safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-        twin = clone_module(quantizer, scale=safe, zero_point=torch.zeros_like(safe, dtype=torch.int32))
+        twin: WeightQuantize = clone_module(quantizer)
+        twin.set_grid(safe, torch.zeros_like(safe, dtype=torch.int32))
         twin.axis = axis
         return twin
 
     def _batch_norm_behind(self, node: fx.Node) -> fx.Node | None:
-        if not node.meta.get("continues"):
+        if not Placed(node).continues:
             return None
         (user,) = node.users
         return user if isinstance(behaviour_of(user), ChannelAffine) else None
 
-    def _fit_bias(self, node: fx.Node, scale: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    def _fit_bias(self, node: fx.Node, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The bias on the grid s_x·s_w, with weight scales raised where it would not fit."""
         if bias is None:
             return scale, None
-        x_scale = input_quantizer(self.edit, node).scale.double()
-        needed = bias.abs() / (_LARGEST_BIAS * x_scale)
-        if scale.ndim == 0:
-            scale = torch.maximum(scale, needed.max())
-        else:
-            scale = torch.maximum(scale, needed.reshape(groups, -1).amax(0))
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).float().double()
-        step = x_scale * (scale.repeat(groups) if scale.ndim else scale)
-        return scale, torch.round(bias / step) * step
+        return fit_bias(bias, input_quantizer(self.edit, node).scale, scale)
 
     def _raise_scale_for_call(self, node: fx.Node) -> None:
-        """Freeze the weight's quantizer, which several calls may share, and let each call's bias fit on its grid."""
+        """Freeze the weight's quantizer, which several calls may share, and let each call's bias fit on its grid.
+
+        A call whose bias asks for a coarser grid gets one of its own: the others keep their weights' precision.
+        """
         part: Any = self.edit.module(node)
         call = call_of(node, part)
         weight = self.edit.attributes[str(call.operand("weight").target)]  # type: ignore[union-attr]
-        quantizer = self._freeze_weight(part.weight_quantizer, weight)
+        quantizer = self._freeze_weight(node, part.weight_quantizer, weight)
         self.edit.set_module(node, clone_module(part, weight_quantizer=quantizer))
         bias_node = call.operand("bias")
         if bias_node is not None:
             bias = self.edit.constant(bias_node).detach().double()
-            groups = int(call.attributes.get("groups", 1)) if quantizer.axis == 1 else 1
-            scale, _ = self._fit_bias(node, quantizer.scale.double(), bias, groups)
-            quantizer.scale.copy_(scale)
+            scale, _ = self._fit_bias(node, quantizer.scale.double(), bias)
+            if not torch.equal(scale, quantizer.scale.double()):
+                own = _twin(quantizer)
+                own.set_grid(scale, own.zero_point)
+                self.edit.set_module(node, clone_module(part, weight_quantizer=own))
 
     def _settle_call(self, node: fx.Node) -> None:
         """A call whose parameters are read from the graph: the bias becomes a rounded constant of this call."""
@@ -197,12 +206,19 @@ class _Freezer:
         if bias_node is None:
             return
         bias = self.edit.constant(bias_node).detach()
-        groups = int(call.attributes.get("groups", 1)) if part.weight_quantizer.axis == 1 else 1
-        _, fitted = self._fit_bias(node, part.weight_quantizer.scale.double(), bias.double(), groups)
+        _, fitted = self._fit_bias(node, part.weight_quantizer.scale.double(), bias.double())
         rounded = fitted.to(bias.dtype)  # type: ignore[union-attr]
         path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_bias")
         constant = self.edit.insert_attribute(node, path, rounded, is_tensor=True, constant=True, quantized=False)
         self.edit.redirect([node], bias_node, constant)
+
+
+def _twin(quantizer: FakeQuantize) -> FakeQuantize:
+    """A copy with buffers of its own."""
+    own = {name: buffer.clone() for name, buffer in quantizer.named_buffers(recurse=False)}
+    twin: FakeQuantize = clone_module(quantizer, None, **own)
+    twin.read_state()
+    return twin
 
 
 def input_quantizer(edit: Edit, node: fx.Node) -> FakeQuantize:

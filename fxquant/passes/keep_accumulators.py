@@ -16,6 +16,7 @@ from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.passes.facts import Placed
 from fxquant.passes.merge_clamps import head_of
 from fxquant.targets import X86, Target
 
@@ -34,7 +35,7 @@ def keep_accumulators(module: LeveledModule, *, target: Target = X86) -> Leveled
     """
     edit = Edit(module, by="keep_accumulators")
     for node in edit.nodes:
-        if node.meta.get("quantized") and "entry" in node.meta and node.meta["entry"].name in target.reads_accumulators:
+        if Placed(node).quantized and "entry" in node.meta and node.meta["entry"].name in target.reads_accumulators:
             _take(edit, node)
     return edit.done()
 
@@ -47,14 +48,14 @@ def _take(edit: Edit, reader: fx.Node) -> None:
         operand = call.operand(name)
         if operand is not None and _is_accumulator(operand) and len(operand.users) == 1:
             if sum(other is operand for other in call.operands) == 1:
-                operand.meta["stays_wide"] = True
-                reader.meta["wide_operand"] = name
+                Placed(operand).stays_wide = True
+                Placed(reader).wide_operand = name
                 edit.note(operand, f"{reader.name} reads its accumulator")
                 return
 
 
 def _is_accumulator(node: fx.Node) -> bool:
     """Whether ``node`` is a weighted op, or the batch norm that will be folded into one, and nothing clamps it."""
-    if not node.meta.get("quantized") or "chain" not in node.meta or isinstance(behaviour_of(node), Clamping):
+    if not Placed(node).quantized or "chain" not in Placed(node) or isinstance(behaviour_of(node), Clamping):
         return False
     return isinstance(behaviour_of(head_of(node)), Weighted)

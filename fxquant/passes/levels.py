@@ -12,14 +12,17 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import LevelError
+from fxquant.graph.facts import DECLARED
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.graph.text import node_text
 from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.form import lost_state
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.nn.modules import QuantInput, QuantOp, QuantParametric, QuantWeighted
 from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.calls import behaviour_of
+from fxquant.passes.facts import Converted, Placed
 
 __all__ = ["LAWS", "check"]
 
@@ -48,6 +51,15 @@ def knows_its_place(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str
             yield node, "no module path"
 
 
+def facts_are_typed(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """What is known of a node is what its owner says that it is."""
+    for node in module.graph.nodes:
+        for name, value in node.meta.items():
+            owner = DECLARED.get(name)
+            if owner is not None and not owner.facts[name].fits(value):
+                yield node, f"{owner.__name__}.{name} ({owner.facts[name].meaning}) is {value!r}"
+
+
 def one_entry_each(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
     """Every compute node carries exactly one op entry, and calls its function, its module, or stays in float visibly."""
     for node in module.graph.nodes:
@@ -67,12 +79,12 @@ def quantized_once(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]
     """Every quantized op is a fake-quant module that owns or shares one quantizer, and no value is quantized twice."""
     for node in module.graph.nodes:
         part = _module(module, node)
-        if node.op in _COMPUTE and node.meta.get("quantized") and node.meta.get("is_tensor", True):
+        if node.op in _COMPUTE and Placed(node).quantized and node.meta.get("is_tensor", True):
             if not isinstance(part, _FAKE_QUANT):
                 yield node, "quantized, but not a fake-quant module"
-            elif part.output_quantizer is None and not node.meta.get("continues"):
+            elif part.output_quantizer is None and not Placed(node).continues:
                 yield node, "quantized, but without a quantizer"
-            elif part.applies and isinstance(behaviour_of(node), Passing) and not node.meta.get("requantizes"):
+            elif part.applies and isinstance(behaviour_of(node), Passing) and not Placed(node).requantizes:
                 yield node, "rounds values that pass through it and were rounded before"
         if isinstance(part, QuantWeighted) and not isinstance(part.weight_quantizer, FakeQuantize):
             yield node, "has a weight without a quantizer"
@@ -104,18 +116,27 @@ def integers_between(module: LeveledModule) -> Iterator[tuple[fx.Node | None, st
         part = _module(module, node)
         if isinstance(part, IntegerOp):
             first = next((a for a in nodes_in(node.args) if a.meta.get("is_tensor")), None)
-            wide = node.meta.get("wide_operand") and first is not None and first.meta.get("stays_wide")
+            wide = Placed(node).wide_operand and first is not None and Placed(first).stays_wide
             if first is not None and first not in integer and _reads_integers(node) and not wide:
                 yield node, f"an integer op reads {first.name}, which is float"
             if part.output_dtype is not None or isinstance(behaviour_of(node), Passing):
                 integer.add(node)
-        elif isinstance(part, Quantize) or node.meta.get("integer_constant"):
+        elif isinstance(part, Quantize) or Converted(node).integer_constant:
             integer.add(node)
         elif not isinstance(part, Dequantize):
             for read in nodes_in((node.args, node.kwargs)):
                 if read in integer and not node.meta.get("reads_shape") and node.op != "placeholder":
                     if node.op == "output" or node.meta.get("is_tensor", True):
                         yield node, f"a float op reads {read.name}, which is made of integers"
+
+
+def state_can_be_written(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
+    """All that an integer form holds is part of what it is written as; a form that cannot be written is refused there."""
+    for node in module.graph.nodes:
+        part = _module(module, node)
+        if isinstance(part, IntegerOp) and (lost := lost_state(part)):
+            names = ", ".join(sorted(lost))
+            yield node, f"its form {type(part).__name__} holds {names}, which would be lost: make it a form of its own"
 
 
 def nothing_integer(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
@@ -126,13 +147,13 @@ def nothing_integer(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str
 
 
 LAWS: dict[str, tuple[Law, ...]] = {
-    "captured": (well_formed, knows_its_place),
-    "canonical": (well_formed, knows_its_place, one_entry_each),
-    "prepared": (well_formed, knows_its_place, quantized_once),
-    "frozen": (well_formed, knows_its_place, quantized_once, grids_are_sound),
-    "integer": (well_formed, knows_its_place, integers_between),
-    "exchange": (well_formed, knows_its_place, nothing_integer),
-    "decomposed": (well_formed, knows_its_place, nothing_integer),
+    "captured": (well_formed, facts_are_typed, knows_its_place),
+    "canonical": (well_formed, facts_are_typed, knows_its_place, one_entry_each),
+    "prepared": (well_formed, facts_are_typed, knows_its_place, quantized_once),
+    "frozen": (well_formed, facts_are_typed, knows_its_place, quantized_once, grids_are_sound),
+    "integer": (well_formed, facts_are_typed, knows_its_place, integers_between, state_can_be_written),
+    "exchange": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
+    "decomposed": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
 }
 
 

@@ -15,6 +15,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import Skip, next_in_chain
 from fxquant.ops.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
+from fxquant.passes.facts import Placed
 
 __all__ = ["clamp_bounds", "head_of", "merge_clamps"]
 
@@ -28,14 +29,14 @@ def merge_clamps(module: LeveledModule) -> LeveledModule:
     edit = Edit(module, by="merge_clamps")
     inner: set[fx.Node] = set()
     for node in edit.nodes:
-        if node in inner or not node.meta.get("quantized") or not _starts(node):
+        if node in inner or not Placed(node).quantized or not _starts(node):
             continue
         chain = _grow(edit, node)
         inner.update(chain)
         for link in chain[:-1]:
-            link.meta["continues"] = True
-        chain[-1].meta["chain"] = [link.name for link in chain]
-        chain[-1].meta["setting"] = node.meta["setting"]
+            Placed(link).continues = True
+        Placed(chain[-1]).chain = [link.name for link in chain]
+        Placed(chain[-1]).setting = Placed(node).setting
     return edit.done()
 
 
@@ -47,7 +48,7 @@ def _grow(edit: Edit, head: fx.Node) -> list[fx.Node]:
     chain = [head]
     for step in (_batch_norm, _clamp):
         following = next_in_chain(chain[-1])
-        if isinstance(following, Skip) or not following.meta.get("quantized"):
+        if isinstance(following, Skip) or not Placed(following).quantized:
             break
         if step(edit, chain[0], following):
             chain.append(following)
@@ -79,7 +80,7 @@ def _clamp(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
 
 def head_of(last: fx.Node) -> fx.Node:
     """The first link of the chain that ends in ``last``; itself where it is in none."""
-    for _ in last.meta.get("chain", ())[1:]:
+    for _ in Placed(last).chain[1:]:
         before = last.args[0]
         assert isinstance(before, fx.Node)
         last = before

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
-from fxquant.nn.accumulating import IntegerWeighted
-from fxquant.nn.decomposed import Coding, Decode, Decomposed, Encode, Rows, StoredPerChannel, require_operators
-from fxquant.nn.integer import Dequantize, IntegerEmbedding, IntegerEvaluate, IntegerOp, Quantize
-from fxquant.ops.behaviour import Passing, Weighted
-from fxquant.ops.entry import OpEntry
-from fxquant.passes.to_exchange import real_scales
+from fxquant.nn.decomposed import (
+    Coding,
+    Decode,
+    Decomposed,
+    Encode,
+    Rows,
+    StoredPerChannel,
+    StoredPerTensor,
+    require_operators,
+)
+from fxquant.nn.form import Computation, HeldIntegers, computation_of, form_of
+from fxquant.nn.integer import IntegerOp
+from fxquant.ops.behaviour import Passing
+from fxquant.passes.facts import Converted
 
 __all__ = ["to_decomposed"]
 
@@ -45,29 +54,34 @@ def to_decomposed(module: LeveledModule, *, signed: bool | None = None) -> Level
 
     Law:
         Outputs are the frozen graph's, up to float32 rounding.
+
+    Raises:
+        ExportError: what a form computes on real numbers is not known, so that its parameters would be lost.
     """
     require_operators()
     edit = Edit(module, by="to_decomposed")
     codings: Codings = {}
     for node in edit.nodes:
-        part = edit.module(node)
-        if node.meta.get("integer_constant"):
+        part: Any = edit.module(node)
+        if Converted(node).integer_constant:
             constant, coding = _constant(edit, node, signed)
             codings[constant] = coding
-        elif isinstance(part, Dequantize):
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            edit.set_module(node, Decode(codings[source], part.dtype))
-        elif isinstance(part, (Quantize, IntegerOp)):
+        elif isinstance(part, IntegerOp) or form_of(part) is not None:
+            read = tuple(next((codings[n] for n in nodes_in(arg) if n in codings), None) for arg in node.args)
+            made = computation_of(part, 1.0 if not read or read[0] is None else read[0].scale)
+            if made.border == "leave":
+                assert read[0] is not None
+                edit.set_module(node, Decode(read[0], made.dtype or torch.float32))
+                continue
             if part.scheme is not None:
                 codings[node] = Coding.of(float(part.scale), int(part.zero_point), part.scheme, signed)
-            edit.set_module(node, _twin(part, node, codings))
+            edit.set_module(node, _written(part, made, read, codings.get(node), signed))
     return edit.done(level="decomposed")
 
 
 def _constant(edit: Edit, node: fx.Node, signed: bool | None) -> tuple[fx.Node, Coding]:
     """A constant made of integers, of the sign that is asked for."""
-    (scale, zero_point), q = node.meta["grid"], edit.attributes[str(node.target)]
+    (scale, zero_point), q = Converted(node).grid, edit.attributes[str(node.target)]
     own = Coding(scale, zero_point, q.dtype)
     if signed is None or q.dtype.is_signed == signed or q.dtype.itemsize > 1:
         return node, own
@@ -78,27 +92,37 @@ def _constant(edit: Edit, node: fx.Node, signed: bool | None) -> tuple[fx.Node, 
     return made, coding
 
 
-def _twin(part: Quantize | IntegerOp, node: fx.Node, codings: Codings) -> nn.Module:
+def _written(
+    part: Any, made: Computation, read: tuple[Coding | None, ...], coding: Coding | None, signed: bool | None
+) -> nn.Module:
     """What reads and writes integers as ``part`` does, and computes on real numbers."""
-    if isinstance(part, Quantize):
-        return Encode(codings[node], part.scheme.qmin, part.scheme.qmax)
-    assert isinstance(part.entry, OpEntry)
-    if isinstance(part, IntegerEmbedding):
-        return Rows(codings[node].from_own(part.weight))
-    read = tuple(next((codings[n] for n in nodes_in(arg) if n in codings), None) for arg in node.args)
+    if made.border:
+        assert coding is not None
+        return Encode(coding, part.scheme.qmin, part.scheme.qmax)
+    if made.rows is not None:
+        assert coding is not None
+        return Rows(coding.from_own(made.rows))
+    function = made.function or part.entry.function
+    parameters = {name: _stored(value, signed) for name, value in made.parameters.items()}
+    rounding = None if coding is None else Encode(coding, int(part.low), int(part.high))
     behaviour = part.entry.behaviour
-    function, parameters, leaves = part.entry.function, dict[str, Any](), part.scheme is None
-    if isinstance(part, IntegerWeighted):
-        assert read[0] is not None and isinstance(behaviour, Weighted)
-        weight, bias = real_scales(part, read[0].scale)
-        parameters["weight"] = StoredPerChannel(part.weight, weight, behaviour.out_axis, part.weight_scheme)
-        parameters["bias"] = None if part.bias is None else (part.bias.double() * bias).float()
-    elif isinstance(part, IntegerEvaluate):
-        function = part.function or function
-        parameters = {name: getattr(part, f"parameter_{name}").float() for name in part.parameter_names}
-    clamp, dtype = (
-        (part.clamp, part.real_dtype) if isinstance(part, IntegerWeighted) and leaves else ((None, None), None)
-    )
-    rounding = None if leaves else Encode(codings[node], int(part.low), int(part.high))
     joins = isinstance(behaviour, Passing) and behaviour.joins
-    return Decomposed(function, part.attributes, parameters, rounding, clamp, dtype, operands=read, joins=joins)
+    return Decomposed(
+        function, part.attributes, parameters, rounding, made.bounds, made.dtype, operands=read, joins=joins
+    )
+
+
+def _stored(
+    value: HeldIntegers | Tensor | None, signed: bool | None
+) -> StoredPerChannel | StoredPerTensor | Tensor | None:
+    """A weight as stored integers; a bias, and anything else, as real numbers.
+
+    Of Inductor's patterns all have one scale per channel; XNNPACK takes one for all where an op has to have that.
+    """
+    if not isinstance(value, HeldIntegers):
+        return value
+    if value.scheme is None:
+        return (value.q.double() * value.scale).float()
+    if signed and value.scale.ndim == 0:
+        return StoredPerTensor(value.q, value.scale, value.scheme)
+    return StoredPerChannel(value.q, value.scale, value.axis, value.scheme)

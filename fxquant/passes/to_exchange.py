@@ -1,11 +1,6 @@
 """to_exchange: from integer ops back to ops between real numbers, rounded where the integer model has integers.
 
-Everything comes from the integer graph itself: a weight's scale, which an integer op does not keep, is its multiplier
-times the output's scale over the input's,
-
-    s_w = M · s_y / s_x          M = Q · 2^(e - 31)
-
-and comes out as the float32 number that it was, since M has 31 bits of it and float32 has 24.
+Everything comes from the integer graph itself; the forms say what they compute on real numbers (``nn.form``).
 """
 
 from __future__ import annotations
@@ -17,11 +12,14 @@ from torch import Tensor, fx, nn
 
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.nn.accumulating import IntegerWeighted
-from fxquant.nn.exchange import Cast, Exchanged, Lookup, Rounding, Spot, Stored, Unpack
-from fxquant.nn.integer import Dequantize, IntegerEmbedding, IntegerEvaluate, IntegerOp, Quantize
-from fxquant.ops.behaviour import Weighted
-from fxquant.ops.entry import OpEntry
+from fxquant.nn.form import Computation, HeldIntegers, computation_of, form_of
+from fxquant.nn.integer import IntegerOp
+from fxquant.nn.qdq import Cast, Exchanged, Lookup, Rounding, Spot, Stored, Unpack
+from fxquant.ops.behaviour import Passing
+from fxquant.ops.calls import recognize
+from fxquant.ops.entry import Call
+from fxquant.passes.facts import Converted
+from fxquant.passes.real_forms import real_scales
 
 __all__ = ["real_scales", "to_exchange"]
 
@@ -49,88 +47,75 @@ def to_exchange(module: LeveledModule, *, integer_biases: bool = True) -> Levele
 
     Law:
         Outputs are the frozen graph's, up to float32 rounding.
+
+    Raises:
+        ExportError: what a form computes on real numbers is not known, so that its parameters would be lost.
     """
     edit = Edit(module, by="to_exchange")
     scales: dict[fx.Node | None, float] = {}
     for node in edit.nodes:
-        part = edit.module(node)
-        if node.meta.get("integer_constant"):
+        part: Any = edit.module(node)
+        if Converted(node).integer_constant:
             unpacked = _unpack(edit, node)
-            scales[unpacked] = node.meta["grid"][0]
-        elif isinstance(part, Dequantize):
-            _leave(edit, node, part)
-        elif isinstance(part, (Quantize, IntegerOp)):
+            scales[unpacked] = Converted(node).grid[0]
+        elif isinstance(part, IntegerOp) or form_of(part) is not None:
             scale = part._buffers.get("scale")
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            edit.set_module(node, _twin(part, scales.get(source, 1.0), integer_biases))
+            made = computation_of(part, scales.get(source, 1.0))
+            if made.border == "leave":
+                _leave(edit, node, made.dtype)
+                continue
+            edit.set_module(node, _written(part, made, integer_biases))
             scales[node] = 1.0 if scale is None else float(scale)
+        elif node.op in ("call_function", "call_method"):
+            _spell(edit, node)
     return edit.done(level="exchange")
+
+
+def _spell(edit: Edit, node: fx.Node) -> None:
+    """A move of real numbers that the exporter takes in another spelling only."""
+    call = recognize(node, None)
+    if isinstance(call, Call) and call.entry.exchange is not None and isinstance(call.entry.behaviour, Passing):
+        args, kwargs = call.entry.arrange(call.arguments)
+        edit.call_function(node, call.entry.exchange, args, kwargs)
 
 
 def _unpack(edit: Edit, node: fx.Node) -> fx.Node:
     """Read a constant's integers as real numbers."""
     path = edit.fresh_path(f"{str(node.target).replace('.', '_')}_real")
-    scale, zero_point = node.meta["grid"]
+    scale, zero_point = Converted(node).grid
     return edit.insert_module(node, path, Unpack(scale, zero_point), users=list(node.users), is_tensor=True)
 
 
-def _leave(edit: Edit, node: fx.Node, part: Dequantize) -> None:
+def _leave(edit: Edit, node: fx.Node, dtype: torch.dtype | None) -> None:
     """Values are real already; models in half precision get them in their own dtype."""
-    if part.dtype == torch.float32:
+    if dtype in (None, torch.float32):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         edit.remove(node, source)
     else:
-        edit.set_module(node, Cast(part.dtype))
+        assert dtype is not None
+        edit.set_module(node, Cast(dtype))
 
 
-def _twin(part: nn.Module, input_scale: float, integer_biases: bool) -> nn.Module:
+def _written(part: Any, made: Computation, integer_biases: bool) -> nn.Module:
     """What computes on real numbers what ``part`` computes on integers."""
-    if isinstance(part, Quantize):
-        spot = Spot.of(part.scale, part.zero_point, part.scheme)
+    spot = None if part.scheme is None else Spot.of(part.scale, part.zero_point, part.scheme)
+    if made.border:
+        assert spot is not None
         return Rounding(spot, part.scheme.qmin, part.scheme.qmax)
-    assert isinstance(part, IntegerOp) and isinstance(part.entry, OpEntry)
-    rounding = _rounding(part)
-    if isinstance(part, IntegerEmbedding):
-        assert part.scheme is not None
-        return Lookup(part.weight, Spot.of(part.scale, part.zero_point, part.scheme))
-    function = part.entry.exchange or part.entry.function
-    if isinstance(part, IntegerWeighted):
-        weights = _weights(part, input_scale)
-        if not integer_biases and isinstance(weights["bias"], Stored):
-            weights["bias"] = weights["bias"]().detach()
-        clamp, dtype = (part.clamp, part.real_dtype) if part.output_dtype is None else ((None, None), None)
-        return Exchanged(function, part.attributes, weights, rounding, clamp, dtype)
-    parameters: dict[str, Any] = {}
-    if isinstance(part, IntegerEvaluate):
-        function = part.function or function
-        parameters = {name: getattr(part, f"parameter_{name}").float() for name in part.parameter_names}
-    return Exchanged(function, part.attributes, parameters, rounding)
+    if made.rows is not None:
+        assert spot is not None
+        return Lookup(made.rows, spot)
+    function = made.function or part.entry.exchange or part.entry.function
+    parameters = {name: _stored(value, integer_biases) for name, value in made.parameters.items()}
+    rounding = None if spot is None else Rounding(spot, int(part.low), int(part.high))
+    return Exchanged(function, part.attributes, parameters, rounding, made.bounds, made.dtype)
 
 
-def _rounding(part: IntegerOp) -> Rounding | None:
-    if part.scheme is None:
-        return None
-    return Rounding(Spot.of(part.scale, part.zero_point, part.scheme), int(part.low), int(part.high))
-
-
-def _weights(part: IntegerWeighted, input_scale: float) -> dict[str, Stored | Tensor | None]:
-    """The weight and bias of a weighted op as stored integers."""
-    assert isinstance(part.entry, OpEntry) and isinstance(part.entry.behaviour, Weighted)
-    of_weight, of_bias = real_scales(part, input_scale)
-    weight = Stored(part.weight, of_weight, part.entry.behaviour.out_axis, part.weight_scheme.bits)
-    return {"weight": weight, "bias": None if part.bias is None else Stored(part.bias, of_bias, 0, 32)}
-
-
-def real_scales(part: IntegerWeighted, input_scale: float) -> tuple[Tensor, Tensor]:
-    """The scales of a weighted op's weight, float32 and one a slice of its channel axis, and of its bias, s_x·s_w."""
-    assert isinstance(part.entry, OpEntry) and isinstance(part.entry.behaviour, Weighted)
-    product = part.output_scale.double() if part.output_dtype is None else _multiplier(part) * float(part.scale)
-    per_slice = product[: part.weight.shape[part.entry.behaviour.out_axis]] if product.ndim else product
-    return (per_slice / input_scale).float(), product
-
-
-def _multiplier(part: IntegerWeighted) -> Tensor:
-    """M, and where it is too small to have been kept, a number as small."""
-    multiplier = torch.ldexp(part.multiplier.double(), part.shift - 31)
-    return torch.where(part.multiplier == 0, torch.full_like(multiplier, 2.0**-33), multiplier)
+def _stored(value: HeldIntegers | Tensor | None, integer_biases: bool) -> Stored | Tensor | None:
+    """A parameter as stored integers, or as it is."""
+    if not isinstance(value, HeldIntegers):
+        return value
+    stored = Stored(value.q, value.scale, value.axis, 32 if value.scheme is None else value.scheme.bits)
+    return stored if integer_biases or value.scheme is not None else stored().detach()

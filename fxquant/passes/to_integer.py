@@ -7,19 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.errors import LevelError
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.nn.accumulating import IntegerSum
 from fxquant.nn.fake_quantize import Grid
-from fxquant.nn.integer import Dequantize, IntegerEvaluate, Quantize, Site
+from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerOp, Quantize, Site
 from fxquant.nn.modules import QuantInput
 from fxquant.ops.behaviour import ChannelAffine, Measuring, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
-from fxquant.ops.entry import Call, scalar
+from fxquant.ops.entry import Call, OpEntry, scalar
+from fxquant.ops.measuring import answer, asks_type
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.ops.table import TABLE
 from fxquant.passes.choose_regions import quantized_operands
+from fxquant.passes.facts import Converted, Placed
 from fxquant.passes.merge_clamps import clamp_bounds
 
 __all__ = ["to_integer"]
@@ -49,6 +52,9 @@ def to_integer(module: LeveledModule, *, rounding: str = "single") -> LeveledMod
 
     Law:
         Each op's integers are within one of the frozen graph's on the same inputs.
+
+    Raises:
+        LevelError: what an op's entry gives for its integer form is none.
     """
     edit = Edit(module, by="to_integer")
     _Converter(edit, rounding).run()
@@ -70,20 +76,22 @@ class _Converter:
             behaviour = behaviour_of(node)
             if isinstance(part, QuantInput):
                 self._enter(node, part)
+            elif isinstance(behaviour, Measuring):
+                self._measure(node)
             elif node.op == "output" or not self._is_quantized(node, part):
-                self._leave(node, measures=isinstance(behaviour, Measuring))
+                self._leave(node)
             elif isinstance(behaviour, Passing):
                 self._pass(node, part)
-            elif not node.meta.get("continues"):
+            elif not Placed(node).continues:
                 self._compute(node, part)
 
     def _is_quantized(self, node: fx.Node, part: Any) -> bool:
         if part is None or "reason" in node.meta or "entry" not in node.meta:
             return False
-        return bool(node.meta.get("quantized") or node.meta.get("continues") or self._leaves_an_accumulator(node))
+        return bool(Placed(node).quantized or Placed(node).continues or self._leaves_an_accumulator(node))
 
     def _leaves_an_accumulator(self, node: fx.Node) -> bool:
-        return bool(node.meta.get("leaves_as_float")) and not isinstance(behaviour_of(node), Passing)
+        return bool(Placed(node).leaves_as_float) and not isinstance(behaviour_of(node), Passing)
 
     def _enter(self, node: fx.Node, part: QuantInput) -> None:
         assert part.output_quantizer is not None
@@ -119,16 +127,27 @@ class _Converter:
             first, again = (self.edit.constant(node) for _ in range(2))
         return first.detach() if isinstance(first, Tensor) and torch.equal(first, again) else None
 
-    def _leave(self, node: fx.Node, *, measures: bool) -> None:
+    def _leave(self, node: fx.Node) -> None:
         """Let a float op, or the model's output, read real numbers."""
         for read in set(nodes_in((node.args, node.kwargs))):
-            if read in self.grids and not measures:
+            if read in self.grids:
                 self.edit.redirect([node], read, self._dequantize(read))
+
+    def _measure(self, node: fx.Node) -> None:
+        """A shape is read off the integers; a type is that of the real numbers they stand for, and known now."""
+        asked = node.args[0] if node.args else None
+        if isinstance(asked, fx.Node) and asked in self.grids and asks_type(node.op, node.target, node.args):
+            self.edit.put_value(node, answer(node.op, node.target, node.args, self._real_dtype(asked)))
+
+    def _real_dtype(self, node: fx.Node) -> torch.dtype:
+        """What a quantized tensor is in the float model."""
+        dtype = node.meta.get("dtype")
+        return dtype if isinstance(dtype, torch.dtype) else self.dtype
 
     def _dequantize(self, node: fx.Node) -> fx.Node:
         if node not in self.dequantized:
             dtype = node.meta.get("dtype")
-            part = Dequantize(self.grids[node], dtype if isinstance(dtype, torch.dtype) else self.dtype)
+            part = Dequantize(self.grids[node], self._real_dtype(node))
             path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_dequantize")
             self.dequantized[node] = self.edit.insert_module(
                 node, path, part, users=(), is_tensor=True, shape=node.meta.get("shape"), dtype=dtype
@@ -143,11 +162,10 @@ class _Converter:
             return
         grid = part.output_quantizer.grid
         for source in sources:
-            if node.meta.get("requantizes"):
+            if Placed(node).requantizes:
                 self._requantize(node, source, grid)
-        assert entry.integer is not None
         static = self._static(call)
-        self.edit.set_module(node, entry.integer(Site(entry, static, (grid,), grid, rounding=self.rounding)))
+        self.edit.set_module(node, _form(entry, Site(entry, static, (grid,), grid, rounding=self.rounding)))
         self.grids[node] = grid
 
     def _requantize(self, node: fx.Node, source: fx.Node, grid: Grid) -> None:
@@ -173,25 +191,24 @@ class _Converter:
         quantizer = last_part.output_quantizer
         output = None if quantizer is None else quantizer.grid
         site, args = self._site(call, part, output, clamp)
-        assert call.entry.integer is not None, f"{call.entry.name} has no integer form"
         # An accumulator has no grid to compute on: what reads one computes on real numbers, and rounds.
-        integer = IntegerEvaluate(site) if head.meta.get("wide_operand") else call.entry.integer(site)
+        evaluates = Placed(head).wide_operand or Placed(head).exact_operands
+        integer = IntegerEvaluate(site) if evaluates else _form(call.entry, site)
         dynamic = {k: v for k, v in call.attributes.items() if next(nodes_in(v), None) is not None}
         self.edit.call_module(head, str(head.target), integer, tuple(args), dynamic)
-        head.meta["merged"] = [link.meta["entry"].title for link in links]
+        Converted(head).merged = [link.meta["entry"].title for link in links]
         for link in links[1:]:
             self.edit.absorb(head, link, "merged")
         if output is not None:
             self.grids[head] = output
         head.meta["dtype"] = last.meta.get("dtype", head.meta.get("dtype"))
-        for key in ("continues", "group", "leaves_as_float", "stays_wide"):
-            head.meta[key] = last.meta.get(key)
+        Placed(head).take(Placed(last), "continues", "group", "leaves_as_float", "stays_wide")
 
     def _links(self, last: fx.Node) -> list[fx.Node]:
         chain = [last]
-        while len(last.meta.get("chain", ())) > 1:
+        while len(Placed(last).chain) > 1:
             before = chain[0].args[0]
-            if not isinstance(before, fx.Node) or not before.meta.get("continues") or len(before.users) != 1:
+            if not isinstance(before, fx.Node) or not Placed(before).continues or len(before.users) != 1:
                 break
             chain.insert(0, before)
         return chain
@@ -239,3 +256,19 @@ class _Converter:
             return {"gain": gain, "offset": offset}
         held = {name: getattr(part, name, None) for name in call.entry.operand_names[1:]}
         return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _form(entry: OpEntry, site: Site) -> IntegerOp:
+    """The integer form of an op.
+
+    Raises:
+        LevelError: it is no form, so that neither kernels nor files would know it for one.
+    """
+    assert entry.integer is not None, f"{entry.name} has no integer form"
+    made = entry.integer(site)
+    if not isinstance(made, IntegerOp):
+        raise LevelError(
+            f"the integer form of op {entry.name!r} is a {type(made).__name__}, which is no IntegerOp.\n"
+            "  what to do: derive it from fxquant.nn.integer.IntegerOp, which holds the result's grid; see fxquant.forms."
+        )
+    return made

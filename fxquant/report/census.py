@@ -8,6 +8,7 @@ Weights are the parameters of two or more dimensions: biases and the vectors of 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,8 @@ def macs_of(node: fx.Node, part: nn.Module | None) -> int | None:
     if "island" in node.meta:
         return None
     if entry is FLOAT and is_float_op(node, part):
-        return _counted_macs(node, part)
+        counted = _counted_macs(node, part)
+        return counted or _macs_by_weights(node, part, counted)
     if entry is None or entry.macs is None:
         return 0
     named = {name: value for name, value in node.kwargs.items() if name in entry.operand_names}
@@ -174,6 +176,17 @@ def _counted_macs(node: fx.Node, part: nn.Module | None) -> int | None:
     macs = int(counter.get_total_flops()) // 2
     is_as_seen = not isinstance(result, Tensor) or tuple(result.shape) == node.meta.get("shape")
     return macs if is_as_seen or not macs else None
+
+
+def _macs_by_weights(node: fx.Node, part: nn.Module | None, otherwise: int | None) -> int | None:
+    """What the counter does not know, by its weights: each output channel's once per result (bilinear, deformable ops)."""
+    held = [tuple(p.shape) for p in part.parameters(recurse=False)] if part is not None else []
+    held += [n.meta["shape"] for n in node.all_input_nodes if n.op == "get_attr" and "shape" in n.meta]
+    made = node.meta.get("shape")
+    for weight in held:
+        if len(weight) >= 3 and made is not None and weight[0] in made:
+            return math.prod(made) * math.prod(weight[1:])
+    return otherwise
 
 
 def _stand_in(node: fx.Node) -> Any:

@@ -28,7 +28,7 @@ from fxquant.report.census import (
     weights_share,
 )
 from fxquant.report.findings_text import capture_text
-from fxquant.report.own_work import own_macs
+from fxquant.report.island_macs import own_macs
 from fxquant.report.rows import op_text, path_of, source_line, target_of, told
 from fxquant.targets import X86
 
@@ -139,16 +139,20 @@ class Coverage:
         return self.weights.fraction
 
     def require(self, share: float) -> Coverage:
-        """Raise unless at least ``share`` of the MACs (of the weights, without recorded shapes) are in integers.
+        """Raise unless at least ``share`` of the MACs, where shapes were recorded, and of the weights are in integers.
+
+        Weights stand for what no formula counts: an op of any kind that holds some counts by them.
 
         Raises:
             FxquantError: names the share and the float ops with the most MACs.
         """
         if not 0 <= share <= 1:
             raise InputError(f"require({share!r}): a share lies between 0 and 1, as 0.95.")
-        measured, of = (self.macs, "MACs") if self.macs is not None else (self.weights, "weights")
-        if measured.fraction >= share:
+        shares = [(self.macs, "MACs"), (self.weights, "weights")]
+        short_of = [(found, of) for found, of in shares if found is not None and found.fraction < share]
+        if not short_of:
             return self
+        measured, of = short_of[0]
         largest = sorted(self.float_ops, key=lambda op: -(op.macs or 0))[:5]
         lines = [f"    {op.path}: {op.reason} ({source_line(op.source) or 'source unknown'})" for op in largest]
         raise FxquantError(

@@ -1,4 +1,4 @@
-"""The diff of a model and what it became: one line a node.
+"""The diff of a model and what it became: one line per node.
 
     layer    float         quantized           weight           output       range            scale    zp
     conv1    Conv2d        QuantConv2d         s8 per-channel   → relu
@@ -31,17 +31,17 @@ from fxquant.capture.islands import (
 from fxquant.errors import InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
-from fxquant.numerics.scheme import Scheme
+from fxquant.numerics.scheme import OBSERVED, Scheme
 from fxquant.passes.canonicalize import canonicalize
 from fxquant.report.census import Share, is_float_op, macs_share, module_at, nodes_of, uncounted, weights_share
 from fxquant.report.findings_text import holds_text, island_line, island_name
-from fxquant.report.own_work import example_call, own_macs
+from fxquant.report.island_macs import example_call, own_macs
 from fxquant.report.paths import elide, near
 from fxquant.report.rows import Row, rows, source_line, target_of
 from fxquant.report.terminal import paint, terminal_width, visible_length, wants_color
 from fxquant.targets import X86
 
-__all__ = ["Diff", "GraphRows", "diff"]
+__all__ = ["Diff", "GraphRows", "diff", "row_cells"]
 
 _UNKNOWN = "–"
 _HELD = 3
@@ -236,10 +236,15 @@ def _share(share: Share | None, of: str) -> str:
     return f"{percent} of {of} ({counts}"
 
 
+def row_cells(row: Row) -> list[str]:
+    """A row as texts: layer, float, what it became, weight, output, range, scale, zero point, and the note."""
+    return [row.path, row.before, _after(row), _weight(row.weight), _output(row), *_numbers(row), _note(row)]
+
+
 def _columns(shown: Sequence[Row], levels: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
     after = {"prepared": "quantized", "frozen": "frozen"}.get(levels[1], levels[1])
     header = ["layer", levels[0], after, "weight", "output", "range", "scale", "zp"]
-    lines = [[row.path, row.before, _after(row), _weight(row.weight), _output(row), *_numbers(row)] for row in shown]
+    lines = [row_cells(row)[:-1] for row in shown]
     used = [i for i in range(len(header)) if i < 3 or any(line[i] for line in lines)]
     return [header[i] for i in used], [[line[i] for i in used] for line in lines]
 
@@ -253,7 +258,11 @@ def _after(row: Row) -> str:
 def _weight(scheme: Scheme | None) -> str:
     if scheme is None:
         return ""
-    return f"s{scheme.bits} {'per-channel' if scheme.per_channel else 'per-tensor'}"
+    return f"s{scheme.bits} {'per-channel' if scheme.per_channel else 'per-tensor'}{_rule(scheme)}"
+
+
+def _rule(scheme: Scheme) -> str:
+    return "" if scheme.quantizer == OBSERVED else f" {scheme.quantizer}"
 
 
 def _output(row: Row) -> str:
@@ -263,7 +272,7 @@ def _output(row: Row) -> str:
         return f"= {near(row.shares, row.path)}"
     if row.output is not None:
         kind = "symmetric" if row.output.symmetric else "affine"
-        return f"{'s' if row.output.signed else 'u'}{row.output.bits} {kind}"
+        return f"{'s' if row.output.signed else 'u'}{row.output.bits} {kind}{_rule(row.output)}"
     return "float" if row.state in ("integer", "border") else ""
 
 

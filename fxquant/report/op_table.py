@@ -1,4 +1,4 @@
-"""The op table as a person reads it: one row an op, read off the entries."""
+"""The op table as a person reads it: one row per op, read off the entries."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from fxquant.ops.behaviour import Behaviour, FloatOnly, Measuring, Passing
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.table import TABLE
 
-__all__ = ["op_table"]
+__all__ = ["op_rows", "op_table"]
+
+_HEADERS = ["op", "behaviour", "in integers", "ONNX", "spelled"]
 
 
 def op_table() -> str:
     """Every op with its behaviour, integer form, ONNX operator and spellings, sorted by name."""
+    return tabulate(_rows(), headers=_HEADERS, disable_numparse=True)
+
+
+def op_rows() -> list[dict[str, str]]:
+    """The same as data: one dictionary an op."""
+    return [dict(zip(_HEADERS, row, strict=True)) for row in _rows()]
+
+
+def _rows() -> list[list[str]]:
     entries = [entry for entry in TABLE.values() if not isinstance(entry.behaviour, (FloatOnly, Measuring))]
-    rows = [_row(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
-    return tabulate(rows, headers=["op", "behaviour", "in integers", "ONNX", "spelled"], disable_numparse=True)
+    return [_row(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
 
 
 def _row(entry: OpEntry) -> list[str]:

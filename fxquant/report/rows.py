@@ -1,4 +1,4 @@
-"""A graph before and after as rows of facts, one a node in order: the data of a diff."""
+"""A graph before and after as rows of facts, one per node in order: the data of a diff."""
 
 from __future__ import annotations
 

@@ -10,18 +10,14 @@ from __future__ import annotations
 import difflib
 
 from fxquant.errors import InputError
-from fxquant.targets.onnxruntime import ONNXRUNTIME
-from fxquant.targets.openvino import OPENVINO
+from fxquant.targets.processors import PROCESSORS, Processor
 from fxquant.targets.target import Target
-from fxquant.targets.tensorrt import TENSORRT
-from fxquant.targets.tflite import TFLITE
 from fxquant.targets.x86 import X86
-from fxquant.targets.xnnpack import XNNPACK
 
-__all__ = ["TARGETS", "Target", "X86", "get"]
+__all__ = ["PROCESSORS", "TARGETS", "Processor", "Target", "X86", "get"]
 
-TARGETS = {target.name: target for target in (X86, ONNXRUNTIME, OPENVINO, TENSORRT, XNNPACK, TFLITE)}
-"""Every target by name; the first is the default."""
+TARGETS: dict[str, Target] = {X86.name: X86}
+"""Every target by name; the first is the default. Those of runtimes are entered by ``fxquant.runtimes.register``."""
 
 
 def get(target: str | Target) -> Target:

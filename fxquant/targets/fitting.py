@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
-from fxquant.errors import InputError, RecipeError
+from fxquant.errors import InputError, RecipeError, SchemeError
 from fxquant.recipe import Op, Recipe, Setting
 from fxquant.targets import get
 from fxquant.targets.target import Target
@@ -13,7 +14,14 @@ from fxquant.targets.target import Target
 __all__ = ["filled", "fit_target"]
 
 
-def fit_target(target: str | Target, recipe: Recipe, *, ops: Collection[str], estimator: str | None = None) -> Target:
+def fit_target(
+    target: str | Target,
+    recipe: Recipe,
+    *,
+    ops: Collection[str],
+    estimator: str | None = None,
+    processor: str | None = None,
+) -> Target:
     """The target of that name, held against the op table and the recipe.
 
     Args:
@@ -21,12 +29,18 @@ def fit_target(target: str | Target, recipe: Recipe, *, ops: Collection[str], es
         recipe: what it must be able to run.
         ops: the names of the op table.
         estimator: how ranges of tensors are found that the recipe leaves open; as the target has it where None.
+        processor: where it will run, by a name of ``PROCESSORS``; as the target has it where None.
 
     Raises:
-        InputError: there is none, or it names ops that are not among ``ops``.
+        InputError: there is none, or it names ops that are not among ``ops``, or there is no such processor.
         RecipeError: the recipe asks it for what it does not have.
     """
     found = get(target)
+    if processor is not None:
+        try:
+            found = replace(found, processor=processor)
+        except SchemeError as error:
+            raise InputError(str(error)) from None
     _require_known(found, ops)
     _require_possible(recipe, found)
     return found if estimator is None else found.with_estimator(estimator)
@@ -51,7 +65,7 @@ def _require_possible(recipe: Recipe, target: Target) -> None:
                 f"  where this is said: {target.source or 'in the target'}\n"
                 f"  what to do: leave {kind}= out, and get {getattr(target, kind)}; or prepare for another target."
             )
-    for selector, chosen in recipe.settings:
+    for selector, chosen in recipe.pairs:
         lacks = target.lacks(selector.name) if isinstance(selector, Op) and chosen is not None else None
         if lacks is not None:
             raise RecipeError(
@@ -61,14 +75,16 @@ def _require_possible(recipe: Recipe, target: Target) -> None:
 
 
 def _settings(recipe: Recipe) -> Iterator[tuple[str, Setting]]:
-    for selector, setting in recipe.settings:
+    for selector, setting in recipe.pairs:
         if setting is not None:
             yield f"the recipe's setting of {selector!r}", setting
     if recipe.default is not None:
         yield "the recipe's default", recipe.default
 
 
-def filled(setting: Setting, target: Target, op: str, *, path: str, has_weight: bool) -> Setting:
+def filled(
+    setting: Setting, target: Target, op: str, *, path: str, has_weight: bool, in_groups: bool = False
+) -> Setting:
     """``setting`` with the schemes that it leaves open, for one op.
 
     Args:
@@ -77,17 +93,21 @@ def filled(setting: Setting, target: Target, op: str, *, path: str, has_weight: 
         op: the op's name in the table.
         path: where it stands, for the message.
         has_weight: whether it has a weight to quantize.
+        in_groups: whether it computes in several groups.
 
     Raises:
-        RecipeError: its weight cannot have a scale a channel there.
+        RecipeError: its weight cannot have one scale per channel there.
     """
     weight = setting.weight
-    if has_weight and weight is not None and weight.per_channel and not target.takes_per_channel(op):
+    takes = target.takes_per_channel(op, in_groups=in_groups)
+    if has_weight and weight is not None and weight.per_channel and not takes:
         raise RecipeError(
             f"the recipe gives {path} the weight scheme {weight}, and {target.title} takes one scale for the weight of a "
-            f"{op}.\n  what to do: give it a setting of its own with per_channel=False, or leave weight= out."
+            f"{op}{' in groups' if in_groups else ''}.\n"
+            "  what to do: give it a setting of its own with per_channel=False, or leave weight= out."
         )
-    return Setting(weight=weight or target.weight_of(op), activation=setting.activation or target.activation)
+    weight = target.weight_of(op, in_groups=in_groups) if weight is None else target.kept_narrow(weight)
+    return Setting(weight=weight, activation=setting.activation or target.activation)
 
 
 def _require_known(target: Target, known: Collection[str]) -> None:

@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.export.exchange_model import example_call
-from fxquant.export.installed import require
-from fxquant.export.runtimes import EXTRA, HALF_RUNTIMES, RUNTIMES, Compiled, compile, compile_file
-from fxquant.export.to_onnx import make_onnx
-from fxquant.export.turns import Turns, take_turns
+from fxquant.export.deployment import example_call
+from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
+from fxquant.export.runtimes import Compiled
+from fxquant.export.to_onnx import deployed
 from fxquant.flow import freeze, require_level
+from fxquant.installed import require
 from fxquant.recipe import Recipe
+from fxquant.runtimes import RUNNABLE
 from fxquant.tuning.placing import place_again
 from fxquant.tuning.regions import HALF, half_regions, regions_of
 from fxquant.tuning.search import INT8, Kept, Search, Step, UnbuildableError
@@ -73,7 +74,7 @@ class Placement:
             [
                 *(line.rstrip() for line in table.splitlines()),
                 "",
-                f"{self.runtime}, in turns at the end: {final} → {self.chosen}",
+                f"{self.runtime}, interleaved at the end: {final} → {self.chosen}",
                 f"in float: {len(self.kept_float)} of {self.quantizable} ops{': ' * bool(stays)}{stays}",
                 *self._half_lines(),
                 f"{self.seconds:.0f} s{left}",
@@ -104,7 +105,7 @@ def tune_placement(
 
     Regions (all ops of a kind, stages of the network, single ops) are tried one after another: each is kept in float, or
     taken back, where a call then takes less time by more than the spread of the measurement. At the end all-int8,
-    all-float and what was found take turns, and the fastest is returned; so the result is never slower than either
+    all-float and what was found are interleaved, and the fastest is returned; so the result is never slower than either
     plain placement by the measurement it was chosen by. Ranges stay as they were calibrated.
 
     Args:
@@ -166,32 +167,34 @@ def _report(search: Search, chosen: Kept, runtime: str, seconds: float, bfloat16
 
 
 def _require_fit(prepared: Any, runtime: str, threads: int | None, budget: float) -> None:
-    if runtime == "native":
-        raise InputError(
-            "runtime='native': the native kernels run whole integer graphs only, so there is no placement to choose.\n"
-            "  what to do: compile(model, runtime='native') without it, or tune for another runtime."
-        )
-    if runtime not in RUNTIMES:
-        known = ", ".join(name for name in RUNTIMES if name != "native")
+    own = RUNNABLE.get(runtime)
+    if own is None:
+        known = ", ".join(name for name, other in RUNNABLE.items() if not other.no_placement)
         raise InputError(f"runtime={runtime!r} is not known. Choose one of {known}.")
+    if own.no_placement:
+        raise InputError(
+            f"runtime={runtime!r}: {own.no_placement}, so there is no placement to choose.\n"
+            f"  what to do: compile(model, runtime={runtime!r}) without it, or tune for another runtime."
+        )
     if not budget > 0:
         raise InputError(f"budget={budget}: a search needs time. Give a positive number of seconds.")
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: a runtime needs at least one. Give a positive number, or None.")
     require_level(prepared, ("prepared",), "tune_placement")
     freeze(prepared)
-    if runtime in EXTRA:
-        require(runtime, f"runtime={runtime!r}", EXTRA[runtime])
+    if own.package:
+        require(own.package, f"runtime={runtime!r}", own.extra)
 
 
 def _require_half(runtime: str) -> None:
-    if runtime not in HALF_RUNTIMES:
+    has = RUNNABLE[runtime].bfloat16
+    if has is None:
+        others = " or ".join(name for name, own in RUNNABLE.items() if own.bfloat16 is not None)
         raise InputError(
-            f"bfloat16=True: {runtime} has nothing that computes in it: ONNX Runtime has no such kernels on the CPU, and "
-            f"fxquant's own compute in integers and float32.\n  what to do: leave bfloat16 out, or tune for "
-            f"{' or '.join(HALF_RUNTIMES)}."
+            f"bfloat16=True: {runtime} has nothing that computes in it: its kernels on the CPU compute in integers and "
+            f"float32.\n  what to do: leave bfloat16 out, or tune for {others}."
         )
-    if not HALF_RUNTIMES[runtime]():
+    if not has():
         raise InputError(
             f"bfloat16=True: {runtime} does not compute in bfloat16 on this processor.\n  what to do: leave bfloat16 out, "
             "or tune where the model will run (x86 with AVX512-BF16 or AMX)."
@@ -214,15 +217,15 @@ class _Bench:
 
     def placed(self, kept: Kept) -> Any:
         """The prepared model with ``kept`` in float."""
-        settings = [*((path, None) for path in sorted(kept - {HALF})), *self.recipe.settings]
+        settings = [*((path, None) for path in sorted(kept - {HALF})), *self.recipe.pairs]
         float_dtype = "bfloat16" if HALF in kept else self.recipe.float_dtype
         return place_again(self.prepared, replace(self.recipe, settings=settings, float_dtype=float_dtype))
 
-    def measure(self, placements: Sequence[Kept], final: bool) -> dict[Kept, Turns]:
-        """Each in turns with the others; what is not among them is forgotten, but for all-int8 and all-float."""
+    def measure(self, placements: Sequence[Kept], final: bool) -> dict[Kept, InterleavedTimes]:
+        """Each interleaved with the others; what is not among them is forgotten, but for all-int8 and all-float."""
         names = {str(index): kept for index, kept in enumerate(placements)}
         runs = {name: partial(self._get(kept), *self.call.args, **self.call.kwargs) for name, kept in names.items()}
-        found = take_turns(runs, rounds=_FINAL_ROUNDS if final else _ROUNDS)
+        found = time_interleaved(runs, rounds=_FINAL_ROUNDS if final else _ROUNDS)
         first = list(self.built)[:2]
         self.built = {kept: run for kept, run in self.built.items() if kept in placements or kept in first}
         return {names[name]: own for name, own in found.items()}
@@ -241,6 +244,6 @@ class _Bench:
         return self.built[kept]
 
     def _compiled(self, placed: Any) -> Compiled:
-        if self.runtime == "torch":
-            return compile(placed, self.example, runtime="torch", threads=self.threads)
-        return compile_file(self.runtime, make_onnx(placed, self.example, dynamic="none"), self.threads)
+        own = RUNNABLE[self.runtime]
+        model = deployed(placed, self.example, dynamic="none")
+        return Compiled(own.name, own.compiled(model, self.threads))

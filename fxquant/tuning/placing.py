@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 from fxquant.capture.islands import graphs_of
+from fxquant.errors import LevelError
 from fxquant.flow import placing_passes, run_passes
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantInput
+from fxquant.nn.pinning import PINNED
 from fxquant.passes.drop_quantizers import drop_quantizers
+from fxquant.quantizers import has_rule
 from fxquant.recipe import Recipe
 from fxquant.targets import X86
 
@@ -28,7 +31,20 @@ def place_again(prepared: Any, recipe: Recipe) -> Any:
     """A prepared model quantized as ``recipe`` says, from the same float graph; nothing is shared with ``prepared``.
 
     A tensor that was quantized and still is, be it where a region now begins, keeps its range.
+
+    Raises:
+        LevelError: a quantizer is of a user's own class, which would be lost.
     """
+    own = [
+        f"{p}, a {type(q).__name__}"
+        for p, q in prepared.named_modules()
+        if isinstance(q, FakeQuantize) and not has_rule(q)
+    ]
+    if own:
+        raise LevelError(
+            f"a model with quantizers of your own cannot be placed anew: {', '.join(own[:4])}.\n"
+            "  what to do: tune the placement first, and put them into its result."
+        )
     source = copy.deepcopy(prepared)
     before = graphs_of(source)
     target = next(iter(before.values())).settings.get("target", X86)
@@ -62,11 +78,12 @@ def _keep_ranges(graph: LeveledModule, before: LeveledModule) -> None:
 
 def _take(quantizer: FakeQuantize, other: FakeQuantize) -> None:
     for name, buffer in other.named_buffers(recurse=False):
-        if name in quantizer._buffers:
+        if name in quantizer._buffers or name in PINNED:
             quantizer._buffers[name] = buffer.clone()
-    for flag in ("ready", "tracking", "enabled", "frozen"):
-        if flag in quantizer.__dict__ and flag in other.__dict__:
-            quantizer.__dict__[flag] = other.__dict__[flag]
+    for name, parameter in other.named_parameters(recurse=False):
+        quantizer._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    quantizer.enabled = other.enabled
+    quantizer.read_state()
 
 
 def _quantizers(graph: LeveledModule) -> list[tuple[FakeQuantize, list[str]]]:

@@ -14,6 +14,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.ops.behaviour import Passing, Weighted
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.apply_recipe import site_of
+from fxquant.passes.facts import Placed
 from fxquant.tuning.placing import canonical_of
 
 __all__ = ["HALF", "Region", "half_regions", "regions_of"]
@@ -110,7 +111,7 @@ def _units(prepared: Any) -> list[_Unit]:
         for node in graph.graph.nodes:
             if not _ends_a_unit(node):
                 continue
-            chain = [nodes[name] for name in node.meta.get("chain", ()) if name in nodes] or [node]
+            chain = [nodes[name] for name in Placed(node).chain if name in nodes] or [node]
             paths = frozenset(site_of(canonical[path], originals[link.name]).path for link in chain)
             weighted = isinstance(behaviour_of(chain[0]), Weighted)
             found.append(_Unit(paths, _kind(graph, chain[0]), _elements(node), weighted))
@@ -118,11 +119,11 @@ def _units(prepared: Any) -> list[_Unit]:
 
 
 def _ends_a_unit(node: fx.Node) -> bool:
-    if node.op != "call_module" or "entry" not in node.meta or "reason" in node.meta or node.meta.get("continues"):
+    if node.op != "call_module" or "entry" not in node.meta or "reason" in node.meta or Placed(node).continues:
         return False
     behaviour = behaviour_of(node)
-    is_quantized = bool(node.meta.get("quantized") or node.meta.get("leaves_as_float"))
-    return is_quantized and (not isinstance(behaviour, Passing) or len(node.meta.get("chain", ())) > 1)
+    is_quantized = bool(Placed(node).quantized or Placed(node).leaves_as_float)
+    return is_quantized and (not isinstance(behaviour, Passing) or len(Placed(node).chain) > 1)
 
 
 def _kind(graph: LeveledModule, node: fx.Node) -> str:

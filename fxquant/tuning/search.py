@@ -9,15 +9,15 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fxquant.export.turns import Turns
+from fxquant.export.interleaved_timing import InterleavedTimes
 from fxquant.tuning.regions import Region
 
 __all__ = ["INT8", "Search", "Step", "UnbuildableError"]
 
 Kept = frozenset[str]
 """The paths of what is kept in float, with ``HALF`` among them where that computes in bfloat16."""
-Measure = Callable[[Sequence[Kept], bool], Mapping[Kept, Turns]]
-"""Times of several placements, taken in turns; the flag asks for the longer measurement of the end."""
+Measure = Callable[[Sequence[Kept], bool], Mapping[Kept, InterleavedTimes]]
+"""Times of several placements, interleaved; the flag asks for the longer measurement of the end."""
 
 INT8: Kept = frozenset()
 _LEAST_GAIN = 0.02
@@ -120,7 +120,7 @@ class Search:
             self._longest = max(self._longest, self.clock() - began)
         return self._compare(region, to_float, times[current], times[trial])
 
-    def _compare(self, region: Region, to_float: bool, before: Turns, after: Turns) -> bool:
+    def _compare(self, region: Region, to_float: bool, before: InterleavedTimes, after: InterleavedTimes) -> bool:
         (gain, margin), goal = _gain(before, after), _goal(region, to_float)
         milliseconds = 1e3 * before.median, 1e3 * after.median
         self.steps.append(Step(region.name, to_float, *milliseconds, margin, gain > margin, to=goal))
@@ -146,12 +146,12 @@ def _goal(region: Region, to_float: bool) -> str:
     return region.to if to_float else region.back
 
 
-def _gain(before: Turns, after: Turns) -> tuple[float, float]:
+def _gain(before: InterleavedTimes, after: InterleavedTimes) -> tuple[float, float]:
     """How much less a call takes, as a share, and what that has to exceed not to be noise.
 
     The median of paired rounds and the fastest rounds both have to say so: on a machine that others use too, the one is
-    shifted by what comes and goes between turns, and the other by a lucky moment.
+    shifted by what comes and goes between rounds, and the other by a lucky moment.
     """
     ratios = [new / old for old, new in zip(before.seconds, after.seconds, strict=True)]
     gain = 1.0 - max(statistics.median(ratios), min(after.seconds) / min(before.seconds))
-    return gain, max(_LEAST_GAIN, Turns(tuple(ratios)).spread)
+    return gain, max(_LEAST_GAIN, InterleavedTimes(tuple(ratios)).spread)

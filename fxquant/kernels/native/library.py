@@ -5,36 +5,39 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from fxquant.kernels.native.abi import differences, layout_of
+from fxquant.kernels.native.sets import InstructionSet, chosen_set
+
 __all__ = [
     "FLAGS",
     "KINDS",
     "Addition",
     "AttentionNumbers",
+    "Library",
     "Requantization",
     "Step",
     "TensorView",
     "Window",
-    "Zone",
+    "PaddingRegion",
     "load",
     "missing",
-    "run_steps",
 ]
 
 _SOURCE = Path(__file__).parent / "source"
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi")
-_OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-mfma", *(f"-m{name}" for name in _INSTRUCTIONS))
+_OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off")
+"""Products and sums of floats are fused where the source says so and nowhere else, so that all sets give the same bits."""
 
 _NAMES = (
     *("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy"),
@@ -86,12 +89,12 @@ class Addition(Structure):
     ]
 
 
-class Zone(Structure):
-    """``Zone`` of tensor.h."""
+class PaddingRegion(Structure):
+    """``PaddingRegion`` of tensor.h."""
 
     _fields_: ClassVar[Any] = [
-        *((name, c_int32) for name in ("i", "y", "x", "n", "h", "w", "points", "inside")),
-        *((name, c_void_p) for name in ("point", "bias")),
+        *((name, c_int32) for name in ("i", "y", "x", "n", "h", "w", "taps", "inside")),
+        *((name, c_void_p) for name in ("tap", "bias")),
     ]
 
 
@@ -104,13 +107,14 @@ class Step(Structure):
         *((name, TensorView) for name in "xzy"),
         ("window", Window),
         *((name, c_int32) for name in ("groups", "taps", "depth", "blocks")),
-        *((name, c_void_p) for name in ("weight", "bias", "border", "zones")),
+        *((name, c_void_p) for name in ("weight", "bias", "border")),
+        *((name, c_void_p) for name in ("halves", "half_four", "half_first", "regions")),
         ("out", Requantization),
         ("add", Addition),
         ("numbers", c_void_p),
         ("scale", c_double * 2),
         ("zero_point", _Pair),
-        *((name, c_int32) for name in ("units", "outer", "zone_count")),
+        *((name, c_int32) for name in ("units", "outer", "region_count")),
     ]
 
 
@@ -125,8 +129,39 @@ class AttentionNumbers(Structure):
     ]
 
 
+_STRUCTURES = {
+    **{cls.__name__: cls for cls in (Window, Requantization, Addition, PaddingRegion, Step)},
+    "Tensor": TensorView,
+    "Attention": AttentionNumbers,
+}
+"""By their names in C++."""
+
+
 class _UnusableError(Exception):
     """The library cannot be had; the message is a reason for the user."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The kernels, compiled for one instruction set.
+
+    Attributes:
+        handle: the shared library.
+        name: of the set.
+        weight_size: bytes of a weight as the kernels multiply it, 1 or 2.
+        pairs_of_bytes: whether a layer may have weights of bytes instead whose products are added by twos in 16 bits.
+        blocks_together: blocks of 16 output channels whose weights lie beside each other.
+    """
+
+    handle: ctypes.CDLL
+    name: str
+    weight_size: int
+    pairs_of_bytes: bool
+    blocks_together: int
+
+    def run(self, steps: Any, count: int) -> None:
+        """Compute an array of ``Step`` with as many threads as torch uses."""
+        self.handle.fxquant_run(ctypes.addressof(steps), count, torch.get_num_threads(), _parallel())
 
 
 def missing() -> str | None:
@@ -139,61 +174,54 @@ def missing() -> str | None:
 
 
 @cache
-def _attempt() -> ctypes.CDLL | _UnusableError:
+def _attempt(row: InstructionSet) -> Library | _UnusableError:
     try:
-        return _open()
+        return _open(row)
     except _UnusableError as reason:
         return reason
 
 
-def load() -> ctypes.CDLL:
-    """The library, compiled if it never was.
+def load() -> Library:
+    """The library for the instruction set in use, compiled if it never was.
 
     Raises:
         _UnusableError: it cannot be had on this machine.
+        InputError: ``FXQUANT_ISA`` names no set of this processor.
     """
-    found = _attempt()
+    found = _attempt(chosen_set())
     if isinstance(found, _UnusableError):
         raise found
     return found
 
 
-def _open() -> ctypes.CDLL:
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise _UnusableError(f"it is written for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
-    lacking = set(_INSTRUCTIONS) - _instructions_here()
-    if lacking:
-        raise _UnusableError(f"this processor lacks {', '.join(sorted(lacking))}")
-    made = _compiled()
+def _open(row: InstructionSet) -> Library:
+    if sys.platform != "linux":
+        raise _UnusableError(f"it is written for Linux, this is {sys.platform}")
+    made = _compiled(row)
     try:
         library = ctypes.CDLL(str(made))
     except OSError as error:
         raise _UnusableError(f"{made} could not be loaded: {error}") from error
-    if not library.fxquant_runs_here() or library.fxquant_step_size() != ctypes.sizeof(Step):
-        raise _UnusableError("the compiled library does not fit this processor or this version of fxquant")
+    if not library.fxquant_runs_here():
+        raise _UnusableError("the compiled library does not fit this processor")
+    if found := list(differences(library, layout_of(_STRUCTURES, {"Kind": KINDS, "Flag": FLAGS}))):
+        raise _UnusableError(f"the compiled library reads other structures than fxquant fills: {'; '.join(found[:3])}")
     library.fxquant_run.argtypes = [c_void_p, ctypes.c_int, ctypes.c_int, c_void_p]
     library.fxquant_run.restype = None
-    return library
-
-
-def _instructions_here() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return {name.replace("_", "") for name in flags.split()}
+    size, pairs = library.fxquant_weight_size(), bool(library.fxquant_pairs_of_bytes())
+    return Library(library, row.name, size, pairs, library.fxquant_blocks_together())
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _compiled() -> Path:
+def _compiled(row: InstructionSet) -> Path:
     """The shared library's file, by what it was compiled from."""
     sources = sorted(_SOURCE.iterdir())
     content = b"".join(path.name.encode() + path.read_bytes() for path in sources)
-    key = _digest(content + " ".join(_OPTIONS).encode())
+    options = (*_OPTIONS, *row.flags, f'-DFXQUANT_ISA_HEADER="{row.header}"')
+    key = f"{row.name}-{_digest(content + ' '.join(options).encode())}"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
     for made in sorted(root.glob(f"native-{key}-*.so")):
         if made.name == f"native-{key}-{_digest(made.read_bytes())}.so":  # whole, and not another's
@@ -205,11 +233,12 @@ def _compiled() -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as folder:
             fresh = Path(folder) / "fresh.so"
-            command = [*compiler.split(), *_OPTIONS, str(_SOURCE / "plan.cpp"), "-o", str(fresh)]
+            print(f"fxquant: compiling its kernels for {row.name}, once on this machine …", file=sys.stderr, flush=True)
+            command = [*compiler.split(), *options, str(_SOURCE / "plan.cpp"), "-o", str(fresh)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-                raise _UnusableError(f"{compiler} could not compile it: {first}")
+                raise _UnusableError(f"{compiler} could not compile it for {row.name}: {first}")
             content = fresh.read_bytes()
             made = root / f"native-{key}-{_digest(content)}.so"
             fresh.replace(made)
@@ -225,8 +254,3 @@ def _parallel() -> int:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value or 0
     except (AttributeError, OSError):
         return 0
-
-
-def run_steps(steps: Any, count: int) -> None:
-    """Compute an array of ``Step`` with as many threads as torch uses."""
-    load().fxquant_run(ctypes.addressof(steps), count, torch.get_num_threads(), _parallel())

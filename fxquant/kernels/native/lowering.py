@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.capture.measuring import is_measurement
 from fxquant.graph.leveled import LeveledModule
-from fxquant.kernels.frozen import follows_data
-from fxquant.kernels.native.forms import FORMS, PASSES
+from fxquant.kernels.data_flow import follows_data
+from fxquant.kernels.native.library import Library, load
 from fxquant.kernels.native.operations import Add, Operation, Pointwise
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import Unfit
-from fxquant.nn.integer import IntegerOp, IntegerPass
-from fxquant.ops.measuring import is_measurement
+from fxquant.nn.form import form_of
+from fxquant.nn.integer import IntegerOp
 
 __all__ = ["Line", "NativeProgram", "Reference", "lower"]
 
@@ -63,14 +64,18 @@ class NativeProgram:
     """A graph as lines in order, for inputs of any shape.
 
     Attributes:
-        lines: in the order of the graph.
+        lines: in the order of the graph, of the nodes that something reads.
+        names: the name of each line's node.
         inputs: the lines of the graph's inputs.
         result: the graph's result with references for nodes.
+        library: that computes it; weights are laid out for its instruction set.
     """
 
     lines: list[Line]
+    names: list[str]
     inputs: list[int]
     result: Any
+    library: Library
 
 
 def lower(graph: LeveledModule) -> NativeProgram:
@@ -87,13 +92,13 @@ def lower(graph: LeveledModule) -> NativeProgram:
 
 class _Lowering:
     def __init__(self, graph: LeveledModule) -> None:
-        self.graph = graph
+        self.graph, self.library = graph, load()
         self.number: dict[fx.Node, int] = {}
         self.lines: list[Line] = []
 
     def program(self) -> NativeProgram:
         inputs, result = list[int](), None
-        for node in self.graph.graph.nodes:
+        for node in self._read_nodes():
             if node.op == "output":
                 result = self._referring(node.args[0])
                 continue
@@ -106,7 +111,16 @@ class _Lowering:
         if not any(line.operation for line in self.lines):
             raise Unfit("nothing in the model is computed in bytes")
         self._fuse()
-        return NativeProgram(self.lines, inputs, result)
+        return NativeProgram(self.lines, [node.name for node in self.number], inputs, result, self.library)
+
+    def _read_nodes(self) -> list[fx.Node]:
+        """The graph's nodes, but for those whose results nobody reads: no kernel shall reserve memory for them."""
+        read: set[fx.Node] = set()
+        for node in reversed(self.graph.graph.nodes):
+            acts = node.op in ("output", "placeholder") or "writes" in node.meta
+            if acts or getattr(node.target, "is_check", False) or read & set(node.users):
+                read.add(node)
+        return [node for node in self.graph.graph.nodes if node in read]
 
     def _referring(self, value: Any) -> Any:
         refer: Any = lambda node: Reference(self.number[node])  # noqa: E731 - fx asks for nodes and their kin
@@ -116,20 +130,22 @@ class _Lowering:
         part = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         line.arguments, line.keywords = self._referring(node.args), self._referring(node.kwargs)
         line.name = f"{node.name} ({part.entry.name})" if isinstance(part, IntegerOp) else node.name
-        entry: Any = getattr(part, "entry", None)
-        form = PASSES.get(entry.native) if isinstance(part, IntegerPass) else FORMS.get(type(part))
-        if form is not None:
+        form = form_of(part)
+        build = None if form is None else form.builder(part)
+        if build is not None:
             try:
-                line.operation = form(self, node, part)
+                line.operation = build(self, node, part)
             except Unfit as reason:
                 raise Unfit(f"{line.name}: {reason}") from None
         else:
             self._as_python(node, part, line)
-        if isinstance(part, IntegerPass):
+        if form is not None and form.moves:
             first = node.args[0][0] if isinstance(node.args[0], (tuple, list)) else node.args[0]
             line.moves, line.signed = True, self.is_signed(first)
 
     def _as_python(self, node: fx.Node, part: nn.Module | None, line: Line) -> None:
+        if "writes" in node.meta:
+            raise Unfit(f"{node.name} writes in place, and the plan's steps would be in another order")
         line.measures = is_measurement(node.op, node.target, node.args)
         if part is not None:
             line.run = part
@@ -163,10 +179,10 @@ class _Lowering:
             raise Unfit(f"its result is {dtype}")
         self.lines[self.number[node]].signed = dtype == torch.int8
 
-    # ---- what is done on a layer's way out
+    # ---- epilogues
 
     def _fuse(self) -> None:
-        """A table or a sum that only continues a layer becomes that layer's way out."""
+        """Fuse a lookup table or a residual add into the epilogue of the layer before it."""
         shapes = {self.number[n]: n.meta.get("shape") for n in self.number}
         uses = {self.number[n]: len(n.users) for n in self.number}
         for index, line in enumerate(self.lines):

@@ -17,7 +17,10 @@ from fxquant.kernels.native.lowering import lower
 from fxquant.kernels.native.plan import Plan
 from fxquant.kernels.native.weights import Unfit
 
-__all__ = ["NativeModel", "Unfit"]
+__all__ = ["NATIVE", "NativeModel", "Unfit"]
+
+NATIVE = "native"
+"""What computes an op, in a report."""
 
 _SHAPES = 8
 """Shapes of inputs whose plans are kept, those used last."""
@@ -29,6 +32,9 @@ class NativeModel:
     Args:
         model: the integer model; read once, not kept.
 
+    Attributes:
+        kernels: what computes each integer op, by the names of its nodes.
+
     Raises:
         Unfit: the machine or a node of the graph is not for these kernels; says why.
     """
@@ -37,9 +43,13 @@ class NativeModel:
         reason = missing()
         if reason is not None:
             raise Unfit(reason)
-        self.program, self.spec = lower(model), model.meta.get("call")
+        with torch.inference_mode(False), torch.device("cpu"):
+            self.program, self.spec = lower(model), model.meta.get("call")
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._lock = threading.Lock()
+        named = zip(self.program.names, self.program.lines, strict=True)
+        own = [name for name, line in named if line.operation is not None or line.gone or line.moves]
+        self.kernels = dict.fromkeys(own, NATIVE)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -48,20 +58,35 @@ class NativeModel:
             InputError: an input is neither a plain number nor a tensor on the CPU that is not empty.
             Unfit: an op of the model has no native kernel for inputs of these shapes.
         """
-        inputs = [_checked(x) for x in (list(args) if self.spec is None else self.spec.bind(args, kwargs))]
-        with self._lock, torch.no_grad():
-            result = self._plan(inputs).run(inputs)
+        inputs = list(args) if self.spec is None else self.spec.bind(args, kwargs)
+        result = self.run(inputs)
         return result if self.spec is None else self.spec.restore(result)
+
+    def run(self, inputs: Sequence[Any]) -> Any:
+        """The graph's result, for its inputs in order; raises as a call does."""
+        inputs = [_checked(x) for x in inputs]
+        with self._lock, torch.no_grad():
+            return self._plan(inputs).run(inputs)
 
     def _plan(self, inputs: Sequence[Any]) -> Plan:
         key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
         found = self._plans.get(key)
         if found is None:
-            found = self._plans[key] = Plan(self.program, inputs)
+            found = self._plans[key] = self._planned(inputs)
             while len(self._plans) > _SHAPES:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return found
+
+    def _planned(self, inputs: Sequence[Any]) -> Plan:
+        """A plan, whose making has left the generator of random numbers where it stood."""
+        before = torch.get_rng_state()
+        with torch.inference_mode(False), torch.device("cpu"):
+            plan = Plan(self.program, inputs)
+        if not torch.equal(torch.get_rng_state(), before):
+            torch.set_rng_state(before)
+            raise Unfit("the model draws random numbers, which a plan would hold")
+        return plan
 
 
 def _checked(x: Any) -> Any:

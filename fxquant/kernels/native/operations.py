@@ -25,7 +25,7 @@ __all__ = [
     "Attention",
     "Average",
     "Concatenation",
-    "Door",
+    "BorderOperation",
     "Maximum",
     "Operation",
     "Pointwise",
@@ -74,7 +74,7 @@ class Operation:
 
 
 @dataclass(eq=False)
-class Door(Operation):
+class BorderOperation(Operation):
     """Floats to bytes, or bytes to floats; floats are NCHW and without gaps."""
 
     kind: str

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fxquant.kernels.native.cut import cut
 from fxquant.kernels.native.layout import Image, axes_of, merged
-from fxquant.kernels.native.library import KINDS, Step, TensorView, run_steps
+from fxquant.kernels.native.library import KINDS, Step, TensorView
 from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.memory import Memory
 from fxquant.kernels.native.slices import in_slices
-from fxquant.kernels.native.walk import Recorded, Walk, filled, find_homes, from_outside, references
+from fxquant.kernels.native.walk import Recorded, Walk, filled, find_output_slices, from_outside, references
 from fxquant.kernels.native.weights import Unfit
 
 __all__ = ["Plan"]
@@ -46,7 +46,7 @@ class Plan:
     def __post_init__(self) -> None:
         first = Walk(self.program, self.inputs, {}, {})
         shapes = {i: (tuple(v.shape), _order(v)) for i, v in enumerate(first.values) if isinstance(v, Tensor)}
-        walk = Walk(self.program, self.inputs, find_homes(self.program, first), shapes)
+        walk = Walk(self.program, self.inputs, find_output_slices(self.program, first), shapes)
         self.inputs = ()
         order = in_slices(walk)
         arena = Memory(order.tensors, order.together, walk.borders)
@@ -54,7 +54,7 @@ class Plan:
         varying = _varying(self.program, walk)
         self.results = self._results(walk)
         self.steps, self.count = (Step * len(order.steps))(), len(order.steps)
-        self.doors: list[tuple[Any, int, int]] = []
+        self.border: list[tuple[Any, int, int]] = []
         for step, recorded in zip(self.steps, order.steps, strict=True):
             self._fill(step, recorded, walk, arena, varying)
         self.outside, self.after = self._outside(walk, varying), walk.after
@@ -77,10 +77,10 @@ class Plan:
         views = []
         for seen in recorded.images:
             storage = seen.tensor.untyped_storage().data_ptr()
-            constant = storage in walk.doors and walk.doors[storage] not in varying
+            constant = storage in walk.border and walk.border[storage] not in varying
             if constant:
                 self.kept.append(seen.tensor)
-            known = constant or storage in self.addresses or storage in walk.doors
+            known = constant or storage in self.addresses or storage in walk.border
             address = seen.tensor.data_ptr() if known else arena.address(seen.tensor)
             views.append(TensorView(address, *seen.strides[::-1], *seen.sizes))
         step.x, step.y = views[0], views[-1]
@@ -100,13 +100,13 @@ class Plan:
     def _watch(self, step: Step, place: str, seen: Image, walk: Walk, varying: set[int]) -> None:
         """Remember a tensor of a step whose address is known in each call only."""
         storage = seen.tensor.untyped_storage().data_ptr()
-        line = walk.doors.get(storage, self.addresses.get(storage))
+        line = walk.border.get(storage, self.addresses.get(storage))
         if line is not None and (line in varying or line in self.results):
-            self.doors.append((getattr(step, place), line, seen.tensor.data_ptr() - storage))
+            self.border.append((getattr(step, place), line, seen.tensor.data_ptr() - storage))
 
     def _outside(self, walk: Walk, varying: set[int]) -> list[int]:
         """The lines that Python computes in each call, in order."""
-        wanted = {*walk.doors.values(), *references(self.program.result)} & varying
+        wanted = {*walk.border.values(), *references(self.program.result)} & varying
         wanted |= set[int]().union(*(references(self.program.lines[i]) for i in walk.after)) & varying
         for index in reversed(range(len(self.program.lines))):
             if index in wanted:
@@ -129,11 +129,13 @@ class Plan:
         held: dict[int, Tensor] = {}
         for line, like in self.results.items():
             values[line] = held[line] = torch.empty_like(like)
-        for view, line, offset in self.doors:
+        for view, line, offset in self.border:
             if line not in held:
                 held[line] = from_outside(cast(Tensor, values[line]), self.program.lines[line].signed)
             view.data = held[line].data_ptr() + offset
-        run_steps(self.steps, self.count)
+        self.program.library.run(self.steps, self.count)
+        for line in self.results:
+            values[line] = held[line].contiguous()  # as the reference's, of which Python may take views
         self._compute(self.after, values)
         return filled(self.program.result, values)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxquant.kernels.native.layout import Image
-from fxquant.kernels.native.operations import Add, Door, Maximum, Operation, Pointwise
+from fxquant.kernels.native.operations import Add, BorderOperation, Maximum, Operation, Pointwise
 from fxquant.kernels.native.walk import Recorded, Walk
 from fxquant.kernels.native.weighted import Weighted
 
@@ -76,7 +76,9 @@ def _by_images(operation: Operation | None) -> bool:
         return False
     if isinstance(operation, Pointwise):
         return operation.kind in ("table", "affine")
-    return isinstance(operation, (Door, Add, Maximum)) or (isinstance(operation, Weighted) and not operation.linear)
+    return isinstance(operation, (BorderOperation, Add, Maximum)) or (
+        isinstance(operation, Weighted) and not operation.linear
+    )
 
 
 def _is_apart(walk: Walk, seen: Image, batch: int) -> bool:

@@ -19,11 +19,11 @@ from fxquant.errors import InputError
 from fxquant.kernels.native.layout import Image, image
 from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
 from fxquant.kernels.native.memory import MEMORY_LINE
-from fxquant.kernels.native.operations import Concatenation, Door, Operation
+from fxquant.kernels.native.operations import BorderOperation, Concatenation, Operation
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import Unfit
 
-__all__ = ["Home", "Recorded", "Walk", "filled", "find_homes", "from_outside", "references"]
+__all__ = ["OutputSlice", "Recorded", "Walk", "filled", "find_output_slices", "from_outside", "references"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Recorded:
 
 
 @dataclass
-class Home:
+class OutputSlice:
     """Where a result is to be written: a part of a concatenation, or the inside of a border."""
 
     line: int
@@ -46,8 +46,10 @@ class Home:
 class Walk:
     """One walk through the lines."""
 
-    def __init__(self, program: NativeProgram, inputs: Sequence[Tensor], homes: dict[int, Home], shapes: Any) -> None:
-        self.program, self.homes, self.shapes = program, homes, shapes
+    def __init__(
+        self, program: NativeProgram, inputs: Sequence[Tensor], output_slices: dict[int, OutputSlice], shapes: Any
+    ) -> None:
+        self.program, self.output_slices, self.shapes = program, output_slices, shapes
         self.values: list[Any] = [None] * len(program.lines)
         self.native: set[int] = set()
         self.after: list[int] = []
@@ -56,7 +58,7 @@ class Walk:
         """Tensors of our own by the address of their memory."""
         self.borders: list[tuple[Tensor, int]] = []
         self.steps: list[Recorded] = []
-        self.doors: dict[int, int] = {}
+        self.border: dict[int, int] = {}
         """Lines whose results come from outside, by the address that they had."""
         self.wholes: dict[int, Tensor] = {}
         self.inside: dict[int, tuple[int, int]] = {}
@@ -115,7 +117,9 @@ class Walk:
     def _compute(self, index: int, operation: Operation) -> Tensor:
         tensors = [self._operand(line) for line in operation.operands]
         if isinstance(operation, Concatenation):
-            return self._concatenated(index, operation, tensors)
+            return self._concatenated(index, operation, [t for t in tensors if t.numel()] or tensors)
+        if not all(t.numel() for t in tensors):
+            raise Unfit("an operand is empty")
         wanted = {"image": torch.channels_last, "rows": torch.contiguous_format}.get(operation.layout)
         if wanted is not None:
             tensors = [self._laid(t, wanted) for t in tensors]
@@ -137,11 +141,11 @@ class Walk:
             raise Unfit("an operand is no tensor")
         if line in self.after or (self.is_own(value) and value.dtype != torch.uint8):
             raise Unfit("an operand was a float between two parts in integers")
-        if not self.is_own(value) and line not in self.doors.values():
+        if not self.is_own(value) and line not in self.border.values():
             own = from_outside(value, self.program.lines[line].signed)
             # Floats are cloned, as bytes are copied: a caller's tensors may be parts of one, or one and the same.
             value = self.values[line] = own.clone() if own.is_floating_point() else own
-            self.doors[value.untyped_storage().data_ptr()] = line
+            self.border[value.untyped_storage().data_ptr()] = line
         return value
 
     def _laid(self, x: Tensor, wanted: torch.memory_format) -> Tensor:
@@ -163,6 +167,8 @@ class Walk:
         return self._copy(x, self._own(torch.empty(x.shape, dtype=torch.uint8, memory_format=wanted)))
 
     def _copy(self, x: Tensor, y: Tensor) -> Tensor:
+        if not x.numel():
+            raise Unfit("an operand is empty")
         size = (1, 1, 1, 1)
         self.steps.append(Recorded(None, [Image(x, size, (0, 0, 0)), Image(y, size, (0, 0, 0))]))
         return y
@@ -175,20 +181,20 @@ class Walk:
 
     def _placed(self, index: int, fresh: Tensor) -> Tensor:
         """The memory for a result: its own, or where it is wanted."""
-        home = self.homes.get(index)
+        output_slice = self.output_slices.get(index)
         if fresh.dtype != torch.uint8:
             return self._own(fresh.zero_())  # what Python computes from it now should be of no harm
-        if home is None:
+        if output_slice is None:
             return self._own(fresh)
-        consumer = self.program.lines[home.line].operation
+        consumer = self.program.lines[output_slice.line].operation
         if isinstance(consumer, Weighted):
             return self._bordered(fresh, consumer)
-        parent = self.wholes.get(home.line)
+        parent = self.wholes.get(output_slice.line)
         if parent is None:
-            shape, order = self.shapes[home.line]
+            shape, order = self.shapes[output_slice.line]
             like = torch.empty(shape, dtype=torch.uint8, memory_format=order)
-            parent = self.wholes[home.line] = self._placed(home.line, like)
-        return parent.narrow(home.axis, home.start, fresh.shape[home.axis])
+            parent = self.wholes[output_slice.line] = self._placed(output_slice.line, like)
+        return parent.narrow(output_slice.axis, output_slice.start, fresh.shape[output_slice.axis])
 
     def _concatenated(self, index: int, operation: Concatenation, tensors: list[Tensor]) -> Tensor:
         axis = operation.axis
@@ -252,9 +258,9 @@ def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor | None:
     return first.as_strided(shape, first.stride())
 
 
-def find_homes(program: NativeProgram, walk: Walk) -> dict[int, Home]:
+def find_output_slices(program: NativeProgram, walk: Walk) -> dict[int, OutputSlice]:
     """Where results are to be written, by line."""
-    homes: dict[int, Home] = {}
+    output_slices: dict[int, OutputSlice] = {}
     uses: dict[int, int] = {}
     for line in program.lines:
         for used in references(line):
@@ -265,14 +271,14 @@ def find_homes(program: NativeProgram, walk: Walk) -> dict[int, Home]:
             at = 0
             for part in operation.operands:
                 made = program.lines[part].operation
-                if part not in homes and made is not None and not made.writes_floats:
-                    homes[part] = Home(index, operation.axis, at)
+                if part not in output_slices and made is not None and not made.writes_floats:
+                    output_slices[part] = OutputSlice(index, operation.axis, at)
                 at += walk.values[part].shape[operation.axis]
         elif isinstance(operation, Weighted) and operation.by_lines:
             (source, *_) = operation.operands
-            if isinstance(program.lines[source].operation, Door) and uses[source] == 1:
-                homes.setdefault(source, Home(index))
-    return homes
+            if isinstance(program.lines[source].operation, BorderOperation) and uses[source] == 1:
+                output_slices.setdefault(source, OutputSlice(index))
+    return output_slices
 
 
 def references(source: Any) -> set[int]:

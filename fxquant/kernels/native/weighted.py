@@ -1,4 +1,4 @@
-"""Convolutions over two dimensions and linear layers, and what may follow on their way out."""
+"""Convolutions over two dimensions and linear layers, and their epilogues."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from fxquant.errors import InputError
 from fxquant.kernels.native.layout import image, rows
-from fxquant.kernels.native.library import FLAGS, KINDS, Step, TensorView, Zone
+from fxquant.kernels.native.library import FLAGS, KINDS, Library, PaddingRegion, Step, TensorView
 from fxquant.kernels.native.operations import Images, Operation, Sum, check_channels, set_addition, set_rescaling
+from fxquant.kernels.native.padding_regions import parts_of
 from fxquant.kernels.native.weights import (
+    Halves,
     Unfit,
     columns_weight,
     dense_weight,
     depthwise_weight,
     folded_bias,
+    interleaved,
     per_block,
     rescaling_of,
-    woven,
 )
-from fxquant.kernels.native.zones import parts_of
 from fxquant.kernels.saturation import INT32, channels_first, one_sided_sums
 from fxquant.kernels.weighted import Geometry, geometry_of, unfit
 from fxquant.nn.accumulating import IntegerWeighted
@@ -40,20 +41,26 @@ class Weighted(Operation):
     Attributes:
         part: the integer form.
         zero_point: of the input, as held.
+        library: whose instruction set the weights are laid out for.
         table: 256 bytes that the result is looked up in.
         added: the sum that the result goes into.
+        halves: of weights that are multiplied in pairs, see ``weights.Halves``.
     """
 
     part: InitVar[IntegerWeighted]
     zero_point: int
+    library: Library
     table: Tensor | None = None
     added: Sum | None = None
     to_float: bool = field(init=False)
+    halves: Halves | None = field(init=False, default=None)
 
     def __post_init__(self, part: IntegerWeighted) -> None:
         weight, reason = channels_first(part), unfit(part)
         if reason is not None:
             raise Unfit(reason)
+        if weight.ndim == 4 and weight is not part.weight:
+            raise Unfit("it is a transposed convolution")
         if weight.ndim not in (2, 4):
             raise Unfit("only convolutions over two dimensions and linear layers are written natively")
         bias = folded_bias(part, weight, self.zero_point)
@@ -63,7 +70,8 @@ class Weighted(Operation):
             raise Unfit("its sums could overflow 32 bits")
         self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
         geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
-        assert geometry is not None
+        if geometry is None:
+            raise Unfit("its padding is no number of zeros")
         self.geometry, self.channels, self.depth = geometry, weight.shape[0], weight.shape[1]
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
@@ -88,18 +96,18 @@ class Weighted(Operation):
         else:
             self.rescaling = rescaling_of(part, self.channels, largest)
             self.constants = self.rescaling.laid_out(self._spread)
-        points = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
-        # What each point adds to a sum where it lies outside.
-        self.at_zero = self.zero_point * points.sum(2, dtype=torch.int32)
+        taps = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
+        # What each tap adds to a sum where it lies outside.
+        self.at_zero = self.zero_point * taps.sum(2, dtype=torch.int32)
         if self.three:
-            filled = torch.nn.functional.pad(points[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
-            self.weight = columns_weight(filled.reshape(-1, 3, 3))
+            filled = torch.nn.functional.pad(taps[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
+            self.weight = columns_weight(filled.reshape(-1, 3, 3), self.library)
         elif self.depthwise:
-            self.weight = depthwise_weight(points[:, :, 0])
+            self.weight = depthwise_weight(taps[:, :, 0], self.library)
         elif self.by_lines:
-            self.weight = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1)
+            self.weight, self.halves = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1, self.library)
         else:
-            self.weight = dense_weight(points, groups)
+            self.weight, self.halves = dense_weight(taps, groups, self.library)
         self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
 
     def _blocks(self) -> tuple[int, int]:
@@ -107,10 +115,10 @@ class Weighted(Operation):
         return (1, 64 // self.lines) if self.depthwise else (self.geometry.groups, 16)
 
     def _spread(self, values: Tensor, fill: int = 0) -> Tensor:
-        """One number a channel, in the order of the kernels."""
+        """One number per channel, in the order of the kernels."""
         groups, size = self._blocks()
         filled = torch.cat([per_block(v, size, fill) for v in values.chunk(groups)]).repeat(self.lines)
-        return woven(filled) if self.depthwise else filled.contiguous()
+        return interleaved(filled) if self.depthwise else filled.contiguous()
 
     @property
     def layout(self) -> str:
@@ -162,25 +170,28 @@ class Weighted(Operation):
         step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
         step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
         step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
+        if self.halves is not None:
+            step.halves, step.half_four = self.halves.weight.data_ptr(), self.halves.four.data_ptr()
+            step.half_first = self.halves.first.data_ptr()
         self._fill_end(step)
         return None if self.depthwise else self._fill_zones(step)
 
     def _fill_zones(self, step: Step) -> Any:
-        """Write which points count where; the biases of the zones know the zero points of the others."""
+        """Write which taps count where; the biases of the regions know the zero points of the others."""
         parts = parts_of(step)
-        zones, kept = (Zone * len(parts))(), dict[tuple[int, ...], tuple[Tensor, Tensor]]()
-        for zone, part in zip(zones, parts, strict=True):
-            if part.points not in kept:
-                kept[part.points] = torch.tensor(part.points, dtype=torch.int32), self._bias_without(step, part.points)
-            point, bias = kept[part.points]
-            (zone.i, zone.y, zone.x), (zone.n, zone.h, zone.w) = part.first, part.count
-            zone.points, zone.inside = len(part.points), part.inside
-            zone.point, zone.bias = point.data_ptr(), bias.data_ptr()
-        step.zones, step.zone_count = ctypes.addressof(zones), len(zones)
-        return zones, kept
+        regions, kept = (PaddingRegion * len(parts))(), dict[tuple[int, ...], tuple[Tensor, Tensor]]()
+        for region, part in zip(regions, parts, strict=True):
+            if part.taps not in kept:
+                kept[part.taps] = torch.tensor(part.taps, dtype=torch.int32), self._bias_without(step, part.taps)
+            tap, bias = kept[part.taps]
+            (region.i, region.y, region.x), (region.n, region.h, region.w) = part.first, part.count
+            region.taps, region.inside = len(part.taps), part.inside
+            region.tap, region.bias = tap.data_ptr(), bias.data_ptr()
+        step.regions, step.region_count = ctypes.addressof(regions), len(regions)
+        return regions, kept
 
-    def _bias_without(self, step: Step, points: tuple[int, ...]) -> Tensor:
-        missing = sorted(set(range(step.taps)) - set(points))
+    def _bias_without(self, step: Step, taps: tuple[int, ...]) -> Tensor:
+        missing = sorted(set(range(step.taps)) - set(taps))
         if not missing or not self.zero_point:
             return self.bias
         return self.bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))

@@ -1,7 +1,7 @@
 """Numbers of integer forms, laid out as the native kernels read them.
 
-Signed integers are held 128 higher throughout, so every tensor is of unsigned bytes. Blocks are 16 output channels, the
-width of a vector of 32-bit sums.
+Signed integers are held 128 higher throughout, so every tensor is of unsigned bytes. Blocks are 16 output channels, a vector
+of 32-bit sums. How wide a weight is, and how many blocks lie beside each other, the instruction set says.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.kernels.native.library import Library
 from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
 
 __all__ = [
+    "Halves",
     "Rescaling",
     "Unfit",
     "addition",
@@ -27,8 +29,11 @@ __all__ = [
     "held",
     "per_block",
     "rescaling_of",
-    "woven",
+    "interleaved",
 ]
+
+
+_TYPE = {1: torch.int8, 2: torch.int16}
 
 
 class Unfit(Exception):  # noqa: N818 - an answer, not a failure
@@ -41,7 +46,7 @@ def held(part: Any) -> tuple[int, int, int]:
     return int(part.zero_point) + shift, int(part.low) + shift, int(part.high) + shift
 
 
-def woven(values: Tensor) -> Tensor:
+def interleaved(values: Tensor) -> Tensor:
     """The last axis, of whole 64s, in the order in which unpacking bytes twice leaves them (see vectors.h)."""
     return values.unflatten(-1, (-1, 4, 4, 4)).transpose(-2, -3).flatten(-4).contiguous()
 
@@ -108,29 +113,83 @@ def rescaling_of(part: Any, channels: int, largest: Tensor) -> Rescaling:
     return Rescaling("float64", numbers, 1.5 * 2**52 + zero_point, low, high)
 
 
-def dense_weight(weight: Tensor, groups: int) -> Tensor:
-    """Weights ``(channels, points, depth)`` as bundles of four blocks, ``[point][four of depth][block][16][4]`` each."""
-    fours = -weight.shape[2] % 4
-    bundles = []
-    for rows in torch.nn.functional.pad(weight, (0, fours)).chunk(groups):
-        blocks = -(-rows.shape[0] // 16)
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 16 * blocks - rows.shape[0]))
-        rows = rows.reshape(blocks, 16, rows.shape[1], -1, 4)
-        bundles += [bundle.permute(2, 3, 0, 1, 4).flatten() for bundle in rows.split(4)]
-    return torch.cat(bundles).contiguous()
+@dataclass(frozen=True)
+class Halves:
+    """Halves of weights that are multiplied apart from the others (see ``Step`` in tensor.h).
+
+    Attributes:
+        weight: int8 ``(number, 16, 4)``.
+        four: which four channels each is of, int32.
+        first: of each block and tap the number of the first one, int32, and how many there are.
+    """
+
+    weight: Tensor
+    four: Tensor
+    first: Tensor
 
 
-def depthwise_weight(weight: Tensor) -> Tensor:
-    """Weights ``(channels, points)`` as ``[64 channels][four points][64][4]``, channels woven."""
-    channels, points = weight.shape
-    weight = torch.nn.functional.pad(weight, (0, -points % 4, 0, -channels % 64))
-    return woven(weight.t()).t().reshape(-1, 64, weight.shape[1] // 4, 4).transpose(1, 2).contiguous()
+_MOST_HALVES = 0.25
+"""Of the fours of channels: with more, words are faster than bytes in pairs (4 operations for 32 products, and 3)."""
+_PAIR = 128
+"""Two bytes of 255 by weights of one sign that sum to so much fit into 16 bits."""
 
 
-def columns_weight(weight: Tensor) -> Tensor:
+def dense_weight(weight: Tensor, groups: int, library: Library) -> tuple[Tensor, Halves | None]:
+    """Weights ``(channels, taps, depth)`` as tiles of blocks, ``[tap][four bytes of depth][block][16][four]`` each."""
+    if library.pairs_of_bytes:
+        found = _in_pairs(_by_blocks(weight.to(torch.int16), groups, 4))
+        if found is not None:
+            whole, halves = found
+            return whole.permute(0, 2, 3, 1, 4).to(torch.int8).contiguous(), halves
+    size = 4 // library.weight_size
+    tiles = []
+    for rows in _by_blocks(weight.to(_TYPE[library.weight_size]), groups, size).chunk(groups):
+        tiles += [tile.permute(2, 3, 0, 1, 4).flatten() for tile in rows.split(library.blocks_together)]
+    return torch.cat(tiles).contiguous(), None
+
+
+def _by_blocks(weight: Tensor, groups: int, size: int) -> Tensor:
+    """Weights ``(channels, taps, depth)`` as ``(blocks of all groups, 16, taps, fours, size)``, filled up with zeros."""
+    channels, taps, depth = weight.shape
+    weight = weight.unflatten(0, (groups, channels // groups))
+    filled = torch.nn.functional.pad(weight, (0, -depth % size, 0, 0, 0, -(channels // groups) % 16))
+    return filled.reshape(-1, 16, taps, filled.shape[3] // size, size)
+
+
+def _in_pairs(weight: Tensor) -> tuple[Tensor, Halves] | None:
+    """Weights of which no two neighbours can leave 16 bits, and halves of those that could; None where those are many."""
+    pairs = weight.unflatten(-1, (2, 2))
+    leaves = (pairs.clamp(min=0).sum(-1) > _PAIR) | (pairs.clamp(max=0).sum(-1) < -_PAIR)
+    half = torch.where(leaves[..., None], torch.div(pairs, 2, rounding_mode="trunc"), 0).flatten(-2)
+    some = half.ne(0).any(-1).any(1)
+    if float(some.float().mean()) > _MOST_HALVES:
+        return None
+    counts = some.sum(2).flatten().cumsum(0)
+    first = torch.nn.functional.pad(counts, (1, 0)).to(torch.int32)
+    four = some.nonzero()[:, 2].to(torch.int32)
+    return weight - half, Halves(
+        half.permute(0, 2, 3, 1, 4)[some].to(torch.int8).contiguous(), four.contiguous(), first
+    )
+
+
+def depthwise_weight(weight: Tensor, library: Library) -> Tensor:
+    """Weights ``(channels, taps)`` as ``[64 channels][four taps][64][4]``, channels interleaved; see ``_fours``."""
+    channels, taps = weight.shape
+    weight = torch.nn.functional.pad(weight, (0, -taps % 4, 0, -channels % 64))
+    return _fours(interleaved(weight.t()).t().reshape(-1, 64, weight.shape[1] // 4, 4).transpose(1, 2), library)
+
+
+def columns_weight(weight: Tensor, library: Library) -> Tensor:
     """Weights ``(channels, 3, 3)``, channels whole 64s, as ``[64 channels][column][64][line]``, the fourth line zero."""
     weight = torch.nn.functional.pad(weight.transpose(1, 2), (0, 1))
-    return woven(weight.permute(1, 2, 0)).permute(2, 0, 1).reshape(-1, 64, 3, 4).transpose(1, 2).contiguous()
+    return _fours(interleaved(weight.permute(1, 2, 0)).permute(2, 0, 1).reshape(-1, 64, 3, 4).transpose(1, 2), library)
+
+
+def _fours(weight: Tensor, library: Library) -> Tensor:
+    """Weights ``(..., 64, 4)`` as ``dot_bytes`` reads them: of words 16 times the even ones, then 16 times the odd ones."""
+    if library.weight_size == 1:
+        return weight.contiguous()
+    return weight.to(torch.int16).unflatten(-2, (4, 16)).unflatten(-1, (2, 2)).movedim(-1, -3).contiguous()
 
 
 def folded_bias(part: IntegerWeighted, weight: Tensor, zero_point: int) -> Tensor:
@@ -153,5 +212,5 @@ def addition(part: IntegerSum, zero_points: tuple[int, int]) -> tuple[int, tuple
 
 
 def channel_affine_numbers(gain: Tensor, offset: Tensor) -> Tensor:
-    """Gains and offsets of channels, float64, as ``[64 channels][gain, offset][64]``, woven."""
-    return torch.stack([woven(per_block(v, 64)).reshape(-1, 64) for v in (gain, offset)], dim=1).contiguous()
+    """Gains and offsets of channels, float64, as ``[64 channels][gain, offset][64]``, interleaved."""
+    return torch.stack([interleaved(per_block(v, 64)).reshape(-1, 64) for v in (gain, offset)], dim=1).contiguous()

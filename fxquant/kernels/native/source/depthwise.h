@@ -1,11 +1,11 @@
-// Convolutions with one filter a channel. The bytes of four points of the window are woven, so that a vpdpbusd sums over the
-// four: any four points of any window, or three lines of a column of a 3 x 3 window, which the next pixels read as well.
+// Convolutions with one filter a channel. The bytes of four taps of the window are interleaved, so that a dot product sums over the
+// four: any four taps of any window, or three lines of a column of a 3 x 3 window, which the next pixels read as well.
 #pragma once
 #include "convolution.h"
 
 namespace fxquant {
 
-// Where each point of the window lies, for one pixel of the result after the other.
+// Where each tap of the window lies, for one pixel of the result after the other.
 struct Cursor {
     const Step& s;
     Point p;
@@ -40,7 +40,7 @@ struct Cursor {
         }
     }
     bool inside() const { return lines_inside && x0 >= 0 && x0 + reach_x < s.x.w; }
-    // rows[point]
+    // rows[tap]
     void rows(const uint8_t** rows) const {
         if (inside()) {
             for (int t = 0; t < s.taps; t++) rows[t] = start + offsets[t];
@@ -53,15 +53,14 @@ struct Cursor {
     }
 };
 
-// Byte c of four tensors beside each other, for 64 channels in woven order.
-inline void weave_four(__m512i a, __m512i b, __m512i c, __m512i d, __m512i v[4]) {
-    const __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
-    const __m512i cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
-    v[0] = _mm512_unpacklo_epi16(ab0, cd0), v[1] = _mm512_unpackhi_epi16(ab0, cd0);
-    v[2] = _mm512_unpacklo_epi16(ab1, cd1), v[3] = _mm512_unpackhi_epi16(ab1, cd1);
+// Byte c of four tensors beside each other, for 64 channels in interleaved order.
+inline void weave_four(Vector a, Vector b, Vector c, Vector d, Vector v[4]) {
+    const Vector ab0 = low8(a, b), ab1 = high8(a, b), cd0 = low8(c, d), cd1 = high8(c, d);
+    v[0] = low16(ab0, cd0), v[1] = high16(ab0, cd0);
+    v[2] = low16(ab1, cd1), v[3] = high16(ab1, cd1);
 }
 
-// Any window: weight[64 channels][four points][64][4].
+// Any window: weight[64 channels][four taps][64][4], each four as dot_bytes reads it.
 template <Rule RULE>
 void any_window(const Step& s, int unit, const Finish& finish) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
@@ -73,20 +72,19 @@ void any_window(const Step& s, int unit, const Finish& finish) {
     for (int64_t index = from; index < end; index++, cursor.next()) {
         cursor.rows(rows);
         for (int c = 0; c < s.y.c; c += 64) {
-            __m512i acc[4];
-            for (int j = 0; j < 4; j++) acc[j] = _mm512_loadu_si512(s.bias + c + 16 * j);
-            const int8_t* weight = s.weight + static_cast<int64_t>(c) * fours * 4;
-            for (int t = 0; t < fours; t++, weight += 256) {
-                __m512i x[4];
-                for (int j = 0; j < 4; j++) x[j] = _mm512_loadu_si512(rows[4 * t + j] + c);
-                __m512i v[4];
+            Vector acc[4];
+            for (int j = 0; j < 4; j++) acc[j] = load(s.bias + c + 16 * j);
+            const int8_t* weight = s.weight + static_cast<int64_t>(c) * fours * 4 * sizeof(Weight);
+            for (int t = 0; t < fours; t++, weight += 256 * sizeof(Weight)) {
+                Vector x[4];
+                for (int j = 0; j < 4; j++) x[j] = load(rows[4 * t + j] + c);
+                Vector v[4];
                 weave_four(x[0], x[1], x[2], x[3], v);
-                for (int j = 0; j < 4; j++)
-                    acc[j] = _mm512_dpbusd_epi32(acc[j], v[j], _mm512_loadu_si512(weight + 64 * j));
+                for (int j = 0; j < 4; j++) acc[j] = dot_bytes(acc[j], v[j], weight + 64 * sizeof(Weight) * j);
             }
             const Rescaling<RULE> rescaling(s, c / 16);
             for (int j = 0; j < 4; j++) acc[j] = rescaling(acc[j], j);
-            store(cursor.to + c, finish(rescaling.woven_bytes(acc), cursor.other + c), s.y.c - c);
+            store_first(cursor.to + c, finish(rescaling.interleaved_bytes(acc), cursor.other + c), s.y.c - c);
         }
     }
 }
@@ -99,29 +97,17 @@ inline void depthwise(const Step& s, int unit, const Finish& finish) {
     }
 }
 
-// The same channels of LINES lines of the result, of 64 / LINES channels each, in one vector.
+// The same channels of LINES lines of the result, of 64 / LINES channels each, from one vector.
 template <int LINES>
-struct Together {
-    static __m512i load(const uint8_t* const* at) {
-        if constexpr (LINES == 1) return _mm512_loadu_si512(at[0]);
-        if constexpr (LINES == 2)
-            return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[0]))),
-                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[1])), 1);
-        __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at[0])));
-        v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[1 % LINES])), 1);
-        v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[2 % LINES])), 2);
-        return _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[3 % LINES])), 3);
+void store_lines(uint8_t* const* at, Vector v, int count) {
+    store_first(at[0], v, count);
+    if constexpr (LINES == 2) store_first(at[1], part<2, 1>(v), count);
+    if constexpr (LINES == 4) {
+        store_first(at[1], part<4, 1>(v), count);
+        store_first(at[2], part<4, 2>(v), count);
+        store_first(at[3], part<4, 3>(v), count);
     }
-    static void store(uint8_t* const* at, __m512i v, int count) {
-        fxquant::store(at[0], v, count);
-        if constexpr (LINES == 2) fxquant::store(at[1], _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)), count);
-        if constexpr (LINES == 4) {
-            fxquant::store(at[1], _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 1)), count);
-            fxquant::store(at[2], _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 2)), count);
-            fxquant::store(at[3], _mm512_castsi128_si512(_mm512_extracti32x4_epi32(v, 3)), count);
-        }
-    }
-};
+}
 
 // 64 channels (or fewer, of several lines) of two pixels of the result at once, so that what is read of weights and rules
 // serves both. weight[column][64][4], the fourth zero.
@@ -147,23 +133,23 @@ struct ThreeByThree {
             }
         }
     }
-    inline __attribute__((always_inline)) void column(int x, int c, __m512i v[4]) const {
+    inline __attribute__((always_inline)) void column(int x, int c, Vector v[4]) const {
         const bool there = x >= 0 && x < s.x.w;
-        __m512i row[3];
+        Vector row[3];
 #pragma GCC unroll 3
         for (int k = 0; k < 3; k++) {
             const uint8_t* at[LINES];
 #pragma GCC unroll 4
             for (int l = 0; l < LINES; l++) at[l] = (there ? line[k][l] + x * step[k][l] : s.border) + c;
-            row[k] = Together<LINES>::load(at);
+            row[k] = load_parts<LINES>(at);
         }
-        weave_four(row[0], row[1], row[2], _mm512_setzero_si512(), v);
+        weave_four(row[0], row[1], row[2], zeros(), v);
     }
     void channels(int c) const {
         const int count = std::min(s.y.c - c, 64 / LINES);
-        const int8_t* weight = s.weight + 12 * static_cast<int64_t>(c);
+        const int8_t* weight = s.weight + 12 * static_cast<int64_t>(c * sizeof(Weight));
         const Rescaling<RULE> rescaling(s, c / 16);
-        __m512i col[COLUMNS][4];
+        Vector col[COLUMNS][4];
         int ready = INT32_MIN;  // the pixel whose columns the last ones would be
         for (int pair = 0; pair < s.y.w; pair += 2) {
             const int x = std::max(0, std::min(pair, s.y.w - 2)), left = x * STRIDE - s.window.padding[1];
@@ -180,30 +166,30 @@ struct ThreeByThree {
 #pragma GCC unroll 5
             for (int k = KEPT; k < COLUMNS; k++) column(left + k, c, col[k]);
             ready = x + 2;
-            __m512i acc[2][4];
+            Vector acc[2][4];
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                acc[0][j] = acc[1][j] = _mm512_loadu_si512(s.bias + c + 16 * j);
+                acc[0][j] = acc[1][j] = load(s.bias + c + 16 * j);
 #pragma GCC unroll 3
                 for (int k = 0; k < 3; k++) {
-                    const __m512i w = _mm512_loadu_si512(weight + 256 * k + 64 * j);
-                    acc[0][j] = _mm512_dpbusd_epi32(acc[0][j], col[k][j], w);
-                    acc[1][j] = _mm512_dpbusd_epi32(acc[1][j], col[k + STRIDE][j], w);
+                    const int8_t* w = weight + (256 * k + 64 * j) * sizeof(Weight);
+                    acc[0][j] = dot_bytes(acc[0][j], col[k][j], w);
+                    acc[1][j] = dot_bytes(acc[1][j], col[k + STRIDE][j], w);
                 }
                 acc[0][j] = rescaling(acc[0][j], j), acc[1][j] = rescaling(acc[1][j], j);
             }
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
                 if (i == s.y.w) break;
-                __m512i bytes = finish(rescaling.woven_bytes(acc[i]));
+                Vector bytes = finish(rescaling.interleaved_bytes(acc[i]));
                 uint8_t* out[LINES];
                 const uint8_t* plus[LINES];
                 for (int l = 0; l < LINES; l++) {
                     out[l] = to[l] + (x + i) * s.y.pixel + c;
                     plus[l] = other[l] + (x + i) * s.z.pixel + c;
                 }
-                if (finish.adds) bytes = finish.sum(bytes, Together<LINES>::load(plus));
-                Together<LINES>::store(out, bytes, count);
+                if (finish.adds) bytes = finish.sum(bytes, load_parts<LINES>(plus));
+                store_lines<LINES>(out, bytes, count);
             }
         }
     }

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "attention.h"
+#include "layout.h"
 
 namespace fxquant {
 
@@ -62,7 +63,7 @@ static void work(void* data) {
             if (computed) done.fetch_add(computed, std::memory_order_release);
         }
         for (int spins = 0; done.load(std::memory_order_acquire) < s.units; spins++) {
-            if (spins < 4000) _mm_pause();
+            if (spins < 4000) pause();
             else std::this_thread::yield();
         }
     }
@@ -74,12 +75,16 @@ extern "C" {
 
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
-int fxquant_step_size() { return static_cast<int>(sizeof(fxquant::Step)); }
+const fxquant::Entry* fxquant_layout() { return fxquant::LAYOUT; }
+int fxquant_layout_count() { return static_cast<int>(sizeof(fxquant::LAYOUT) / sizeof(fxquant::Entry)); }
 
-int fxquant_runs_here() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-}
+int fxquant_runs_here() { return fxquant::runs_here(); }
+
+// How weights are laid out for this instruction set: bytes of a weight, whether a layer may have bytes whose products are added
+// in pairs instead, and blocks of 16 channels beside each other.
+int fxquant_weight_size() { return static_cast<int>(sizeof(fxquant::Weight)); }
+int fxquant_pairs_of_bytes() { return fxquant::PAIRS_OF_BYTES; }
+int fxquant_blocks_together() { return fxquant::BLOCKS_TOGETHER; }
 
 // parallel: GOMP_parallel of the OpenMP that torch runs on, or null for threads of our own.
 void fxquant_run(const fxquant::Step* steps, int count, int threads, Parallel parallel) {

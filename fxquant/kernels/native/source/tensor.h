@@ -41,12 +41,12 @@ struct Addition {
     int32_t shift, low, high;
 };
 
-// Pixels of a convolution's result for which the same points of the window count: lines by columns of some images. A point
+// Pixels of a convolution's result for which the same taps of the window count: lines by columns of some images. A point
 // that lies outside the tensor for all of them is left out.
-struct Zone {
+struct PaddingRegion {
     int32_t i, y, x, n, h, w;  // the first image, line and column, and how many of each
-    int32_t points, inside;    // how many points count, and whether all of them lie inside for all pixels
-    const int32_t* point;      // their numbers
+    int32_t taps, inside;    // how many taps count, and whether all of them lie inside for all pixels
+    const int32_t* tap;      // their numbers
     const int32_t* bias;       // which knows what is left out
 };
 
@@ -54,18 +54,22 @@ struct Step {
     int32_t kind, flags;
     Tensor x, z, y;  // read, read, written; a float tensor counts bytes as well
     Window window;
-    int32_t groups, taps, depth, blocks;  // of a convolution: windows' rows or points, channels in each, 16s of channels
+    int32_t groups, taps, depth, blocks;  // of a convolution: windows' rows or taps, channels in each, 16s of channels
     const int8_t* weight;
     const int32_t* bias;
     const uint8_t* border;  // a pixel of zero points, read where a window leaves its tensor
-    const Zone* zones;      // of a convolution: all pixels of the result, in the order in which they are computed
+    // Of weights that are multiplied in pairs, some by halves: the other halves [16][4] of fours of channels, which ones, and
+    // where those of a block and tap begin; null for other layers.
+    const int8_t* halves;
+    const int32_t *half_four, *half_first;
+    const PaddingRegion* regions;      // of a convolution: all pixels of the result, in the order in which they are computed
     Requantization out;
     Addition add;
     const void* numbers;  // what else a kind needs
     double scale[2];
     int32_t zero_point[2];
     int32_t units, outer;  // how the work is cut, and whether units have few channels each
-    int32_t zone_count;
+    int32_t region_count;
 };
 
 enum Kind : int32_t {

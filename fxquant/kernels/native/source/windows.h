@@ -28,13 +28,13 @@ inline void maximum(const Step& s, int unit) {
         const uint8_t* corner = s.x.at(p.i, down.first, across.first);
         uint8_t* to = s.y.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64) {
-            __m512i most = _mm512_setzero_si512();
+            Vector most = zeros();
             for (int ky = 0; ky < down.count; ky++) {
                 const uint8_t* at = corner + ky * s.window.dilation[0] * s.x.row + c;
                 for (int kx = 0; kx < across.count; kx++, at += s.window.dilation[1] * s.x.pixel)
-                    most = _mm512_max_epu8(most, _mm512_loadu_si512(at));
+                    most = max8(most, load(at));
             }
-            store(to + c, most, s.y.c - c);
+            store_first(to + c, most, s.y.c - c);
         }
     }
 }
@@ -62,29 +62,23 @@ inline void average(const Step& s, int unit) {
             divisor = whole ? static_cast<double>(bottom - top) * (right - left) : static_cast<double>(y1 - y0) * (x1 - x0);
         }
         const int lines = std::max(0, y1 - y0), width = std::max(0, x1 - x0);
-        __m512i sum[4] = {};
+        Vector sum[4] = {zeros(), zeros(), zeros(), zeros()};
         for (int ky = y0; ky < y0 + lines; ky++) {
             const uint8_t* at = s.x.at(i, ky, x0) + c;
             for (int kx = 0; kx < width; kx++, at += s.x.pixel) {
-                __m512i v[4];
-                weave(_mm512_loadu_si512(at), v);
-                for (int j = 0; j < 4; j++) sum[j] = _mm512_add_epi32(sum[j], v[j]);
+                Vector v[4];
+                weave(load(at), v);
+                for (int j = 0; j < 4; j++) sum[j] = add32(sum[j], v[j]);
             }
         }
-        const __m512i centre = _mm512_set1_epi32(lines * width * s.zero_point[0]);
-        const __m512i to_zero = _mm512_set1_epi32(s.zero_point[1]);
-        const __m512d by = _mm512_set1_pd(divisor), ratio = _mm512_set1_pd(s.scale[0]);
+        const Vector centre = each32(lines * width * s.zero_point[0]), to_zero = each32(s.zero_point[1]);
+        const Doubles by = each(divisor), ratio = each(s.scale[0]);
         for (int j = 0; j < 4; j++) {
-            const __m512i d = _mm512_sub_epi32(sum[j], centre);
-            __m256i half[2];
-            for (int k = 0; k < 2; k++) {
-                const __m512d exact = _mm512_cvtepi32_pd(k ? _mm512_extracti64x4_epi64(d, 1) : _mm512_castsi512_si256(d));
-                half[k] = _mm512_cvtpd_epi32(_mm512_mul_pd(_mm512_div_pd(exact, by), ratio));
-            }
-            sum[j] = _mm512_add_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), to_zero);
+            const Vector d = sub32(sum[j], centre);
+            sum[j] = add32(nearest(low_doubles(d) / by * ratio, high_doubles(d) / by * ratio), to_zero);
         }
-        const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-        store(s.y.at(i, y, x) + c, clamp(pack_woven(sum), low, high), s.y.c - c);
+        const Vector low = each8(s.out.low), high = each8(s.out.high);
+        store_first(s.y.at(i, y, x) + c, clamp(pack_interleaved(sum), low, high), s.y.c - c);
     }
 }
 
@@ -101,7 +95,7 @@ inline void look_up(const Step& s, int unit) {
     const Table table(s.out.table);
     each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
         for (int c = 0; c < s.y.c; c += 64)
-            store(y + c, table(_mm512_loadu_si512(x + c)), s.y.c - c);
+            store_first(y + c, table(load(x + c)), s.y.c - c);
     });
 }
 
@@ -134,8 +128,7 @@ inline void add(const Step& s, int unit) {
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
         const uint8_t* z = s.z.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64) {
-            const __m512i a = _mm512_loadu_si512(x + c), b = _mm512_loadu_si512(z + c);
-            store(y + c, wide ? wide_sum(s.add, a, b) : sum(a, b), s.y.c - c);
+            store_first(y + c, wide ? wide_sum(s.add, x + c, z + c) : sum(load(x + c), load(z + c)), s.y.c - c);
         }
     });
 }
@@ -144,17 +137,16 @@ inline void add(const Step& s, int unit) {
 template <Rule RULE>
 void product(const Step& s, int unit) {
     const Rescaling<RULE> rescaling(s, 0);
-    const __m512i x_zero = _mm512_set1_epi32(s.zero_point[0]), z_zero = _mm512_set1_epi32(s.zero_point[1]);
-    const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
+    const Vector x_zero = each32(s.zero_point[0]), z_zero = each32(s.zero_point[1]);
+    const Vector low = each8(s.out.low), high = each8(s.out.high);
     each_pixel(s, unit, [&](const Point& p, const uint8_t* x, uint8_t* y) {
         const uint8_t* z = s.z.at(p.i, p.y, p.x);
         for (int c = 0; c < s.y.c; c += 64) {
-            __m512i a[4], b[4];
-            weave(_mm512_loadu_si512(x + c), a);
-            weave(_mm512_loadu_si512(z + c), b);
-            for (int j = 0; j < 4; j++)
-                a[j] = rescaling(_mm512_mullo_epi32(_mm512_sub_epi32(a[j], x_zero), _mm512_sub_epi32(b[j], z_zero)), 0);
-            store(y + c, clamp(rescaling.woven_bytes(a), low, high), s.y.c - c);
+            Vector a[4], b[4];
+            weave(load(x + c), a);
+            weave(load(z + c), b);
+            for (int j = 0; j < 4; j++) a[j] = rescaling(mul32(sub32(a[j], x_zero), sub32(b[j], z_zero)), 0);
+            store_first(y + c, clamp(rescaling.interleaved_bytes(a), low, high), s.y.c - c);
         }
     });
 }
@@ -167,24 +159,19 @@ inline void multiply(const Step& s, int unit) {
     }
 }
 
-// round(x * gain + offset) of each channel in float64, ties to even: numbers[64 channels][gain, offset][64], woven.
+// round(x * gain + offset) of each channel in float64, ties to even: numbers[64 channels][gain, offset][64], interleaved.
 inline void affine(const Step& s, int unit) {
-    const __m512i low = _mm512_set1_epi8(static_cast<char>(s.out.low)), high = _mm512_set1_epi8(static_cast<char>(s.out.high));
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512d magic = _mm512_set1_pd(s.out.magic);
+    const Vector low = each8(s.out.low), high = each8(s.out.high);
+    const Doubles magic = each(s.out.magic);
     for (int c = 0; c < s.y.c; c += 64) {
         const double* numbers = static_cast<const double*>(s.numbers) + 2 * c;
-        const auto eight = [&](__m256i q, const double* n) {
-            const __m512d real = _mm512_fmadd_pd(_mm512_cvtepi32_pd(q), _mm512_loadu_pd(n), _mm512_loadu_pd(n + 64));
-            return _mm512_castpd_si512(_mm512_add_pd(real, magic));
-        };
+        const auto eight = [&](Doubles q, const double* n) { return fused(q, load_doubles(n), load_doubles(n + 64)) + magic; };
         each_pixel(s, unit, [&](const Point&, const uint8_t* x, uint8_t* y) {
-            __m512i v[4];
-            weave(_mm512_loadu_si512(x + c), v);
+            Vector v[4];
+            weave(load(x + c), v);
             for (int j = 0; j < 4; j++)
-                v[j] = _mm512_permutex2var_epi32(eight(_mm512_castsi512_si256(v[j]), numbers + 16 * j), even,
-                                                 eight(_mm512_extracti64x4_epi64(v[j], 1), numbers + 16 * j + 8));
-            store(y + c, clamp(pack_woven(v), low, high), s.y.c - c);
+                v[j] = low_bits(eight(low_doubles(v[j]), numbers + 16 * j), eight(high_doubles(v[j]), numbers + 16 * j + 8));
+            store_first(y + c, clamp(pack_interleaved(v), low, high), s.y.c - c);
         });
     }
 }

@@ -1,0 +1,180 @@
+"""Quantization-aware training of ResNet-20 on CIFAR-10: last-epoch top-1 at 8 to 2 bits, beside float trained on as long.
+
+Every row starts from the same trained weights and sees the same batches (seeded; crop of a 4-pixel border, flip) with the
+same schedule: SGD, momentum 0.9, cosine to zero, weight decay 1e-4; batch norm statistics are taken anew at the end.
+Accuracy is that of the last epoch on all test images, never of the best one. A row is a preset, bits, a rule and a seed:
+
+    academic   first and last weights, the input and what the last layer reads have 8 bits, all else the row's bits
+    deploy     everything has the row's bits, as one target would run it
+
+In either, residual sums have the bits of other tensors: what convolutions read is what the shortcut carries. Rows that the
+JSON has are not run again, and a row goes on from the last epoch that was finished (``--work``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cifar import DATA, Cifar10, calibration_batches, load_cifar10, load_resnet
+from ptq_cifar import percent, predictions
+from record import add_output_option, publish
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fxquant
+from fxquant import Op, Recipe, Scheme, Setting
+from fxquant.quantizers import RULES
+from fxquant.recipe import FIRST, INPUT, LAST
+
+PRESETS = ("academic", "deploy")
+KEYS = ("preset", "bits", "rule", "seed")
+FLOAT = "float"
+BATCH = 128
+
+
+def recipe_of(preset: str, bits: int, rule: str) -> Recipe:
+    """The recipe of a row; ``moving average`` is the rule that ``prepare(qat=True)`` has by default."""
+    own: dict[str, Any] = {"quantizer": rule} if rule in RULES else {"estimator": "moving_average"}
+    weights: dict[str, Any] = {"quantizer": rule} if rule in RULES and RULES[rule].weight else {}
+    low = Setting(weight=Scheme.weight(bits, **weights), activation=Scheme.activation(bits, **own))
+    if preset == "deploy":
+        return Recipe(default=low)
+    ends = Setting(weight=Scheme.weight(8, **weights), activation=low.activation)
+    wide = Setting(activation=Scheme.activation(8, **own))
+    return Recipe([(FIRST, ends), (LAST, ends), (INPUT, wide), (Op("avg_pool2d"), wide)], default=low)
+
+
+def augmented(data: Cifar10, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of training batches: a random order, crops of images with a border of 4 pixels, half of them flipped."""
+    random = torch.Generator().manual_seed(seed)
+    for chosen in torch.randperm(len(data), generator=random).split(BATCH):
+        ((images, labels),) = data.take(chosen).batches(BATCH)
+        padded = F.pad(images, (4, 4, 4, 4))
+        rows, columns = (torch.randint(0, 9, (len(chosen), 1), generator=random) for _ in range(2))
+        span = torch.arange(32)
+        y, x = (rows + span)[:, None, :, None], (columns + span)[:, None, None, :]
+        images = padded[torch.arange(len(chosen))[:, None, None, None], torch.arange(3)[None, :, None, None], y, x]
+        flip = torch.rand(len(chosen), generator=random) < 0.5
+        yield torch.where(flip[:, None, None, None], images.flip(3), images), labels
+
+
+def train(model: nn.Module, data: Cifar10, args: argparse.Namespace, seed: int, state: Path) -> None:
+    """Train in place for ``args.epochs``, from the epoch that ``state`` holds on."""
+    groups = fxquant.parameter_groups(model, lr=args.range_lr)
+    rates = [group.get("lr", args.lr) for group in groups]
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    start = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["epoch"]
+    steps = args.steps or math.ceil(len(data) / BATCH)
+    for epoch in range(start, args.epochs):
+        model.train()
+        batches = augmented(data, 1000 * seed + epoch)
+        for step, (images, labels) in zip(
+            tqdm(range(steps), desc=f"epoch {epoch + 1}", leave=False), batches, strict=False
+        ):
+            done = (epoch * steps + step) / (args.epochs * steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        part = state.with_suffix(".part")
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, part)
+        part.replace(state)
+
+
+def row(key: tuple[str, int, str, int], args: argparse.Namespace, data: Cifar10, test: Cifar10) -> dict[str, Any]:
+    """One row of the table."""
+    preset, bits, rule, seed = key
+    torch.manual_seed(seed)
+    model: Any = load_resnet("resnet20", args.weights).train()
+    batches = calibration_batches(data)
+    if rule != FLOAT:
+        model = fxquant.prepare(model, batches[0][0], qat=True, recipe=recipe_of(preset, bits, rule))
+        fxquant.calibrate(model, batches, progress=False)
+    train(model, data, args, seed, args.work / f"{'-'.join(map(str, key)).replace(' ', '_')}.pt")
+    found: dict[str, Any] = {**dict(zip(KEYS, key, strict=True)), "epochs": args.epochs, "steps": args.steps}
+    name = " ".join(map(str, key))
+    if rule == FLOAT:
+        return {**found, "top-1": percent(predictions(model.eval(), test, name) == test.labels)}
+    again = [batch for batch, _ in zip(augmented(data, 1000 * seed + 999), range(50), strict=False)]
+    fxquant.reestimate_batchnorm(model, again)
+    found["top-1"] = percent(predictions(model.eval(), test, name) == test.labels)
+    found["integer"] = percent(predictions(fxquant.convert(model), test, f"{name} integer") == test.labels)
+    return found
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the two zips, or torchvision's CIFAR-10")
+    parser.add_argument("--weights", type=Path, help="trained ResNet-20 (default: resnet20-cifar10-jpeg.pt in --data)")
+    parser.add_argument(
+        "--work", type=Path, default=Path.home() / ".cache" / "fxquant" / "qat_cifar", help="unfinished rows"
+    )
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 2, 3, 8])
+    parser.add_argument("--rules", nargs="+", default=["lsq", "moving average"], help="rules, or 'moving average'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, help="of an epoch, to cut it short (default: the whole training set)")
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--range-lr", type=float, help="of learned ranges (default: as --lr)")
+    parser.add_argument("--threads", type=int, default=2)
+    add_output_option(parser, "qat_cifar")
+    args = parser.parse_args()
+    args.weights = args.weights or args.data / "resnet20-cifar10-jpeg.pt"
+    return args
+
+
+def wanted(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, int]]:
+    """What is still to be run: float first."""
+    same = [one for one in rows if (one["epochs"], one["steps"]) == (args.epochs, args.steps)]
+    done = {tuple(one[key] for key in KEYS) for one in same}
+    for seed in args.seeds:
+        keys = [(FLOAT, 32, FLOAT, seed)]
+        keys += [(preset, bits, rule, seed) for bits in args.bits for preset in args.presets for rule in args.rules]
+        yield from (key for key in keys if key not in done)
+
+
+def with_drops(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what each has lost against float trained on for as long, of the same seed."""
+    float_of = {(r["seed"], r["epochs"], r["steps"]): r["top-1"] for r in rows if r["rule"] == FLOAT}
+    made = []
+    for one in rows:
+        reference = float_of.get((one["seed"], one["epochs"], one["steps"]))
+        lost = None if reference is None else round(reference - one["top-1"], 2)
+        made.append({**one, "drop": lost})
+    return made
+
+
+def main() -> None:
+    """Run what is missing, row by row, and publish the table after each."""
+    args = options()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    data, test = load_cifar10(args.data, "train"), load_cifar10(args.data, "test")
+    old = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    rows: list[dict[str, Any]] = old.get("rows", [])
+    shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "work"})
+    for key in tqdm(list(wanted(args, rows)), desc="rows"):
+        rows = with_drops([*rows, row(key, args, data, test)])
+        publish(rows, shown, quiet=True, test_images=len(test))
+    publish(rows, shown, test_images=len(test))
+
+
+if __name__ == "__main__":
+    main()

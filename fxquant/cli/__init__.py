@@ -1,0 +1,10 @@
+"""The command line: ``fxquant demo``, ``diff``, ``quantize``, ``bench``, ``report``, ``errors``, ``sensitivity``,
+``evaluate``, ``info``, ``ops``, ``doctor``.
+
+Exit codes: 0 it worked; 1 fxquant says what is wrong, in one message; 2 the command was not understood; 130 interrupted.
+Files are put in place whole, when everything has succeeded, or not at all.
+"""
+
+from fxquant.cli.entry import main
+
+__all__ = ["main"]

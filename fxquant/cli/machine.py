@@ -1,0 +1,42 @@
+"""The commands that tell about fxquant and this machine: ``demo``, ``ops``, ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from fxquant.cli.arguments import Commands, add_json
+from fxquant.export.doctor import doctor
+from fxquant.report.op_table import op_rows, op_table
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the commands of this file."""
+    text = "Train a small network on scikit-learn's digits, print its diff, and compare float, PTQ and QAT."
+    parser = commands.add_parser("demo", help="a whole tour on a small network", description=text)
+    parser.set_defaults(run=_run_demo)
+    text = "List every op that is quantized: its behaviour, integer form, ONNX operator and spellings."
+    parser = commands.add_parser("ops", help="the op table", description=text)
+    add_json(parser)
+    parser.set_defaults(run=_run_ops)
+    text = "Print what this processor, its compiler and its packages give an integer model."
+    parser = commands.add_parser("doctor", help="what this machine has", description=text)
+    add_json(parser)
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from fxquant.demo import run
+
+    run()
+
+
+def _run_ops(options: argparse.Namespace) -> None:
+    print(json.dumps(op_rows(), indent=2) if options.json else op_table())
+
+
+def _run_doctor(options: argparse.Namespace) -> None:
+    found = doctor()
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)

@@ -1,0 +1,78 @@
+"""Values that move: views, joins and pools of maxima, on the integers themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.kernels.native.lines import Lines
+from fxquant.kernels.native.operations import Concatenation, Maximum, Operation
+from fxquant.kernels.native.weights import Unfit
+from fxquant.kernels.operators import Operators
+from fxquant.kernels.place import Place, Step, zero_point_held
+from fxquant.kernels.quantized import ATEN, REFERENCE
+from fxquant.kernels.storage import Storage
+from fxquant.nn.form import Form, Lacking, RealForm, TorchKernel, own_function, register_form
+from fxquant.nn.integer import IntegerPass
+
+__all__ = ["passing_step"]
+
+
+def passing_step(place: Place) -> Step | None:
+    """Values that move: torch's own function on quantized tensors, where its entry says that there is one."""
+    part = place.part
+    if not part.entry.quantized or part.output_dtype not in (torch.uint8, torch.int8):
+        return None
+    nodes = [node for node in place.node.all_input_nodes if place.integers(node) is not None]
+    held = next((place.known[node].form for node in nodes if place.known[node].form is not None), None)
+    form = held or Storage(float(part.scale), zero_point_held(part))
+    if not nodes:
+        return None
+
+    def run(*operands: Any, **dynamic: Any) -> Any:
+        return part.entry.function(*map(_one_layout, operands), **part.attributes, **dynamic)
+
+    return Step(run, form, ATEN, dict.fromkeys(nodes, form))
+
+
+def _one_layout(value: Any) -> Any:
+    """``value``; an image of 1 × 1, whose strides fit both layouts, with those of channels last.
+
+    torch 2.14's nearest interpolation of quint8 takes such an image for channels last, and its result for contiguous.
+    """
+    if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] > 1 and value.shape[2:].numel() == 1:
+        channels = value.shape[1]
+        return value.contiguous().as_strided(value.shape, (channels, 1, channels, channels))
+    return value
+
+
+def _maximum(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
+    if len(node.args) != 1 or node.kwargs:
+        raise Unfit("its arguments are computed in the graph")
+    return Maximum(lines.operands(node.args), part.entry.function, dict(part.attributes))
+
+
+def _concatenation(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
+    (tensors,) = node.args
+    if not isinstance(tensors, (list, tuple)) or len({lines.is_signed(t) for t in tensors}) != 1:
+        raise Unfit("its tensors are not held alike")
+    return Concatenation(lines.operands(tensors), int(part.attributes.get("dim", 0)))
+
+
+def _expected(part: IntegerPass, operators: Operators) -> str:
+    return ATEN if getattr(part.entry, "quantized", False) else REFERENCE
+
+
+register_form(
+    Form(
+        arithmetic=IntegerPass,
+        real=RealForm(own_function, ("filling",)),
+        torch=TorchKernel(passing_step, _expected),
+        native=Lacking("torch moves the bytes: a view, or a copy made when a plan is"),
+        native_ops={"maximum": _maximum, "concatenation": _concatenation},
+        moves=True,
+        operators=Lacking("the op's own operator moves integers as it moves floats"),
+    )
+)

@@ -1,0 +1,70 @@
+"""Weighted sums of tensors and numbers, with one rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.kernels.native.lines import Lines, operand_zero_point, tabulated, tensors_of
+from fxquant.kernels.native.operations import Add, Operation
+from fxquant.kernels.native.weights import addition
+from fxquant.kernels.place import Place, Step
+from fxquant.kernels.quantized import (
+    ATEN,
+    FLOAT32,
+    binary,
+    have_same_shapes,
+    on_quantized,
+    repeats,
+    rounded,
+    taken_by,
+    terms_of,
+)
+from fxquant.nn.accumulating import IntegerSum
+from fxquant.nn.form import Form, Lacking, RealForm, TorchKernel, own_function, register_form
+
+__all__ = ["sum_step"]
+
+
+def sum_step(place: Place) -> Step | None:
+    """A weighted sum: torch's addition where the weights are 1 and the shapes equal, else in float32."""
+    part, terms, given = place.part, terms_of(place), place.output_form()
+    if terms is None or given is None or len(part.multipliers) != len(terms) + 1 or repeats(place):
+        return None
+    reals = torch.ldexp(part.multipliers.double(), part.shift - 31) * given.scale
+    gains = [float(real) / form.scale for real, (_, form) in zip(reals, terms, strict=False)]
+    constant = float(reals[-1])
+    takes = taken_by(place, *(place.input_form(i) for i in range(len(place.node.args))))
+    plain = len(terms) == 2 and constant == 0.0 and all(abs(gain - 1) < 1e-6 for gain in gains)
+    if plain and have_same_shapes(place):
+        return Step(binary(place, place.operators.add, given), given, ATEN, takes)
+    positions = [index for index, _ in terms]
+
+    def total(*operands: Any) -> Tensor:
+        y = operands[positions[0]].dequantize() * gains[0]
+        for index, gain in zip(positions[1:], gains[1:], strict=True):
+            y = torch.add(y, operands[index].dequantize(), alpha=gain)
+        return y + constant if constant else y
+
+    return Step(rounded(place, lambda *operands, **_: total(*operands), given), given, FLOAT32, takes)
+
+
+def _sum(lines: Lines, node: fx.Node, part: IntegerSum) -> Operation:
+    if len(tensors_of(node)) == 1:
+        return tabulated(lines, node, part)
+    lines.gives(node, part.output_dtype)
+    zero_points = operand_zero_point(lines, node, part, 0), operand_zero_point(lines, node, part, 1)
+    return Add(lines.operands(node.args), addition(part, zero_points))
+
+
+register_form(
+    Form(
+        arithmetic=IntegerSum,
+        real=RealForm(own_function, ("multipliers", "shift")),
+        torch=TorchKernel(sum_step, on_quantized),
+        native=_sum,
+        operators=Lacking("the standard has no sum of integers; it stays between Quantize and Dequantize"),
+    )
+)

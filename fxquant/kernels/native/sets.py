@@ -1,0 +1,40 @@
+"""The instruction sets that the native kernels are compiled for, from the least to the most: a row and a header each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxquant import processor
+
+__all__ = ["SETS", "InstructionSet", "chosen_set"]
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What a compiler has to know.
+
+    Attributes:
+        name: as in ``fxquant.processor``.
+        header: in ``source``, with the vocabulary that everything else is written in.
+        flags: of g++ and clang++.
+    """
+
+    name: str
+    header: str
+    flags: tuple[str, ...] = ()
+
+
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni", "vbmi")))
+
+SETS = (
+    InstructionSet("plain", "isa_plain.h"),
+    InstructionSet("avx2", "isa_avx2.h", _AVX2),
+    InstructionSet("avx_vnni", "isa_avx_vnni.h", (*_AVX2, "-mavxvnni")),
+    InstructionSet("avx512_vnni", "isa_avx512_vnni.h", _AVX512),
+)
+
+
+def chosen_set() -> InstructionSet:
+    """The most that this processor has and ``FXQUANT_ISA`` does not hide."""
+    return [row for row in SETS if processor.has(row.name)][-1]

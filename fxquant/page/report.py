@@ -1,0 +1,284 @@
+"""report: everything there is to see of a quantized model, gathered once and shown as a page, as Markdown or as JSON."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxquant.analysis.batches import Forward, batches_of, left_alone, run_batch, same_randomness
+from fxquant.analysis.errors import LayerErrors, errors_by_layer
+from fxquant.analysis.faults import Fault
+from fxquant.analysis.sensitivity import Sensitivity, sensitivity
+from fxquant.errors import FxquantError, InputError
+from fxquant.export.agreement import OutputAgreement, compare_output
+from fxquant.flow import convert, require_level
+from fxquant.onnx.files import replacing
+from fxquant.page.compare import Comparison, compared_with
+from fxquant.page.drawing import Drawn, drawn_graphs
+from fxquant.page.html import page_of
+from fxquant.page.markdown import markdown_of
+from fxquant.page.recipe_text import code_of
+from fxquant.report.coverage import Coverage, coverage
+from fxquant.report.diff import Diff, diff
+from fxquant.report.tabled import plain
+
+__all__ = ["Report", "report"]
+
+FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
+"""What each ending of a file means."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report`` found. Prints as Markdown, shows itself in notebooks, and is saved as a page.
+
+    Attributes:
+        name: the model's class.
+        title: what it is called on the page.
+        faults: what is wrong, the worst first.
+        outputs: how each output of the integer model agrees with the float one's, over all batches.
+        accuracy: what ``evaluate`` gave for ``float`` and ``integer``; empty without it.
+        bytes: of parameters and buffers, ``float`` and ``integer``.
+        diff: what became of each node.
+        coverage: of the integer model: shares, why-not list, islands, kernels and audit.
+        errors: what each rounding costs.
+        sensitivity: what each layer alone costs; None where it was not wanted.
+        graphs: how the graphs are drawn.
+        recipe: the call that makes such a model.
+        versions: of what took part.
+        sections: more that was given, as text by heading.
+        notes: what could not be had, and why.
+        seconds: what all this took.
+    """
+
+    name: str
+    title: str
+    faults: tuple[Fault, ...]
+    outputs: tuple[OutputAgreement, ...]
+    accuracy: dict[str, float]
+    bytes: dict[str, int]
+    diff: Diff
+    coverage: Coverage
+    errors: LayerErrors
+    sensitivity: Sensitivity | None
+    graphs: tuple[Drawn, ...]
+    recipe: str
+    versions: dict[str, str]
+    sections: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def html(self) -> str:
+        """The page: one file with all that it needs."""
+        return page_of(self)
+
+    def markdown(self) -> str:
+        """The short form, for pull requests."""
+        return markdown_of(self)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """All of it as JSON; numbers that are not finite are null."""
+        return json.dumps(plain(self), indent=indent, ensure_ascii=False)
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write it to ``path`` in the form that the ending names: ``.html``, ``.md`` or ``.json``; whole, or not at all.
+
+        Raises:
+            InputError: the ending names none of these.
+        """
+        path = os.fspath(path)
+        form = FORMATS.get(os.path.splitext(path)[1].lower())
+        if form is None:
+            raise InputError(f"{path!r}: the ending names no form of a report. Write one of {', '.join(FORMATS)}.")
+        text = {"html": self.html, "markdown": self.markdown, "json": self.to_json}[form]()
+        with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def compare(self, other: Report) -> Comparison:
+        """This report beside ``other``: of another recipe, of training, of another target."""
+        return compared_with(self, other)
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:80vh;border:0"></iframe>'
+
+
+def report(
+    model: nn.Module,
+    prepared: Any,
+    data: Any,
+    *,
+    title: str | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    bits: Sequence[int] | None = (8, 4),
+    seconds: float = 15.0,
+    sections: Mapping[str, Any] | None = None,
+    forward: Forward | None = None,
+    batches: int | None = 2,
+    progress: bool = True,
+) -> Report:
+    """Measure a quantized model and show everything on one page.
+
+    Example:
+        >>> fxquant.report(model, prepared, loader).save("report.html")
+
+    Args:
+        model: the float model, as it was given to ``prepare``.
+        prepared: the calibrated or trained prepared model; not changed.
+        data: batches as for ``calibrate``, without labels; or one tensor. They need not be those of the calibration.
+        title: what the page is called; the model's class by default.
+        evaluate: gives the accuracy of a model; called with the float one and the integer one.
+        bits: what ``sensitivity`` tries; None leaves it out.
+        seconds: what the sensitivity may take, layers with the largest errors first; those beyond are listed.
+        sections: more to show, by heading: what ``bench`` or ``tune_placement`` gave, or any object that prints.
+        forward: how to run one batch, as ``forward(model, batch)``, for batches of another form.
+        batches: how many to use; None for all.
+        progress: show progress bars.
+
+    Raises:
+        InputError: there is no data, or ``prepared`` was not made of ``model``.
+        CalibrationError: the model has no ranges yet.
+        LevelError: ``prepared`` is not a prepared model.
+    """
+    require_level(prepared, ("prepared",), "report")
+    began = time.perf_counter()
+    kept = batches_of(data, batches, "report")
+    options: dict[str, Any] = {"forward": forward, "progress": progress}
+    found = _measured(model, prepared, kept, options)
+    if bits is not None:
+        limits = {"bits": bits, "seconds": seconds}
+        found["sensitivity"] = _sensitivity(prepared, kept, found["errors"], found["notes"], {**options, **limits})
+    found["accuracy"] = _accuracy(model, found.pop("integer"), evaluate)
+    found["notes"] = tuple(found["notes"])
+    compared = found["diff"]
+    return Report(
+        name=compared.name,
+        title=title or compared.name,
+        recipe=code_of(prepared),
+        versions=_versions(),
+        sections=_sections(prepared, sections),
+        seconds=time.perf_counter() - began,
+        **found,
+    )
+
+
+def _measured(model: nn.Module, prepared: Any, kept: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What is measured on data, by the names of a report's attributes; and the integer model."""
+    errors: Any = errors_by_layer(prepared, kept, **options)
+    notes: list[str] = []
+    integer = _integer(prepared, notes)
+    compared, after = _diff(model, prepared, integer, notes)
+    return {
+        "integer": integer,
+        "faults": errors.faults,
+        "errors": errors,
+        "sensitivity": None,
+        "outputs": () if integer is None else _agreement(model, integer, kept, options["forward"], notes),
+        "bytes": {name: _bytes(own) for name, own in (("float", model), ("integer", integer)) if own is not None},
+        "diff": compared,
+        "graphs": drawn_graphs(after, compared),
+        "coverage": coverage(prepared if integer is None else integer),
+        "notes": notes,
+    }
+
+
+def _diff(model: nn.Module, prepared: Any, integer: Any, notes: list[str]) -> tuple[Diff, Any]:
+    """The diff that begins at the float model, where that can be captured again from what is recorded of the example.
+
+    Otherwise (inputs of the user's own classes, code that does not run on zeros) the one from the prepared model on.
+    """
+    try:
+        return diff(model, prepared), prepared
+    except InputError as error:
+        if integer is None or type(model).__name__ != type(prepared).__name__:
+            raise
+        notes.append(f"the diff begins at the prepared model: {str(error).splitlines()[0]}")
+        return diff(prepared, integer), integer
+
+
+def _integer(prepared: Any, notes: list[str]) -> Any:
+    try:
+        return convert(prepared)
+    except FxquantError as error:
+        notes.append(f"there is no integer model to look at: {error}")
+        return None
+
+
+def _sensitivity(
+    prepared: Any, kept: Sequence[Any], errors: LayerErrors, notes: list[str], options: Any
+) -> Sensitivity | None:
+    try:
+        return sensitivity(prepared, kept[:1], first=[layer.path for layer in errors.layers], **options)
+    except InputError as error:
+        notes.append(str(error))
+        return None
+
+
+def _agreement(
+    model: nn.Module, integer: Any, kept: Sequence[Any], forward: Forward | None, notes: list[str]
+) -> tuple[OutputAgreement, ...]:
+    """Each output of the integer model against the float one's, all batches together."""
+    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+    with left_alone(model), left_alone(integer):
+        for batch in kept:
+            results = []
+            for own in (integer, model):
+                with same_randomness():
+                    results.append([y for y in tree_leaves(run_batch(own, batch, forward)) if isinstance(y, Tensor)])
+            pairs.append((results[0], results[1]))
+    if any([y.shape for y in actual] != [y.shape for y in expected] for actual, expected in pairs):
+        notes.append("outputs have other shapes than in float (as detections do), and are not compared one by one")
+        return ()
+    found = []
+    for i, other in enumerate(pairs[0][1]):
+        joined = other.ndim > 0 and len({y[1][i].shape[1:] for y in pairs}) == 1
+        own = [torch.cat([y[side][i] for y in pairs]) if joined else pairs[0][side][i] for side in (0, 1)]
+        if own[1].numel():
+            found.append(compare_output(f"output {i}" if len(pairs[0][1]) > 1 else "output", own[0], own[1], None))
+    return tuple(found)
+
+
+def _accuracy(model: nn.Module, integer: Any, evaluate: Callable[[Any], float] | None) -> dict[str, float]:
+    if evaluate is None:
+        return {}
+    found = {}
+    for name, own in (("float", model), ("integer", integer)):
+        if own is not None:
+            with left_alone(own):
+                found[name] = float(evaluate(own))
+    return found
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("fxquant")
+    except importlib.metadata.PackageNotFoundError:
+        own = "from source"
+    return {"fxquant": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _sections(prepared: Any, given: Mapping[str, Any] | None) -> dict[str, str]:
+    found = {str(heading): str(shown) for heading, shown in (given or {}).items()}
+    placement = prepared.__dict__.get("placement")
+    if placement is not None:
+        found.setdefault("Placement", str(placement))
+    return found

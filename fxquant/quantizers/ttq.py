@@ -1,0 +1,77 @@
+"""TTQ: ternary weights with a learned number for each sign.
+
+    Δ = 0.05 · max |w|,   ŵ = W⁺ where w > Δ;  -W⁻ where w < -Δ;  else 0
+    ∂ŵ/∂w = W⁺,  W⁻  or 1 in these three cases,   ∂ŵ/∂W⁺ = 1[w > Δ],   ∂ŵ/∂W⁻ = -1[w < -Δ]
+
+-W⁻, 0 and W⁺ are no multiples of one scale, so that no integer kernel computes with them: this rule is simulated. Both start
+as the mean magnitude on their side. The paper has one pair for a layer (``per_channel=False``). Source: Zhu et al., Trained
+Ternary Quantization, 1612.01064, eq. 6 to 9.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.numerics.affine import broadcast, smallest_scale
+from fxquant.numerics.scheme import Scheme
+from fxquant.quantizers.learned import LearnedWeight
+from fxquant.quantizers.registry import register
+from fxquant.quantizers.straight_through import per_row, replaced
+
+__all__ = ["TTQWeight"]
+
+_FACTOR = 0.05
+
+
+class TTQWeight(LearnedWeight):
+    """The quantizer of a weight.
+
+    Parameters:
+        step: W⁺, float32, ``()`` or ``(channels,)``.
+        negative: W⁻, likewise.
+    """
+
+    negative: nn.Parameter
+
+    def make_grid(self, shape: tuple[int, ...]) -> None:
+        super().make_grid(shape)
+        self.negative = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.enabled and not self._ready:
+            self.refresh(x)
+        if not self.active:
+            return x
+        above, below = self._sides(x.detach())
+        share = self._share()
+        up, down = (broadcast(self.decode(p / share), x.ndim, self.axis) for p in (self.step, self.negative))
+        slope = torch.where(above, up, torch.where(below, down, torch.ones_like(up)))
+        latent = replaced(x, torch.zeros_like(x), slope)
+        return (up * above - down * below).to(x.dtype) + latent
+
+    def _sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rest = tuple(d for d in range(weight.ndim) if d != self.axis)
+        largest = weight.abs().amax() if self.axis is None else weight.abs().amax(rest, keepdim=True)
+        return weight > _FACTOR * largest, weight < -_FACTOR * largest
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Start from ``weight``, unless there is a range already."""
+        if self.ready:
+            return
+        for parameter, side in zip((self.step, self.negative), self._sides(weight), strict=True):
+            total, _ = per_row(weight, self.axis, weight.float().abs() * side)
+            count, _ = per_row(weight, self.axis, side.float())
+            parameter.copy_((total / count.clamp(min=1.0)).clamp(min=smallest_scale()))
+        self.known.fill_(1.0)
+        self._ready = True
+
+
+def _refuses(scheme: Scheme, kind: str) -> str | None:
+    return None if scheme.bits == 2 else "it has three numbers: set bits=2"
+
+
+register("ttq", weight=TTQWeight, refuses=_refuses, simulates="its numbers -W⁻, 0 and W⁺ are no multiples of one scale")

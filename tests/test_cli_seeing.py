@@ -1,0 +1,209 @@
+"""The commands that look at a quantized model: what they print and write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_report_page import checked
+
+import fxquant
+from fxquant.analysis.evaluation import evaluate
+from fxquant.analysis.file_info import info
+from fxquant.cli import main
+from fxquant.errors import CheckpointError, InputError
+from fxquant.image_folder import ImageFolder
+from fxquant.model_spec import build_model
+
+SPEC = f"{Path(__file__).parent / 'golden' / 'model.py'}:Sample"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(8):
+        (folder / ("cats" if i % 2 else "dogs")).mkdir(exist_ok=True)
+        picture = Image.linear_gradient("L").rotate(40 * i).resize((12, 10)).convert("RGB")
+        picture.save(folder / ("cats" if i % 2 else "dogs") / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def given(images):
+    return [SPEC, "--data", str(images), "--shape", "8x8", "--batch-size", "4"]
+
+
+def printed(capsys, arguments):
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def same_batches(images):
+    return ImageFolder(images, limit=512, resize=9, crop=8, batch_size=4)
+
+
+def test_errors(given, images, capsys):
+    assert "accumulated [dB]" in printed(capsys, ["errors", *given])
+    found = json.loads(printed(capsys, ["errors", *given, "--json"]))
+    model, data = build_model(SPEC), same_batches(images)
+    prepared = fxquant.calibrate(fxquant.prepare(model, torch.zeros(1, 3, 8, 8)), data, progress=False)
+    expected = fxquant.errors_by_layer(prepared, data, batches=4, progress=False)
+    assert [layer["path"] for layer in found["layers"]] == [layer.path for layer in expected.layers]
+    assert found["layers"][0]["alone"]["sqnr"] == pytest.approx(expected.layers[0].alone.sqnr, abs=0.5)
+
+
+def test_sensitivity(given, capsys):
+    found = json.loads(printed(capsys, ["sensitivity", *given, "--bits", "8,3", "--json"]))
+    assert found["bits"] == [8, 3] and len(found["layers"]) >= 3
+    assert "3 bits [dB]" in printed(capsys, ["sensitivity", *given, "--bits", "3"])
+
+
+def test_report(given, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r.html"
+    assert str(out) in printed(capsys, ["report", *given, "--out", str(out), "--seconds", "1"])
+    checked(out.read_text(encoding="utf-8"))
+    assert printed(capsys, ["report", *given, "--format", "markdown", "--no-sensitivity"]).startswith("# ")
+    plain = json.loads(printed(capsys, ["report", *given, "--json", "--no-sensitivity"]))
+    assert plain["sensitivity"] is None and plain["errors"]["layers"]
+    monkeypatch.chdir(tmp_path)
+    assert printed(capsys, ["report", *given, "--no-sensitivity"]) == "report.html\n" and Path("report.html").exists()
+
+
+def test_two_models_beside_each_other(given, tmp_path, capsys):
+    out, against = tmp_path / "two.html", "weight-bits=4,keep-float=fc"
+    printed(capsys, ["report", *given, "--out", str(out), "--against", against, "--no-sensitivity"])
+    text = out.read_text(encoding="utf-8")
+    checked(text)
+    assert "weight-bits 4" in text and "as the target has it" in text
+
+
+def test_evaluate(given, images, tmp_path, capsys):
+    found = json.loads(printed(capsys, ["evaluate", *given, "--json"]))
+    assert found["rows"] == 8 and 0 <= found["same_top1"] <= 1
+    saved = tmp_path / "int8.pt"
+    assert main(["quantize", SPEC, "--data", str(images), "--shape", "8x8", "--out", str(saved)]) == 0
+    capsys.readouterr()
+    again = json.loads(printed(capsys, ["evaluate", *given, "--quantized", str(saved), "--json"]))
+    assert again["same_top1"] == pytest.approx(found["same_top1"]) and again["sqnr"] == pytest.approx(
+        found["sqnr"], abs=1
+    )
+    assert main(["evaluate", *given, "--quantized", "no.pt"]) == 1
+    assert "no file" in capsys.readouterr().err
+
+
+def test_evaluation_is_what_counting_by_hand_gives():
+    exact = torch.tensor([[3.0, 1, 0], [0, 2, 1], [1, 0, 4], [5, 4, 0]])
+    rounded = torch.tensor([[3.0, 1, 0], [0, 1, 2], [1, 0, 4], [4, 5, 0]])
+    found = evaluate(
+        lambda b: exact[b], lambda b: rounded[b], [[0, 1], [2, 3]], [0, 1, 2, 1], classes=3, progress=False
+    )
+    assert found.top1 == (0.75, 0.75) and found.top5 is None and found.same_top1 == 0.5 and found.rows == 4
+    assert found.sqnr == pytest.approx(float(10 * torch.log10(exact.square().sum() / (rounded - exact).square().sum())))
+    p, q = exact.softmax(1), rounded.softmax(1)
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    other = evaluate(lambda b: exact[b], lambda b: rounded[b], [[0, 1]], [0, 1], classes=7, progress=False)
+    assert other.top1 is None and "7 classes" in str(other)
+    with pytest.raises(InputError, match="labels"):
+        evaluate(lambda b: exact[b], lambda b: rounded[b], [[0, 1]], [0], progress=False)
+    with pytest.raises(InputError, match="classifier"):
+        evaluate(lambda b: torch.zeros(2), lambda b: rounded[b], [[0, 1]], None, progress=False)
+
+
+def w4_model(images):
+    model, data = build_model(SPEC), same_batches(images)
+    recipe = fxquant.Setting(weight=fxquant.Scheme.weight(4))
+    prepared = fxquant.prepare(model, torch.zeros(1, 3, 8, 8), recipe=recipe)
+    return fxquant.convert(fxquant.calibrate(prepared, data, progress=False))
+
+
+@pytest.mark.long
+def test_info_of_an_exported_file(images, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    int8 = w4_model(images)
+    fxquant.export_onnx(int8, tmp_path / "int8.onnx", torch.zeros(1, 3, 8, 8), verify=False)
+
+    found = info(tmp_path / "int8.onnx")
+    held = {tensor.name: tensor for tensor in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    weights = [tensor for tensor in found.tensors if tensor.kind == "weight"]
+    assert weights and all(tensor.name in held and tensor.bits == 4 for tensor in weights)
+    assert all(list(tensor.shape) == list(held[tensor.name].dims) for tensor in weights)
+    assert found.bytes == (tmp_path / "int8.onnx").stat().st_size and "opset" in found.facts
+    assert re.match(r"(\d+) of \1 products", found.facts["coverage"])
+
+
+def test_info_of_a_saved_model(images, tmp_path, capsys):
+    int8 = w4_model(images)
+    fxquant.save(int8, tmp_path / "int8.pt")
+    text = printed(capsys, ["info", str(tmp_path / "int8.pt")])
+    assert "Sample, integer" in text and "'bits': 4" in text
+    plain = json.loads(printed(capsys, ["info", str(tmp_path / "int8.pt"), "--json"]))
+    state = int8.state_dict()
+    grids = {tensor["name"]: tensor for tensor in plain["tensors"] if tensor["kind"] == "activation"}
+    for name, tensor in grids.items():
+        assert tensor["scale"][0] == pytest.approx(float(state[f"{name}.scale"]))
+        assert tensor["zero_point"] == int(state[f"{name}.zero_point"])
+    assert grids
+
+    with pytest.raises(InputError, match="no file"):
+        info(tmp_path / "none.onnx")
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(InputError, match="info reads"):
+        info(tmp_path / "x.txt")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not written by"):
+        info(tmp_path / "other.pt")
+
+
+@pytest.mark.long
+def test_an_exported_file_is_measured_by_a_command(given, images, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "int8.onnx"
+    assert main(["quantize", SPEC, "--data", str(images), "--shape", "8x8", "--out", str(out)]) == 0
+    capsys.readouterr()
+    found = json.loads(printed(capsys, ["errors", *given, "--onnx", str(out), "--json"]))
+    assert {tensor["name"] for tensor in found["weights"]} >= {"fc.weight"} and found["activations"]
+
+
+@pytest.mark.parametrize("command", ["diff", "quantize"])
+def test_other_commands_print_json_too(command, given, images, tmp_path, capsys):
+    arguments = [SPEC, "--shape", "1x3x8x8"] if command == "diff" else [*given, "--out", str(tmp_path / "x.pt")]
+    assert "summary" in printed(capsys, [command, *arguments, "--json"]) or command == "diff"
+    ops = json.loads(printed(capsys, ["ops", "--json"]))
+    assert {"op", "ONNX"} <= set(ops[0])
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--out", "r.pdf"], 1, "names no form"),
+        (["--out", "r.md", "--format", "html"], 1, "was asked for"),
+        (["--out", "no/such/r.html"], 1, "no folder"),
+        (["--against", "speed=9"], 2, "NAME=VALUE"),
+        (["--bits", "1"], 2, "no list of bits"),
+    ],
+)
+def test_what_a_report_cannot_be_is_told_at_once(arguments, code, words, given, capsys):
+    if code == 2:
+        with pytest.raises(SystemExit) as stopped:
+            main(["report", *given, *arguments])
+        assert stopped.value.code == 2
+    else:
+        assert main(["report", *given, *arguments]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_an_interrupted_report_leaves_nothing(given, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r.html"
+    out.write_text("before")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fxquant.page.report.page_of", interrupted)
+    assert main(["report", *given, "--out", str(out), "--no-sensitivity"]) == 130
+    assert "interrupted" in capsys.readouterr().err and out.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]

@@ -1,0 +1,118 @@
+"""sensitivity: its numbers against a model that was rounded by hand, its order, and that it leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from digits import data as digits_data
+from digits import trained
+from test_errors_by_layer import Small, batches, decibels, deep, on_grid, prepared_small
+
+import fxquant
+from fxquant.errors import CalibrationError, InputError
+
+
+def test_the_numbers_are_those_of_a_model_rounded_by_hand():
+    data = batches()
+    model, prepared = prepared_small(data)
+    found = fxquant.sensitivity(prepared, data, bits=(8, 3), progress=False)
+    x, double = torch.cat(data).double(), copy.deepcopy(model).double()
+    exact = double(x).detach()
+
+    three = copy.deepcopy(prepared.relu.output_quantizer)
+    span = 255 * float(three.scale)
+    for bits in (8, 3):
+        qmax = 2 ** (bits - 1) - 1
+        weight = model.conv.weight.detach()
+        quantizer = prepared.conv.weight_quantizer
+        if bits == 8:
+            rounded = torch.from_numpy(on_grid(weight, quantizer))
+        else:
+            scale = weight.double().abs().amax((1, 2, 3), keepdim=True) / qmax
+            rounded = (weight.double() / scale).round().clamp(-qmax, qmax) * scale
+        step = span / (2**bits - 1)
+        y = F.conv2d(x, rounded, double.conv.bias, padding=1).relu()
+        y = (y / step).round().clamp(0, 2**bits - 1) * step
+        logits = double.fc(y.mean((2, 3))).detach()
+        assert found["conv"].sqnr[bits] == pytest.approx(decibels(logits.numpy(), exact.numpy()), abs=0.05)
+        p, q = exact.softmax(1), logits.softmax(1)
+        kl = float((p * (p / q).log()).sum(1).mean())
+        assert found["conv"].kl[bits] == pytest.approx(kl, rel=0.03)
+    assert found["conv"].weights == model.conv.weight.numel()
+    assert [layer.path for layer in found.layers] == sorted(
+        (layer.path for layer in found.layers), key=lambda path: found[path].sqnr[3]
+    )
+
+
+def test_fewer_bits_lose_more_and_the_model_is_as_it_was():
+    images = digits_data()[0]
+    prepared = fxquant.calibrate(fxquant.prepare(trained(), images[:2]), [images[:256]], progress=False)
+    before, quantizers = copy.deepcopy(prepared.state_dict()), [id(m) for m in prepared.modules()]
+    found = fxquant.sensitivity(prepared, images[256:384], progress=False)
+    assert {layer.path for layer in found.layers} >= {"stem", "grouped", "side", "fc", "x_quantizer"}
+    for layer in found.layers:
+        assert layer.sqnr[4] < layer.sqnr[8] and layer.kl[4] > layer.kl[8] >= -1e-9
+    assert [id(m) for m in prepared.modules()] == quantizers
+    assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
+    assert json.loads(found.to_json())["layers"][0]["sqnr"]["4"] == found.layers[0].sqnr[4]
+    assert "4 bits [dB]" in str(found) and len(found.to_pandas()) == len(found.layers)
+
+
+def test_a_float_model_is_prepared_on_the_way():
+    data = batches()
+    torch.manual_seed(0)
+    model = Small().eval()
+    before = copy.deepcopy(model.state_dict())
+    found = fxquant.sensitivity(model, data, progress=False)
+    _, prepared = prepared_small(data)
+    same = fxquant.sensitivity(prepared, data, progress=False)
+    assert found.layers == same.layers
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_layer_with_an_outlier_is_the_most_sensitive():
+    data = batches()
+    model = deep()
+    with torch.no_grad():
+        model[4].weight[5] *= 200
+        model[6].weight[:, 5] /= 200
+    _, prepared = prepared_small(data, model)
+    assert fxquant.sensitivity(prepared, data, progress=False).layers[0].path == "4"
+
+
+def test_time_ends_it_and_errors_say_what_to_do():
+    data = batches()
+    model, prepared = prepared_small(data)
+    found = fxquant.sensitivity(prepared, data, seconds=0.0, progress=False)
+    assert not found.layers and "used up" in str(found)
+    for bits in ((), (1,), (8.0,), 8):
+        with pytest.raises(InputError, match="bits"):
+            fxquant.sensitivity(prepared, data, bits=bits)
+    with pytest.raises(InputError, match="no data"):
+        fxquant.sensitivity(prepared, [])
+    with pytest.raises(CalibrationError, match="before sensitivity"):
+        fxquant.sensitivity(fxquant.prepare(model, data[0]), data)
+
+
+class Selecting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(16, 64)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y[y > 0.01]
+
+
+def test_outputs_of_other_shapes_are_not_compared():
+    torch.manual_seed(0)
+    model, x = Selecting().eval(), torch.randn(256, 16)
+    prepared = fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False)
+    found = fxquant.sensitivity(prepared, [x], bits=(3,), progress=False)
+    assert "fc" in found.left_out and "other shapes" in found.left_out["fc"] and "other shapes" in str(found)
+    page = fxquant.report(model, prepared, [x], bits=(3,), progress=False)
+    assert any("other shapes" in note for note in page.notes) and not page.outputs
