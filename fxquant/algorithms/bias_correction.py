@@ -83,7 +83,8 @@ def correct_biases(prepared: Any) -> Any:
 
     Args:
         prepared: a calibrated model that ``prepare`` made of a model with batch norms; changed in place. Roundings stay, and
-            are pinned with the new bias.
+            are pinned with the new bias, which follows from the float one: a second call changes nothing, and what
+            ``recover`` has found on data is replaced.
 
     Warns:
         UserWarning: of some layers the mean of the input is not known; names them.
@@ -134,11 +135,9 @@ def _correct(graph: LeveledModule) -> list[str]:
         if own.axis is not None and own.scale.ndim:
             shape[own.axis] = -1
         channels.weight = integers.double() * own.scale.double().reshape(shape) - channels.weight
-        bias = own.bias_for(part.bias)
-        assert bias is not None
-        own.pin(
-            integers, own.scale, (bias.detach().double() - channels.of_input(spread[0].to(bias.device))).to(bias.dtype)
-        )
+        bias = part.bias.detach()  # the float network's, whatever was pinned: what was corrected is not corrected again
+        moved = channels.of_input(spread[0].to(bias.device))
+        own.pin(integers, own.scale, (bias.double() - moved).to(bias.dtype))
     return unknown
 
 

@@ -2,28 +2,35 @@
 
 A *link* leads from an op's output channels to the input channels of the ops that read them, through ops that are positively
 homogeneous channel by channel: f(k·x) = k·f(x) for every k > 0 per channel. Whether an op is so is found by running it on
-random numbers of three magnitudes, not by its name: ReLU and pooling pass, ReLU6 and GELU do not.
+random numbers of several magnitudes, not by its name: ReLU and pooling pass, ReLU6 and GELU do not. It is a copy in
+float64 that runs, so that a module's statistics and counters stay, and half precision is no excuse.
+
+What is scaled must be read by its own call alone. ``Uses`` knows who else reads a parameter.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.algorithms.own_code import names_read
+from fxquant.algorithms.weights import attribute
+from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.modules import QuantWeighted
 from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.fold_batchnorm import per_output_channel
 
-__all__ = ["Channels", "Link", "links_of", "weighted_parts"]
+__all__ = ["Channels", "Link", "Uses", "exact_in", "links_of", "listed", "unfit", "weighted_parts"]
 
-_MAGNITUDES = (1e-3, 1.0, 1e3)
+_MAGNITUDES = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 
 
 class Channels:
@@ -68,6 +75,12 @@ class Channels:
         self.weight = self.weight * per_output_channel(factor, self.weight, out_axis=self.out_axis, groups=self.groups)
         self.bias = None if self.bias is None else self.bias * factor
 
+    def holds(self, factor: Tensor) -> Tensor:
+        """Which output channels ``(outputs,)`` keep finite biases in the parameters' dtype when they are scaled."""
+        if self.bias is None:
+            return torch.ones_like(factor, dtype=torch.bool)
+        return torch.isfinite((self.bias * factor).to(self.part.bias.dtype))
+
     def scale_inputs(self, factor: Tensor) -> None:
         """Weigh every input channel by ``factor`` ``(inputs,)`` more."""
         across = per_output_channel(factor, self.weight, out_axis=1 - self.out_axis, groups=self.groups)
@@ -104,8 +117,41 @@ class Link:
     readers: tuple[fx.Node, ...]
 
 
+class Uses:
+    """Who reads the parameters of a prepared model, beside the call of the module that holds them.
+
+    Args:
+        prepared: the whole model; its parameters are looked at once, now.
+    """
+
+    def __init__(self, prepared: nn.Module) -> None:
+        graphs = graphs_of(prepared)
+        self._held = Counter(id(value) for _, value in prepared.named_parameters(remove_duplicate=False))
+        self._read: dict[int, str] = {}
+        self._code: dict[LeveledModule, str] = {}
+        for path, graph in graphs.items():
+            for node in graph.graph.nodes:
+                if node.op == "get_attr":
+                    self._read[id(attribute(graph, str(node.target)))] = next((n.name for n in node.users), node.name)
+            around = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""] * bool(path)
+            own = [part for name in around if not isinstance(part := prepared.get_submodule(name), LeveledModule)]
+            reading = [part for part in own if names_read(type(part)) & {"weight", "bias", "parameters", "state_dict"}]
+            if reading:
+                self._code[graph] = type(reading[0]).__name__
+
+    def elsewhere(self, graph: LeveledModule, part: nn.Module) -> str | None:
+        """Who else reads the parameters of ``part``, a module of ``graph``, in words; None where nobody does."""
+        for name, value in part.named_parameters(recurse=False):
+            if id(value) in self._read:
+                return f"{self._read[id(value)]} reads its {name} too"
+            if self._held[id(value)] > 1:
+                return f"its {name} is another layer's too"
+        code = self._code.get(graph)
+        return None if code is None else f"the code of {code}, which runs around it, may read its parameters"
+
+
 def weighted_parts(graph: LeveledModule) -> dict[fx.Node, QuantWeighted]:
-    """The nodes that call a weighted module whose parameters nothing else uses, with that module."""
+    """The nodes that call a weighted module that nothing else calls and whose weight no other module of the graph has."""
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
     held = Counter(id(value) for _, value in graph.named_parameters(remove_duplicate=False))
     found = {}
@@ -116,12 +162,17 @@ def weighted_parts(graph: LeveledModule) -> dict[fx.Node, QuantWeighted]:
     return found
 
 
-def links_of(graph: LeveledModule, refused: dict[str, str]) -> Iterator[Link]:
+def links_of(
+    graph: LeveledModule, uses: Uses, refused: dict[str, str], unfitting: dict[str, str] | None = None
+) -> Iterator[Link]:
     """Every link from one weighted module to the only other that reads it; run it with quantizers off.
 
     Args:
+        uses: of the model that ``graph`` is part of.
         refused: gets the reason for each weighted module whose output is scaled otherwise on its way, by name.
+        unfitting: gets the reason for each whose parameters, or whose reader's, have to stay; None for ``refused``.
     """
+    unfitting = refused if unfitting is None else unfitting
     parts = weighted_parts(graph)
     for source, part in parts.items():
         between: list[fx.Node] = []
@@ -132,15 +183,45 @@ def links_of(graph: LeveledModule, refused: dict[str, str]) -> Iterator[Link]:
             (node,) = node.users
             if node in parts and node.args[0] is (between[-1] if between else source):
                 link = Link(source, tuple(between), (node,))
-                reason = _refusal(graph, link, part, parts[node])
-                if reason is None:
-                    yield link
-                else:
+                if (reason := unfit(graph, uses, part, parts[node])) is not None:
+                    unfitting[str(source.target)] = reason
+                elif (reason := _refusal(graph, link, part, parts[node])) is not None:
                     refused[str(source.target)] = reason
+                else:
+                    yield link
                 break
             if node.op == "output" or len(node.all_input_nodes) != 1:
                 break
             between.append(node)
+
+
+def listed(refused: dict[str, str], verb: str) -> str:
+    """``refused`` as the end of a sentence: how many, and the first with their reasons."""
+    if not refused:
+        return ""
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:4])
+    more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
+    return f", {len(refused)} {verb} not: {shown}{more}"
+
+
+def exact_in(dtype: torch.dtype, factor: Tensor) -> Tensor:
+    """``factor``, or the next powers of two where products with it would be rounded to less than float32."""
+    return factor if torch.finfo(dtype).bits > 16 else torch.exp2(factor.log2().round())
+
+
+def unfit(graph: LeveledModule, uses: Uses, *parts: nn.Module) -> str | None:
+    """Why the parameters of ``parts`` have to stay, or None."""
+    return next(
+        (reason for part in parts if (reason := uses.elsewhere(graph, part)) or (reason := _not_finite(part))), None
+    )
+
+
+def _not_finite(part: nn.Module) -> str | None:
+    """That a parameter of ``part`` has no range, in words; or None."""
+    for name, value in part.named_parameters(recurse=False):
+        if not bool(torch.isfinite(value).all()):
+            return f"its {name} holds NaN or infinity"
+    return None
 
 
 def _refusal(graph: LeveledModule, link: Link, part: Any, reader: Any) -> str | None:
@@ -150,46 +231,65 @@ def _refusal(graph: LeveledModule, link: Link, part: Any, reader: Any) -> str | 
     channels = Channels(part, first).outputs
     if Channels(reader, last).inputs != channels:
         return f"{link.readers[0].name} reads other channels than {link.source.name} has"
-    factor, ndim = torch.rand(channels, generator=torch.Generator().manual_seed(0)) + 0.5, 0
-    for node in link.between:
-        found = _scaled_through(graph, node, channels, -1 if first.channels_last else 1, factor)
-        if isinstance(found, str):
-            return found
-        ndim = found
-    if first.channels_last != last.channels_last and ndim != 2:
+    factor = torch.rand(channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    axis = -1 if first.channels_last else 1
+    shape = [2, channels] if axis == -1 else [2, channels, *[8] * (part.weight.ndim - 2)]
+    with torch.random.fork_rng(devices=[]):
+        for node in link.between:
+            found = _scaled_through(graph, node, shape, channels, axis, factor)
+            if isinstance(found, str):
+                return found
+            shape = found
+    if first.channels_last != last.channels_last and (not link.between or len(shape) != 2):
         return f"{link.readers[0].name} reads channels along another axis than {link.source.name} has them"
     return None
 
 
-def _scaled_through(graph: LeveledModule, node: fx.Node, channels: int, axis: int, factor: Tensor) -> int | str:
-    """How many axes a node's result has, where it is homogeneous per channel on random numbers; or why it is not."""
+def _scaled_through(
+    graph: LeveledModule, node: fx.Node, usual: list[int], channels: int, axis: int, factor: Tensor
+) -> list[int] | str:
+    """The shape of a node's result, where it is homogeneous per channel on random numbers; or why it is not.
+
+    Args:
+        usual: a shape of what it reads, where nothing is known of that.
+    """
     source = node.all_input_nodes[0]
-    shape = list(source.meta.get("shape") or ((2, channels) if axis == -1 else (2, channels, 8, 8)))
+    shape = list(source.meta.get("shape") or usual)
     if len(shape) < 2 or shape[axis] != channels:
         return f"{node.name} reads another shape than the channels of {source.name}"
+    if (bounds := _bounds(graph, node)) is not None and any(bounds):  # None is open, and zero does no harm
+        return f"{node.name} is not positively homogeneous{_bounds_hint(bounds)}"
     shape[0] = 1
-    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
-    x, factor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device), factor.to(device)
-    ndim = 0
-    for magnitude in _MAGNITUDES:
-        plain, scaled = (_run(graph, node, x * magnitude * k) for k in (1.0, _along(factor, x.ndim, axis)))
-        if not isinstance(plain, Tensor) or plain.ndim < 2 or plain.shape[axis] != channels:
-            return f"{node.name} gives other channels than it reads"
-        wanted, ndim = plain * _along(factor, plain.ndim, axis), plain.ndim
-        if not torch.allclose(scaled, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
-            return f"{node.name} is not positively homogeneous{_bounds_hint(graph, node)}"
-    return ndim
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given = shape
+    try:
+        run = _in_float64(graph, node)
+        for magnitude in _MAGNITUDES:
+            plain, scaled = (run(x * magnitude * k) for k in (1.0, _along(factor, x.ndim, axis)))
+            if not isinstance(plain, Tensor) or plain.ndim < 2 or plain.shape[axis] != channels:
+                return f"{node.name} gives other channels than it reads"
+            wanted, given = plain * _along(factor, plain.ndim, axis), list(plain.shape)
+            if not torch.allclose(scaled, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
+                return f"{node.name} is not positively homogeneous"
+    except Exception as error:  # whatever the user's own code raises on numbers that it was not made for
+        return f"{node.name} does not run on random numbers ({type(error).__name__})"
+    return given
 
 
-def _bounds_hint(graph: LeveledModule, node: fx.Node) -> str:
-    """What could be done about a clamp from above."""
+def _bounds(graph: LeveledModule, node: fx.Node) -> tuple[float | None, float | None] | None:
+    """What a node clamps to; None where it is no clamp."""
     behaviour = behaviour_of(node)
     if not isinstance(behaviour, Clamping) or node.op != "call_module":
-        return ""
+        return None
     bounds = behaviour.bounds(call_of(node, graph.get_submodule(str(node.target))))
-    return (
-        f": it clamps at {bounds[1]:g}; ReLU would be, where the float model's accuracy allows it" if bounds[1] else ""
-    )
+    return None if isinstance(bounds, str) else bounds
+
+
+def _bounds_hint(bounds: tuple[float | None, float | None]) -> str:
+    """What could be done about a clamp from above."""
+    if not bounds[1]:
+        return ""
+    return f": it clamps at {bounds[1]:g}; ReLU would be, where the float model's accuracy allows it"
 
 
 def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
@@ -198,12 +298,17 @@ def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
     return factor.reshape(shape)
 
 
-@torch.no_grad()
-def _run(graph: LeveledModule, node: fx.Node, x: Tensor) -> Any:
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _: x)
+def _in_float64(graph: LeveledModule, node: fx.Node) -> Callable[[Tensor], Any]:
+    """A node with one operand as a function; a module as a copy on the CPU, for inference."""
+    run: Any = node.target
     if node.op == "call_module":
-        return graph.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    function: Any = node.target
-    return function(*args, **kwargs)
+        run = copy.deepcopy(graph.get_submodule(str(node.target))).to("cpu", torch.float64).eval()
+    elif node.op == "call_method":
+        run = getattr(torch.Tensor, str(node.target))
+
+    @torch.no_grad()
+    def function(x: Tensor) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _: x.clone())
+        return run(*args, **kwargs)
+
+    return function

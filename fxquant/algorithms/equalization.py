@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
+from fxquant.algorithms.channels import Channels, Link, Uses, exact_in, links_of, listed, weighted_parts
 from fxquant.calibration import activation_quantizers
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError, LevelError
@@ -68,19 +68,17 @@ def equalize(prepared: Any, *, absorb: bool = True) -> Any:
     """
     require_uncalibrated(prepared, "equalize")
     refused: dict[str, str] = {}
-    count = 0
+    count, uses = 0, Uses(prepared)
     with quantizers_off(prepared):
         for path, graph in graphs_of(prepared).items():
             own: dict[str, str] = {}
-            links = list(links_of(graph, own))
+            links = list(links_of(graph, uses, own))
             refused.update({f"{path}.{name}".strip("."): reason for name, reason in own.items()})
             _equalize(graph, links, absorb)
             count += len(links)
     if refused or not count:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:4])
-        more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
         found = f"{count} pairs of layers are equalized" if count else "there is no pair of layers to equalize"
-        warnings.warn(f"{found}{f', {len(refused)} are not: {shown}{more}' if refused else ''}.", stacklevel=3)
+        warnings.warn(f"{found}{listed(refused, 'are')}.", stacklevel=3)
     return prepared
 
 
@@ -110,7 +108,8 @@ def _equalize(graph: LeveledModule, links: list[Link], absorb: bool) -> None:
         largest = 0.0
         for link in links:
             first, second = channels[link.source], channels[link.readers[0]]
-            factor = _factor(first, second)
+            factor = exact_in(first.part.weight.dtype, _factor(first, second))
+            factor = torch.where(first.holds(1 / factor), factor, torch.ones_like(factor))
             first.scale_outputs(1 / factor)
             second.scale_inputs(factor)
             total[link] = total[link].to(factor.device) * factor

@@ -8,6 +8,7 @@ layer's rows. All readers of X share s; max|W| is taken over all of them.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,20 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
+from fxquant.algorithms.channels import Channels, Link, Uses, exact_in, links_of, listed, unfit, weighted_parts
 from fxquant.algorithms.equalization import require_uncalibrated
 from fxquant.calibration import run_batches
 from fxquant.capture.islands import graphs_of
 from fxquant.capture.values import unchanged
-from fxquant.errors import InputError
+from fxquant.errors import CalibrationError, InputError
 from fxquant.flow import quantizers_off
 from fxquant.graph.leveled import LeveledModule
 from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
+from fxquant.passes.facts import Folded
 
 __all__ = ["smooth"]
 
 _LEAST = 1e-5
+_NOTHING = "no norm or linear layer of the model is read by linear layers alone"
 
 
 def smooth(
@@ -52,11 +55,12 @@ def smooth(
         forward, batches, progress: as of ``calibrate``.
 
     Warns:
-        UserWarning: nothing in the model can be smoothed: no norm or linear layer is read by linear layers alone.
+        UserWarning: nothing in the model can be smoothed: no norm or linear layer is read by linear layers alone; or some
+            were left out, with the reasons.
 
     Raises:
         InputError: the model is calibrated already, or ``alpha`` lies outside of [0, 1].
-        CalibrationError: the loader is empty; then the model is as it was before.
+        CalibrationError: the loader is empty, or a layer reads NaN or infinity; then the model is as it was before.
         LevelError: the model is not a prepared one, or one for training.
 
     Source: Xiao et al., SmoothQuant, 2211.10438, §4.
@@ -64,31 +68,45 @@ def smooth(
     require_uncalibrated(prepared, "smooth")
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha={alpha!r}: the share of the range that weights take lies between 0 and 1.")
+    refused: dict[str, str] = {}
+    uses = Uses(prepared)
     with torch.no_grad(), quantizers_off(prepared), unchanged(prepared):
         prepared.eval()
-        links = [(graph, link) for graph in graphs_of(prepared).values() for link in _links(graph)]
+        links = []
+        for path, graph in graphs_of(prepared).items():
+            own: dict[str, str] = {}
+            links += [(graph, link) for link in _links(graph, uses, own)]
+            refused.update({f"{path}.{name}".strip("."): reason for name, reason in own.items()})
         largest = _largest(prepared, links, loader, forward, batches, progress)
     for graph, link in links:
         if link in largest:
             _smooth(graph, link, largest[link], alpha)
-    if not largest:
-        warnings.warn(
-            "nothing was smoothed: no norm or linear layer of the model is read by linear layers alone.", stacklevel=2
-        )
+    if refused or not largest:
+        found = f"{len(largest)} layers are smoothed" if largest else f"nothing was smoothed: {_NOTHING}"
+        warnings.warn(f"{found}{listed(refused, 'are')}.", stacklevel=2)
     return prepared
 
 
-def _links(graph: LeveledModule) -> Iterator[Link]:
-    """Norms with all their readers, and linear layers with the only one."""
+def _links(graph: LeveledModule, uses: Uses, refused: dict[str, str]) -> Iterator[Link]:
+    """Norms with all their readers, and linear layers with the only one; ``refused`` gets the others, with the reason."""
     parts = weighted_parts(graph)
     for node in graph.graph.nodes:
-        if node.op == "call_module" and node not in parts and _is_norm(graph, node):
-            readers = tuple(node.users)
-            if readers and all(_reads_last_axis(user, node, parts) for user in readers):
-                yield Link(node, (), readers)
-    for link in links_of(graph, {}):
+        readers = tuple(node.users)
+        if node.op != "call_module" or node in parts or not readers:
+            continue
+        if not all(_reads_last_axis(user, node, parts) for user in readers) or not _is_norm(graph, node):
+            continue
+        reason = unfit(graph, uses, graph.get_submodule(str(node.target)), *(parts[user] for user in readers))
+        if reason is None:
+            yield Link(node, (), readers)
+        else:
+            refused[str(node.target)] = reason
+    own: dict[str, str] = {}
+    for link in links_of(graph, uses, {}, own):
         if _is_channels_last(link.source) and _is_channels_last(link.readers[0]):
             yield link
+    linear = {str(node.target) for node in parts if _is_channels_last(node)}
+    refused.update({name: reason for name, reason in own.items() if name in linear})
 
 
 def _is_channels_last(node: fx.Node) -> bool:
@@ -103,23 +121,22 @@ def _reads_last_axis(user: fx.Node, node: fx.Node, parts: dict[fx.Node, Any]) ->
 def _is_norm(graph: LeveledModule, node: fx.Node) -> bool:
     """Whether a module's weight and bias ``(C,)`` are a factor and an offset of the last axis of what it gives."""
     part: Any = graph.get_submodule(str(node.target))
-    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    weight = getattr(part, "weight", None)
     calls = sum(other.target == node.target for other in graph.graph.nodes)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or calls != 1:
         return False
     shape = list(node.all_input_nodes[0].meta.get("shape") or (2, 3, len(weight)))
-    shape[0] = 1
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    factor = torch.linspace(0.5, 2.0, len(weight)).to(weight)
+    factor = torch.linspace(0.5, 2.0, len(weight), dtype=torch.float64)
     try:
-        before = part(x)
-        _divide(part, factor)
-        after = part(x)
-    except (RuntimeError, TypeError):
+        twin = copy.deepcopy(part).to("cpu", torch.float64).eval()
+        x = torch.randn([1, *shape[1:]], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        before = twin(x)
+        _divide(twin, factor)
+        after = twin(x)
+    except Exception:  # whatever a module of the user's own raises on numbers that it was not made for
         return False
-    finally:
-        part.weight, part.bias = weight, bias
-    return before.shape[-1] == len(weight) and torch.allclose(after * factor, before, rtol=1e-4, atol=1e-5)
+    same = isinstance(after, Tensor) and before.shape[-1] == len(weight)
+    return same and torch.allclose(after * factor, before, rtol=1e-4, atol=1e-5)
 
 
 def _divide(part: Any, factor: Tensor) -> None:
@@ -142,7 +159,14 @@ def _largest(
     found: dict[Link, Tensor] = {}
 
     def keep(link: Link, x: Tensor) -> None:
+        if not x.numel():
+            return
         top = x.detach().double().abs().flatten(0, -2).amax(0)
+        if not bool(torch.isfinite(top).all()):
+            raise CalibrationError(
+                f"smooth: {link.readers[0].target} reads NaN or infinity. The model is as it was before.\n"
+                "  what to do: check the batches, and whether the float model gives finite outputs on them."
+            )
         found[link] = torch.maximum(found[link], top) if link in found else top
 
     hooks = [
@@ -165,11 +189,15 @@ def _smooth(graph: LeveledModule, link: Link, largest: Tensor, alpha: float) -> 
     weights = torch.stack([reader.by_input().abs().amax(1) for reader in readers]).amax(0)
     factor = largest.pow(alpha) / weights.clamp(min=_LEAST).pow(1 - alpha)
     factor = torch.where((largest > 0) & (weights > 0), factor.clamp(min=_LEAST), torch.ones_like(factor))
+    factor = exact_in(readers[0].part.weight.dtype, factor)
     source: Any = graph.get_submodule(str(link.source.target))
     if link.source in parts:
         first = _channels(link.source, source)
         first.scale_outputs(1 / factor)
         first.write()
+        if (statistics := Folded(link.source).statistics) is not None:
+            mean, deviation = (value.to(factor) / factor for value in statistics)
+            Folded(link.source).statistics = mean, deviation
     else:
         _divide(source, factor)
     for reader in readers:
