@@ -158,3 +158,71 @@ def test_what_mixed_precision_takes(network):
             mixed_precision(model, data, progress=False, **given)
     with pytest.raises(CalibrationError, match="empty"):
         mixed_precision(model, [], bits_per_weight=4, progress=False)
+
+
+class Again(nn.Module):
+    """One layer that is called twice, one that shares its weight, and a function of a parameter."""
+
+    def __init__(self, *, twice: bool = True, tied: bool = False, function: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.twice, self.function = twice, function
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(x)))
+        x = self.a(x) if self.twice else x
+        return self.c(x) + (nn.functional.linear(x, self.c.weight) if self.function else 0)
+
+
+CALLED = {
+    "twice": ({}, 36 + 36 + 24, 3 * 36 + 24),
+    "tied": ({"twice": False, "tied": True}, 36 + 24, 2 * 36 + 24),
+    "tied and twice": ({"tied": True}, 36 + 24, 3 * 36 + 24),
+    "a function too": ({"twice": False, "function": True}, 36 + 36 + 24, 2 * 36 + 2 * 24),
+}
+
+
+@pytest.mark.parametrize("kind", CALLED)
+def test_a_weight_counts_once_and_every_call_of_it_multiplies(kind):
+    """Weights and multiply-adds by hand; the recipe gives every call the bits that were paid for."""
+    torch.manual_seed(0)
+    settings, weights, macs = CALLED[kind]
+    model, data = Again(**settings).eval(), [torch.randn(8, 6)]
+    found = mixed_precision(model, data, bits=(3, 5), bits_per_weight=5, progress=False)
+    assert (found.weights, found.cost) == (weights, 5 * weights)
+    assert found.front[0][0] == 3 * weights
+    paid = mixed_precision(model, data, bits=(3, 5), bit_operations=3 * macs * 8, progress=False)
+    assert paid.cost == 3 * macs * 8 and set(paid.bits.values()) == {3}
+    prepared = fxquant.prepare(model, data[0], recipe=paid.recipe())
+    used = [m.weight_quantizer.scheme.bits for m in prepared.modules() if hasattr(m, "weight_quantizer")]
+    assert used and set(used) == {3}
+
+
+def test_a_glob_takes_along_what_shares_a_weight():
+    torch.manual_seed(0)
+    model = Again(twice=False, tied=True).eval()
+    found = mixed_precision(model, [torch.randn(8, 6)], bits_per_weight=4, groups=["b", "a"], progress=False)
+    assert found.bits["a"] == found.bits["b"] and found.weights == 36 + 24 and found.cost <= 4 * 60
+
+
+def test_what_cannot_be_compared_is_said():
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).argmax(1)
+
+    class Endless(Silent):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) / 0.0
+
+    torch.manual_seed(0)
+    data = [torch.randn(8, 6)]
+    with pytest.raises(InputError, match="no tensor of real numbers"):
+        mixed_precision(Silent().eval(), data, bits_per_weight=4, progress=False)
+    with pytest.raises(CalibrationError, match="gives NaN or infinity"):
+        mixed_precision(Endless().eval(), data, bits_per_weight=4, progress=False)

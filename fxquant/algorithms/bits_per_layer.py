@@ -25,13 +25,12 @@ from tqdm import tqdm
 
 from fxquant.algorithms.budget import Option, Point, pareto_front, within_budget
 from fxquant.algorithms.recover import kept_batches, run_batch
-from fxquant.capture.islands import graphs_of
+from fxquant.algorithms.weights import WeightedCall, weighted_calls
 from fxquant.capture.values import unchanged
-from fxquant.errors import InputError
+from fxquant.errors import CalibrationError, InputError
 from fxquant.flow import prepare, quantizers_off
 from fxquant.inputs import arguments_of, move_to
-from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
-from fxquant.nn.modules import QuantWeighted
+from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Recipe, Setting
 from fxquant.report.census import macs_of
@@ -123,8 +122,9 @@ def mixed_precision(
         progress: show a progress bar.
 
     Raises:
-        InputError: no budget, or two; one that cannot be met; a measure or bits that do not exist.
-        CalibrationError: the loader is empty.
+        InputError: no budget, or two; one that cannot be met; a measure or bits that do not exist; a model that gives no
+            tensor of real numbers.
+        CalibrationError: the loader is empty, or the model gives NaN or infinity.
     """
     _require(bits, bits_per_weight, bit_operations, measure)
     kept = kept_batches(loader, batches, "mixed_precision")
@@ -137,7 +137,7 @@ def mixed_precision(
     if not members:
         raise InputError("mixed_precision found no layer with a weight of its own in this model.")
     measured = _losses(prepared, kept, forward, members, bits, measure, progress)
-    sizes = [sum(weight.numel() for weight in _weights(group)) for group in members]
+    sizes = [sum({id(call.weight): call.weight.numel() for call in group}.values()) for group in members]
     if bits_per_weight is not None:
         return _best(members, bits, sizes, measured, int(bits_per_weight * sum(sizes) + 1e-6), sum(sizes), "bits")
     assert bit_operations is not None
@@ -145,12 +145,8 @@ def mixed_precision(
     return _best(members, bits, costs, measured, int(bit_operations), sum(sizes), "bit operations")
 
 
-Member = tuple[str, Any, Any]
-"""A layer's path, module and node."""
-
-
 def _best(
-    members: list[list[Member]],
+    members: list[list[WeightedCall]],
     bits: Sequence[int],
     costs: list[int],
     losses: list[list[float]],
@@ -165,13 +161,13 @@ def _best(
     ]
     best: Point = within_budget(options, budget)
     front = tuple((point.cost, point.loss) for point in pareto_front(options))
-    chosen = {name: bits[choice] for group, choice in zip(members, best.chosen, strict=True) for name, _, _ in group}
+    chosen = {name: bits[choice] for group, choice in zip(members, best.chosen, strict=True) for name in _names(group)}
     return Assignment(chosen, best.loss, best.cost, front, weights, unit)
 
 
-def _weights(group: list[Member]) -> list[Tensor]:
-    """The weights of a group, each once."""
-    return list({id(part.weight): part.weight for _, part, _ in group}.values())
+def _names(group: list[WeightedCall]) -> list[str]:
+    """The paths of a group, each once."""
+    return list(dict.fromkeys(call.name for call in group))
 
 
 def _require(bits: Sequence[int], per_weight: float | None, operations: int | None, measure: str) -> None:
@@ -185,33 +181,33 @@ def _require(bits: Sequence[int], per_weight: float | None, operations: int | No
         Scheme.weight(each)
 
 
-def _groups(prepared: Any, globs: Sequence[str]) -> list[list[Member]]:
-    """The weighted layers of a prepared model, those together that share a decision."""
-    found: dict[Any, list[Member]] = {}
-    for path, graph in graphs_of(prepared).items():
-        for node in graph.graph.nodes:
-            part: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if not isinstance(part, QuantWeighted) or type(part.weight_quantizer) is not WeightQuantize:
-                continue
-            name = f"{path}.{node.target}".strip(".")
-            glob = next((glob for glob in globs if fnmatchcase(name, glob)), None)
-            group = found.setdefault(glob if glob is not None else id(part.weight), [])
-            if all(name != other for other, _, _ in group):
-                group.append((name, part, node))
+def _groups(prepared: Any, globs: Sequence[str]) -> list[list[WeightedCall]]:
+    """The calls with weights, those together that share a decision: a weight, a path or quantizer, or a glob's word."""
+    groups: list[tuple[set[Any], list[WeightedCall]]] = []
+    unused = set(globs)
+    for call in weighted_calls(prepared):
+        own: set[Any] = {id(call.weight), id(call.quantizer), call.name}
+        if (glob := next((glob for glob in globs if fnmatchcase(call.name, glob)), None)) is not None:
+            own.add(("glob", glob))
+            unused.discard(glob)
+        joined = [group for group in groups if group[0] & own]
+        members = [other for _, others in joined for other in others]
+        groups = [group for group in groups if not group[0] & own]
+        groups.append((own.union(*(keys for keys, _ in joined)), [*members, call]))
     for glob in globs:
-        if glob not in found:
+        if glob in unused:
             raise InputError(f"groups: {glob!r} selects no layer with a weight.")
-    return list(found.values())
+    return [members for _, members in groups]
 
 
-def _macs(group: list[Member]) -> int:
-    """Multiply-adds of one sample."""
+def _macs(group: list[WeightedCall]) -> int:
+    """Multiply-adds of one sample, of all calls."""
     total = 0
-    for name, part, node in group:
-        macs = macs_of(node, part)
+    for call in group:
+        macs = macs_of(call.node, call.part)
         if macs is None:
-            raise InputError(f"the multiply-adds of {name!r} are not known; give bits_per_weight instead.")
-        total += macs // max(1, int(node.meta["shape"][0]))
+            raise InputError(f"the multiply-adds of {call.name!r} are not known; give bits_per_weight instead.")
+        total += macs // max(1, int(call.node.meta["shape"][0]))
     return total
 
 
@@ -220,7 +216,7 @@ def _losses(
     prepared: Any,
     kept: list[Any],
     forward: Callable[[Any, Any], Any] | None,
-    members: list[list[Member]],
+    members: list[list[WeightedCall]],
     bits: Sequence[int],
     measure: str,
     progress: bool,
@@ -241,6 +237,7 @@ def _losses(
         with unchanged(prepared, but=FakeQuantize), quantizers_off(prepared), bar:
             prepared.eval()
             exact = result()
+            _require_outputs(exact)
             found: list[list[float]] = []
             for group in members:
                 found.append([])
@@ -253,11 +250,25 @@ def _losses(
     return found
 
 
+def _require_outputs(exact: list[Tensor]) -> None:
+    """Raise unless there is something to compare, and it can be compared."""
+    if not sum(x.numel() for x in exact):
+        raise InputError(
+            "mixed_precision compares what the model gives, and found no tensor of real numbers in it.\n"
+            "  what to do: let the model return its logits, in a tensor, tuple, list or dict."
+        )
+    if not all(bool(torch.isfinite(x).all()) for x in exact):
+        raise CalibrationError(
+            "the float model gives NaN or infinity on these batches: nothing can be compared with that.\n"
+            "  what to do: check the batches, and the model on them."
+        )
+
+
 class _Rounded:
     """Inside, the weights of a group are rounded to ``bits``."""
 
-    def __init__(self, group: list[Member], bits: int) -> None:
-        self.quantizers = list({id(part.weight_quantizer): part.weight_quantizer for _, part, _ in group}.values())
+    def __init__(self, group: list[WeightedCall], bits: int) -> None:
+        self.quantizers = list({id(call.quantizer): call.quantizer for call in group}.values())
         self.bits = bits
 
     def __enter__(self) -> None:

@@ -14,9 +14,7 @@ written down before the next begins, so that a run which was stopped goes on whe
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import math
 import os
 import time
 import warnings
@@ -27,21 +25,23 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from tqdm import tqdm
 
 from fxquant.algorithms.bits_per_layer import mixed_precision
 from fxquant.algorithms.block_reconstruction import reconstruct
 from fxquant.algorithms.equalization import equalize
 from fxquant.algorithms.recover import kept_batches, recover
+from fxquant.algorithms.weights import weighted_calls
+from fxquant.capture.values import unchanged
 from fxquant.checkpoint import load, save
 from fxquant.errors import InputError
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.inputs import arguments_of, move_to
-from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.recipe import Recipe, Setting
 from fxquant.targets import X86, Target, get
+from fxquant.tuning.evaluation import judged, require_settings
+from fxquant.tuning.fingerprint import fingerprint
 
 __all__ = ["Found", "Rung", "auto"]
 
@@ -134,33 +134,34 @@ def auto(
     Args:
         model: the float model; not touched.
         loader: batches as for ``calibrate``, without labels; all are kept in memory.
-        evaluate: judges a model, the more the better; called with the float model and with integer ones.
+        evaluate: judges a model, the more the better; called with the float model and with integer ones, in eval mode.
         max_drop: how much less than the float model's is good enough, in the unit of ``evaluate``.
         bits_per_weight: the budget, as the mean over the weights of layers; None for 8 bits. All rungs but the last give
-            every layer the whole number of bits below.
+            every layer the most bits within it that the target has.
         activation_bits: bits of tensors between ops.
         target: where the model will run.
         forward: how to run one batch, as ``forward(model, batch)``, for batches of another form.
         batches: stop after that many.
         steps: of gradient descent for each residual unit, where it comes to that.
-        state: a folder that keeps what was found; a run with the same model, data and settings goes on there.
+        state: a folder that keeps what was found; a run with the same model, data and settings goes on there, and does not
+            ask ``evaluate`` again what it has said.
         progress: show progress bars.
 
     Raises:
-        InputError: the budget is below 2 bits; or ``state`` is of another model, other data or settings.
+        InputError: the budget is below 2 bits, or below what the target has; ``evaluate`` is no function, or gives no finite
+            number; or ``state`` is of another model, other data or settings.
         CalibrationError: the loader is empty.
     """
-    if bits_per_weight is not None and not 2 <= bits_per_weight <= 16:
-        raise InputError(f"bits_per_weight={bits_per_weight!r}: a budget lies between 2 and 16 bits.")
+    require_settings(evaluate, max_drop, bits_per_weight)
     kept = kept_batches(loader, batches, "auto")
     ladder = _Ladder(model, kept, bits_per_weight, activation_bits, get(target), forward, steps, progress)
-    record = _Record(None if state is None else Path(state), ladder.key())
+    record = _Record(None) if state is None else _Record(Path(state), ladder.key())
     if record.float_accuracy is None:
-        record.keep_float(float(evaluate(model)))
+        with unchanged(model):
+            record.keep_float(judged(evaluate, model.eval(), "the float model"))
     done = _climbed(ladder, record, evaluate, max_drop)
-    best = max(
-        (i for i, rung in enumerate(done) if rung.accuracy is not None), key=lambda i: done[i].accuracy or -math.inf
-    )
+    accuracies = {i: rung.accuracy for i, rung in enumerate(done) if rung.accuracy is not None}
+    best = max(accuracies, key=accuracies.__getitem__)
     chosen, accuracy = record.prepared[best], record.float_accuracy
     assert accuracy is not None
     return Found(convert(chosen), chosen, tuple(done), done[best].name, accuracy, max_drop)
@@ -201,7 +202,12 @@ class _Ladder:
     ) -> None:
         self.model, self.kept, self.budget, self.activation_bits = model, kept, budget, activation_bits
         self.target, self.forward, self.steps, self.progress = target, forward, steps, progress
-        self.uniform = 8 if budget is None else min(8, math.floor(budget))
+        allowed = [bits for bits in target.weight_bits if bits <= min(8, 8 if budget is None else budget)]
+        if not allowed:
+            raise InputError(
+                f"bits_per_weight={budget!r}: {target.title} takes weights of {min(target.weight_bits)} bits."
+            )
+        self.uniform = max(allowed)
         self.built: dict[str, Any] = {}
         self.example: Any = None
         if forward is None:
@@ -222,19 +228,9 @@ class _Ladder:
         return found
 
     def key(self) -> str:
-        """What a run is told by: the model's numbers, the data's, and all settings that change a rung."""
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(value, Tensor):
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for leaf in tree_leaves(self.kept):
-            if isinstance(leaf, Tensor):
-                digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        digest.update(
-            repr((self.budget, self.activation_bits, self.target.name, self.target.processor, self.steps)).encode()
-        )
-        return digest.hexdigest()
+        """What a run is told by: the model, the data, and all settings that change a rung."""
+        settings = (self.budget, self.activation_bits, self.target, self.steps, self.forward is None)
+        return fingerprint(self.model, self._prepared(self._uniform("minmax")), self.kept, settings)
 
     def _setting(self, estimator: str) -> Setting:
         weight = replace(self.target.weight, bits=self.uniform, estimator=estimator)
@@ -293,9 +289,7 @@ def _tried(
     if isinstance(prepared, str):
         return Rung(name, None, None, seconds, None, None, f"left out: {prepared}"), None
     note = "; ".join(str(warning.message).split("\n")[0] for warning in told if warning.category is UserWarning)
-    accuracy = float(evaluate(convert(prepared)))
-    if not math.isfinite(accuracy):
-        raise InputError(f"evaluate gave {accuracy} for {name!r}: it has to give a finite number.")
+    accuracy = judged(evaluate, convert(prepared), repr(name))
     assert record.float_accuracy is not None
     bits, weights = _size(prepared)
     drop = record.float_accuracy - accuracy
@@ -303,19 +297,15 @@ def _tried(
 
 
 def _size(prepared: nn.Module) -> tuple[int, int]:
-    """Bits of all weights of layers, and how many there are."""
-    found: dict[int, tuple[int, int]] = {}
-    for part in prepared.modules():
-        own, weight = getattr(part, "weight_quantizer", None), getattr(part, "weight", None)
-        if isinstance(own, WeightQuantize) and isinstance(weight, Tensor):
-            found[id(weight)] = (weight.numel() * own.scheme.bits, weight.numel())
-    return sum(bits for bits, _ in found.values()), sum(count for _, count in found.values())
+    """Bits of all weights of layers, and how many there are; a weight that several calls read counts once."""
+    found = {id(call.weight): (call.weight.numel(), call.quantizer.scheme.bits) for call in weighted_calls(prepared)}
+    return sum(count * bits for count, bits in found.values()), sum(count for count, _ in found.values())
 
 
 class _Record:
     """What was found, in memory, and in a folder where there is one: ``rungs.json``, and each rung's model."""
 
-    def __init__(self, folder: Path | None, key: str) -> None:
+    def __init__(self, folder: Path | None, key: str = "") -> None:
         self.folder, self.key = folder, key
         self.float_accuracy: float | None = None
         self.rungs: list[Rung] = []
@@ -326,18 +316,31 @@ class _Record:
         file = folder / "rungs.json"
         if not file.exists():
             return
-        held = json.loads(file.read_text(encoding="utf-8"))
-        if held.get("key") != key:
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            key_held, self.float_accuracy = held["key"], held["float"]
+            self.rungs = [Rung(**rung) for rung in held["rungs"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"state={os.fspath(folder)!r}: its rungs.json cannot be read ({error}).\n  what to do: give an empty folder."
+            ) from error
+        if key_held != key:
             raise InputError(
                 f"state={os.fspath(folder)!r} holds a run of another model, on other data or with other settings.\n"
                 "  what to do: give an empty folder, or what it was begun with."
             )
-        self.float_accuracy, self.rungs = held["float"], [Rung(**rung) for rung in held["rungs"]]
+        self._drop_lost(folder)
+
+    def _drop_lost(self, folder: Path) -> None:
+        """Forget the first rung whose model is not there any more, and what came after it."""
+        for number, rung in enumerate(self.rungs):
+            if rung.accuracy is not None and not (folder / f"{number}.pt").exists():
+                warnings.warn(f"{folder / f'{number}.pt'} is gone: {rung.name!r} is built again.", stacklevel=4)
+                self.rungs = self.rungs[:number]
+                return
 
     def keep_float(self, accuracy: float) -> None:
         """Note what the float model reaches."""
-        if not math.isfinite(accuracy):
-            raise InputError(f"evaluate gave {accuracy} for the float model: it has to give a finite number.")
         self.float_accuracy = accuracy
         self._write()
 
