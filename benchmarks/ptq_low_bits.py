@@ -106,6 +106,16 @@ def options() -> argparse.Namespace:
     return args
 
 
+def require_same(old: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raise unless the rows of a file are of as many calibration images: a table of both would compare nothing."""
+    held = old.get("settings", {}).get("calibration", args.calibration)
+    if old.get("rows") and held != args.calibration:
+        raise SystemExit(
+            f"{args.output} holds rows of {held} calibration images, and --calibration is {args.calibration}.\n"
+            "  what to do: give another --output."
+        )
+
+
 def wanted(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, int]]:
     """What is still to be run: the recovered models of all networks first."""
     done = {tuple(row[key] for key in KEYS) for row in rows}
@@ -159,6 +169,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     train, test = load_cifar10(args.data, "train"), load_cifar10(args.data, "test")
     old = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    require_same(old, args)
     rows: list[dict[str, Any]] = old.get("rows", [])
     args.float_top1 = {one["model"]: one["float"] for one in [*measured_before(len(test)), *rows]}
     facts = {"processor": processor_name(), "test_images": len(test)}

@@ -8,7 +8,8 @@ Accuracy is that of the last epoch on all test images, never of the best one. A 
     deploy     everything has the row's bits, as one target would run it
 
 In either, residual sums have the bits of other tensors: what convolutions read is what the shortcut carries. Rows that the
-JSON has are not run again, and a row goes on from the last epoch that was finished (``--work``).
+JSON has are not run again, and a row goes on from the last epoch that was finished (``--work``). Epochs, steps and learning
+rates are part of what a row is: another setting is another row, and goes on from its own epochs alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from fxquant.recipe import FIRST, INPUT, LAST
 
 PRESETS = ("academic", "deploy")
 KEYS = ("preset", "bits", "rule", "seed")
+SETTINGS = ("epochs", "steps", "lr", "range_lr")
+"""What a row was trained with, beside its key."""
 FLOAT = "float"
 BATCH = 128
 
@@ -95,6 +98,18 @@ def train(model: nn.Module, data: Cifar10, args: argparse.Namespace, seed: int, 
         part.replace(state)
 
 
+def settings_of(one: Any) -> tuple[Any, ...]:
+    """``SETTINGS`` of a row, or of the command line."""
+    held = one if isinstance(one, dict) else vars(one)
+    return tuple(held.get(name) for name in SETTINGS)
+
+
+def state_of(key: tuple[str, int, str, int], args: argparse.Namespace) -> Path:
+    """Where the epochs of an unfinished row are kept."""
+    named = [*key, *(f"{name}={value}" for name, value in zip(SETTINGS, settings_of(args), strict=True))]
+    return args.work / f"{'-'.join([*map(str, named), args.weights.stem]).replace(' ', '_')}.pt"
+
+
 def row(key: tuple[str, int, str, int], args: argparse.Namespace, data: Cifar10, test: Cifar10) -> dict[str, Any]:
     """One row of the table."""
     preset, bits, rule, seed = key
@@ -104,8 +119,8 @@ def row(key: tuple[str, int, str, int], args: argparse.Namespace, data: Cifar10,
     if rule != FLOAT:
         model = fxquant.prepare(model, batches[0][0], qat=True, recipe=recipe_of(preset, bits, rule))
         fxquant.calibrate(model, batches, progress=False)
-    train(model, data, args, seed, args.work / f"{'-'.join(map(str, key)).replace(' ', '_')}.pt")
-    found: dict[str, Any] = {**dict(zip(KEYS, key, strict=True)), "epochs": args.epochs, "steps": args.steps}
+    train(model, data, args, seed, state_of(key, args))
+    found: dict[str, Any] = {**dict(zip(KEYS, key, strict=True)), **dict(zip(SETTINGS, settings_of(args), strict=True))}
     name = " ".join(map(str, key))
     if rule == FLOAT:
         return {**found, "top-1": percent(predictions(model.eval(), test, name) == test.labels)}
@@ -139,9 +154,15 @@ def options() -> argparse.Namespace:
     return args
 
 
+def rows_of(old: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file; those from before rows held all of their settings have the file's."""
+    known = {name: value for name, value in old.get("settings", {}).items() if name in SETTINGS}
+    return [{**one, **{name: value for name, value in known.items() if name not in one}} for one in old.get("rows", [])]
+
+
 def wanted(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, int]]:
     """What is still to be run: float first."""
-    same = [one for one in rows if (one["epochs"], one["steps"]) == (args.epochs, args.steps)]
+    same = [one for one in rows if settings_of(one) == settings_of(args)]
     done = {tuple(one[key] for key in KEYS) for one in same}
     for seed in args.seeds:
         keys = [(FLOAT, 32, FLOAT, seed)]
@@ -151,10 +172,10 @@ def wanted(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tup
 
 def with_drops(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with what each has lost against float trained on for as long, of the same seed."""
-    float_of = {(r["seed"], r["epochs"], r["steps"]): r["top-1"] for r in rows if r["rule"] == FLOAT}
+    float_of = {(r["seed"], *settings_of(r)): r["top-1"] for r in rows if r["rule"] == FLOAT}
     made = []
     for one in rows:
-        reference = float_of.get((one["seed"], one["epochs"], one["steps"]))
+        reference = float_of.get((one["seed"], *settings_of(one)))
         lost = None if reference is None else round(reference - one["top-1"], 2)
         made.append({**one, "drop": lost})
     return made
@@ -168,7 +189,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     data, test = load_cifar10(args.data, "train"), load_cifar10(args.data, "test")
     old = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-    rows: list[dict[str, Any]] = old.get("rows", [])
+    rows = rows_of(old)
     shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "work"})
     for key in tqdm(list(wanted(args, rows)), desc="rows"):
         rows = with_drops([*rows, row(key, args, data, test)])
