@@ -133,7 +133,8 @@ def _weights_loss(
     estimator.update(state, weight, axis=quantizer.axis)
     found = []
     for rounded in _rounded(quantizer, weight, state):
-        error = output_of(x, weight - rounded).double().square().movedim(axis, 0).flatten(1).sum(1)
+        squares = output_of(x, weight - rounded).double().square()
+        error = squares.movedim(axis, 0).reshape(squares.shape[axis], -1).sum(1)
         if quantizer.channels is None:
             error = error.sum()
         elif error.numel() != quantizer.channels:  # a scale stands for one channel in every group

@@ -67,7 +67,7 @@ def bias_correction(layer: Layer, generator: torch.Generator) -> str | None:
         given = layer.call.entry.function(sample.quantized_input, rounded, layer.bias, **layer.call.attributes)
         lost = sample.target.double() - given.double()
         axis = -1 if layer.behaviour.channels_last else 1 if lost.ndim == layer.weight.ndim else 0
-        lost = lost.movedim(axis, 0).flatten(1)
+        lost = lost.movedim(axis, 0).reshape(len(layer.bias), -1)
         total, count = total + lost.sum(1), count + lost.shape[1]
     if not count:
         return "no batch reaches it"

@@ -34,6 +34,9 @@ from fxquant.ops.entry import Call
 
 __all__ = ["GraphSweep", "Layer", "Sample", "Sweep"]
 
+_OFF_TIES = 1.0 + 1 / 3449
+"""Ranges that are taken of sums of integers end on one of them: a share of the others would lie halfway between two steps of
+the grid, where float and fixed-point rounding part. A grid that is wider by this has no such ties."""
 Run = Callable[[int], Any]
 """Runs the model, or a part of it, on the batch of a number."""
 
@@ -290,6 +293,7 @@ class GraphSweep:
         state = quantizer.range_state()
         if bool(torch.isfinite(state["low"]).all() and torch.isfinite(state["high"]).all()):
             quantizer.update_scale()
+            quantizer.take_grid(quantizer.scale * _OFF_TIES, quantizer.zero_point)
         else:
             for name, value in state.items():
                 value.copy_(before[name])

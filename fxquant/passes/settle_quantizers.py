@@ -190,7 +190,7 @@ def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
     scale = broadcast(grid.scale, weight.ndim, axis)
     steps = rounded.float() / scale
     off = torch.maximum((steps - steps.round()).abs(), torch.maximum(grid.qmin - steps, steps - grid.qmax))
-    if not bool((off <= _NEAR).all()):
+    if not bool((off <= _NEAR + torch.finfo(rounded.dtype).eps * steps.abs()).all()):
         what = f"makes numbers of its weight that lie {float(off.nan_to_num(torch.inf).max()):.3g} steps off its grid"
         raise _refusal(own, where, what, "let grid give the scale and the scheme whose multiples forward returns")
     plain = WeightQuantize(grid.scheme, axis=axis, channels=len(grid.scale) if grid.scale.ndim else None)
