@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,11 +13,31 @@ from torch import nn
 from tqdm import tqdm
 
 from fxquant.capture.islands import graphs_of
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, InputError
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 
-__all__ = ["Counted", "activation_quantizers", "length_of", "observing", "read_weights", "run_batches"]
+__all__ = [
+    "Counted",
+    "activation_quantizers",
+    "length_of",
+    "observing",
+    "read_weights",
+    "require_batches",
+    "run_batches",
+]
+
+
+def require_batches(loader: Any, batches: Any, verb: str) -> None:
+    """Raise unless ``loader`` may give batches, and ``batches`` is a number of them or None."""
+    if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
+        kind = "one batch, a dict" if isinstance(loader, Mapping) else f"what is none, of class {type(loader).__name__}"
+        raise InputError(
+            f"{verb} takes an iterable of batches, and was given {'no data' if loader is None else kind}.\n"
+            "  what to do: give a DataLoader, a generator, or a list of batches: [batch]."
+        )
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        raise InputError(f"batches={batches!r}: how many of the loader's batches to take, at least 1; None for all.")
 
 
 def run_batches(
@@ -27,25 +47,28 @@ def run_batches(
     forward: Callable[[Any, Any], Any] | None,
     batches: int | None,
     progress: bool,
+    verb: str = "calibrate",
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Send ``batches`` of ``loader`` through the model; arguments as of ``fxquant.calibrate``.
+    """Send ``batches`` of ``loader`` through the model; arguments as of ``fxquant.calibrate``, which is one ``verb``.
 
     Returns:
         What sends the last batch through once more, and the first one.
 
     Raises:
         CalibrationError: there is none, or a batch gives activations that are not finite.
+        InputError: the loader is no iterable of batches.
     """
+    require_batches(loader, batches, verb)
     runs: list[Callable[[], Any]] = []
     total = batches if batches is not None else length_of(loader)
-    bar = tqdm(itertools.islice(loader, batches), total=total, desc="calibrate", disable=not progress or None)
+    bar = tqdm(itertools.islice(loader, batches), total=total, desc=verb, disable=not progress or None)
     for count, batch in enumerate(bar, start=1):
         runs[1:] = [partial(_run, prepared, forward, batch)]
         runs[-1]()
         _require_finite(quantizers, count)
     if not runs:
         raise CalibrationError(
-            "calibrate was given an empty loader: no range can be set. Check that the data set is not empty and that a "
+            f"{verb} was given an empty loader: no range can be set. Check that the data set is not empty and that a "
             "generator was not used up before."
         )
     return runs[-1], runs[0]

@@ -12,6 +12,7 @@ estimate by the Hessian's trace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -34,7 +35,7 @@ from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Recipe, Setting
 from fxquant.report.census import macs_of
-from fxquant.targets import X86, Target
+from fxquant.targets import X86, Target, get
 
 __all__ = ["Assignment", "mixed_precision"]
 
@@ -126,13 +127,10 @@ def mixed_precision(
             tensor of real numbers.
         CalibrationError: the loader is empty, or the model gives NaN or infinity.
     """
-    _require(bits, bits_per_weight, bit_operations, measure)
+    groups = (groups,) if isinstance(groups, str) else groups
+    _require(bits, bits_per_weight, bit_operations, measure, get(target))
     kept = kept_batches(loader, batches, "mixed_precision")
-    example = None
-    if forward is None:
-        args, kwargs = arguments_of(model, move_to(model, kept[0]))
-        example = kwargs or args
-    prepared = prepare(model, example, target=target)
+    prepared = prepare(model, None if forward is not None else _example(model, kept[0]), target=target)
     members = _groups(prepared, groups)
     if not members:
         raise InputError("mixed_precision found no layer with a weight of its own in this model.")
@@ -143,6 +141,12 @@ def mixed_precision(
     assert bit_operations is not None
     costs = [_macs(group) * activation_bits for group in members]
     return _best(members, bits, costs, measured, int(bit_operations), sum(sizes), "bit operations")
+
+
+def _example(model: nn.Module, batch: Any) -> Any:
+    """A batch as ``prepare`` takes it."""
+    args, kwargs = arguments_of(model, move_to(model, batch))
+    return kwargs or args
 
 
 def _best(
@@ -170,15 +174,21 @@ def _names(group: list[WeightedCall]) -> list[str]:
     return list(dict.fromkeys(call.name for call in group))
 
 
-def _require(bits: Sequence[int], per_weight: float | None, operations: int | None, measure: str) -> None:
+def _require(bits: Any, per_weight: Any, operations: Any, measure: str, target: Target) -> None:
     if (per_weight is None) == (operations is None):
         raise InputError("give one budget: bits_per_weight=, or bit_operations=.")
+    budget = per_weight if operations is None else operations
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not math.isfinite(budget):
+        name = "bits_per_weight" if operations is None else "bit_operations"
+        raise InputError(f"{name}={budget!r}: a budget is a finite number.")
     if measure not in MEASURES:
         raise InputError(f"measure={measure!r} is not known. Choose one of {', '.join(MEASURES)}.")
-    if not bits or len(set(bits)) != len(bits):
-        raise InputError(f"bits={tuple(bits)!r}: give different numbers of bits to choose from.")
+    if not isinstance(bits, Sequence) or not bits or len(set(bits)) != len(bits):
+        raise InputError(f"bits={bits!r}: give different numbers of bits to choose from, such as (2, 4, 8).")
     for each in bits:
-        Scheme.weight(each)
+        reason = target.refuses_weight(target.kept_narrow(replace(target.weight, bits=each)))
+        if reason is not None:
+            raise InputError(f"bits={tuple(bits)!r}: {reason}.")
 
 
 def _groups(prepared: Any, globs: Sequence[str]) -> list[list[WeightedCall]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxquant.algorithms.blocks import Block, BlockSweep
-from fxquant.algorithms.recover import buffers_of, kept_batches, require_ready, restore, run_batch, tell
+from fxquant.algorithms.recover import buffers_of, kept_batches, learning, require_ready, restore, run_batch, tell
 from fxquant.algorithms.soft_rounding import SoftRounding, annealed
 from fxquant.capture.values import unchanged
 from fxquant.errors import InputError
@@ -77,14 +77,13 @@ def reconstruct(
 
     Source: Li et al., BRECQ, 2102.05426, §3; Wei et al., QDrop, 2203.05740, §3.3.
     """
-    if not 0.0 <= keep < 1.0 or steps < 1 or batch_size < 1:
-        raise InputError(f"keep={keep!r} lies in [0, 1), steps={steps!r} and batch_size={batch_size!r} are at least 1.")
+    _require(steps, batch_size, keep)
     require_ready(prepared, "reconstruct")
     kept = kept_batches(loader, batches, "reconstruct")
     before = buffers_of(prepared)
     learner = _Learner(steps, batch_size, keep, learn_steps, torch.Generator().manual_seed(seed))
     try:
-        with unchanged(prepared, but=FakeQuantize), torch.no_grad():
+        with learning(prepared, "reconstruct"), unchanged(prepared, but=FakeQuantize), torch.no_grad():
             prepared.eval()
             run = partial(run_batch, prepared, kept, forward)
             label = "reconstruct" if progress else None
@@ -97,6 +96,15 @@ def reconstruct(
         raise
     tell(sweep.left_out)
     return prepared
+
+
+def _require(steps: Any, batch_size: Any, keep: Any) -> None:
+    """Raise unless ``reconstruct`` can go on with these."""
+    whole = all(isinstance(number, int) and number >= 1 for number in (steps, batch_size))
+    if not whole or not 0.0 <= keep < 1.0:
+        raise InputError(
+            f"keep={keep!r} lies in [0, 1), steps={steps!r} and batch_size={batch_size!r} are whole numbers, at least 1."
+        )
 
 
 class _Learner:

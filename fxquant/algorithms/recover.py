@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from fxquant.algorithms.adaround import adaround
 from fxquant.algorithms.bias_correction import bias_correction
 from fxquant.algorithms.closed_form import closed_form
 from fxquant.algorithms.engine import Layer, Sweep
-from fxquant.calibration import activation_quantizers
+from fxquant.calibration import activation_quantizers, require_batches
 from fxquant.capture.islands import graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.errors import CalibrationError, InputError, LevelError
@@ -25,7 +25,17 @@ from fxquant.flow import require_level
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize
 
-__all__ = ["METHODS", "buffers_of", "kept_batches", "recover", "require_ready", "restore", "run_batch", "tell"]
+__all__ = [
+    "METHODS",
+    "buffers_of",
+    "kept_batches",
+    "learning",
+    "recover",
+    "require_ready",
+    "restore",
+    "run_batch",
+    "tell",
+]
 
 Algorithm = Callable[[Layer, torch.Generator], str | None]
 
@@ -77,7 +87,7 @@ def recover(
         CalibrationError: the model is not calibrated, the loader is empty, or a batch is not finite; then the model is as it
             was before.
         LevelError: the model is not a prepared one, or one for training.
-        InputError: there is no such method, or it takes no ``steps``.
+        InputError: there is no such method, or it takes no ``steps``; or the loader is no iterable of batches.
 
     Source: Frantar et al., GPTQ, 2210.17323, §3–4; targets from the float network: Nagel et al., 2004.10568, §3.3, eq. 25.
     """
@@ -89,7 +99,8 @@ def recover(
     sweep = Sweep(prepared, run, len(kept), refit=True, memory=memory * 2**30, progress=label)
     before = buffers_of(prepared)
     try:
-        _choose(sweep, algorithm, torch.Generator().manual_seed(seed))
+        with learning(prepared, "adaround") if method == "adaround" else nullcontext():
+            _choose(sweep, algorithm, torch.Generator().manual_seed(seed))
     except BaseException:
         restore(before)
         raise
@@ -119,6 +130,23 @@ def _algorithm(method: str, steps: int | None) -> Algorithm:
     return partial(adaround, steps=steps)
 
 
+@contextmanager
+def learning(prepared: nn.Module, verb: str) -> Iterator[None]:
+    """Inside, gradients can be had, whatever mode the caller is in.
+
+    Raises:
+        InputError: tensors of ``prepared`` were made in inference mode, and have none.
+    """
+    made = [name for name, value in prepared.state_dict(keep_vars=True).items() if value.is_inference()]
+    if made:
+        raise InputError(
+            f"{verb} learns by gradients, and {made[0]!r} was made in torch.inference_mode(), which has none.\n"
+            "  what to do: make, prepare and calibrate the model outside of it, or in torch.no_grad()."
+        )
+    with torch.inference_mode(False):
+        yield
+
+
 def require_ready(prepared: Any, verb: str) -> None:
     """Raise unless ``prepared`` is for inference and calibrated."""
     require_level(prepared, ("prepared",), verb)
@@ -137,6 +165,7 @@ def require_ready(prepared: Any, verb: str) -> None:
 
 def kept_batches(loader: Iterable[Any], batches: int | None, verb: str) -> list[Any]:
     """The first ``batches`` of a loader, or all; raises where there is none."""
+    require_batches(loader, batches, verb)
     kept = list(itertools.islice(loader, batches))
     if not kept:
         raise CalibrationError(

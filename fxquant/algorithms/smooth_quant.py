@@ -129,7 +129,11 @@ def _is_norm(graph: LeveledModule, node: fx.Node) -> bool:
     factor = torch.linspace(0.5, 2.0, len(weight), dtype=torch.float64)
     try:
         twin = copy.deepcopy(part).to("cpu", torch.float64).eval()
-        x = torch.randn([1, *shape[1:]], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = torch.randn(
+            [1, *shape[1:]] if len(shape) > 1 else shape,
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float64,
+        )
         before = twin(x)
         _divide(twin, factor)
         after = twin(x)
@@ -161,7 +165,7 @@ def _largest(
     def keep(link: Link, x: Tensor) -> None:
         if not x.numel():
             return
-        top = x.detach().double().abs().flatten(0, -2).amax(0)
+        top = x.detach().double().abs().reshape(-1, x.shape[-1]).amax(0)
         if not bool(torch.isfinite(top).all()):
             raise CalibrationError(
                 f"smooth: {link.readers[0].target} reads NaN or infinity. The model is as it was before.\n"
@@ -176,7 +180,7 @@ def _largest(
         for graph, link in links
     ]
     try:
-        run_batches(prepared, {}, loader, forward, batches, progress)
+        run_batches(prepared, {}, loader, forward, batches, progress, "smooth")
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,7 +14,7 @@ from fxquant.errors import InputError
 __all__ = ["judged", "require_settings"]
 
 
-def require_settings(evaluate: Any, max_drop: Any, budget: Any) -> None:
+def require_settings(evaluate: Any, max_drop: Any, budget: Any, steps: Any) -> None:
     """Raise unless ``auto`` can go on with these."""
     if not callable(evaluate):
         raise InputError(
@@ -25,6 +25,8 @@ def require_settings(evaluate: Any, max_drop: Any, budget: Any) -> None:
         raise InputError(f"max_drop={max_drop!r}: a number, in the unit of evaluate.")
     if budget is not None and not (isinstance(budget, Real) and 2 <= float(budget) <= 16):
         raise InputError(f"bits_per_weight={budget!r}: a budget lies between 2 and 16 bits.")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps={steps!r}: a whole number of steps for each residual unit, at least 1.")
 
 
 def judged(evaluate: Callable[[nn.Module], float], model: nn.Module, what: str) -> float:

@@ -152,7 +152,7 @@ def auto(
             number; or ``state`` is of another model, other data or settings.
         CalibrationError: the loader is empty.
     """
-    require_settings(evaluate, max_drop, bits_per_weight)
+    require_settings(evaluate, max_drop, bits_per_weight, steps)
     kept = kept_batches(loader, batches, "auto")
     ladder = _Ladder(model, kept, bits_per_weight, activation_bits, get(target), forward, steps, progress)
     record = _Record(None) if state is None else _Record(Path(state), ladder.key())
@@ -312,7 +312,10 @@ class _Record:
         self.prepared: dict[int, Any] = {}
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"state={os.fspath(folder)!r} is no folder, and none can be made there.") from error
         file = folder / "rungs.json"
         if not file.exists():
             return
