@@ -93,6 +93,38 @@ def test_parameters_that_are_read_elsewhere_stay(verb, kind):
         assert "norm.weight" not in changed and reason in said
 
 
+def test_a_norm_that_stays_in_float_is_smoothed_too():
+    """Between RMSNorm and the layer stands the quantizer of the layer's input. Factors as in SmoothQuant, eq. 4, by hand."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 4)).eval(), torch.randn(8, 3, 6)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.logspace(-1, 2, 6))
+        factor = model[0](x).abs().amax((0, 1)).sqrt() / model[1].weight.abs().amax(0).sqrt()
+    changed, said, moved = changed_by("smooth", model, x)
+    assert changed == {"0.weight", "1.weight"} and moved < 1e-5 and not said
+    prepared = smoothed(fxquant.prepare(model, x), x)
+    torch.testing.assert_close(prepared.get_submodule("0").weight, model[0].weight / factor)
+    torch.testing.assert_close(prepared.get_submodule("1").weight, model[1].weight * factor)
+
+
+@pytest.mark.parametrize("other", [lambda h: h, lambda h: h * h], ids=["it leaves", "an op reads it"])
+def test_a_norm_that_something_else_reads_is_not_smoothed(other):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a = nn.RMSNorm(6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.norm(x)
+            return self.a(h), other(h)
+
+    torch.manual_seed(0)
+    prepared = fxquant.prepare(Two().eval(), torch.randn(8, 6))
+    with pytest.warns(UserWarning, match="nothing was smoothed"):
+        smoothed(prepared, torch.randn(8, 6))
+    assert torch.equal(prepared.norm.weight, torch.ones(6))
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_tied_parameters_of_norms_and_layers_stay(verb):
     class Tied(nn.Module):

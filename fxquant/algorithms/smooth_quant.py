@@ -24,6 +24,7 @@ from fxquant.capture.values import unchanged
 from fxquant.errors import CalibrationError, InputError
 from fxquant.flow import quantizers_off
 from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.modules import QuantInput
 from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.facts import Folded
@@ -91,10 +92,10 @@ def _links(graph: LeveledModule, uses: Uses, refused: dict[str, str]) -> Iterato
     """Norms with all their readers, and linear layers with the only one; ``refused`` gets the others, with the reason."""
     parts = weighted_parts(graph)
     for node in graph.graph.nodes:
-        readers = tuple(node.users)
+        readers = tuple(_readers_of(graph, node))
         if node.op != "call_module" or node in parts or not readers:
             continue
-        if not all(_reads_last_axis(user, node, parts) for user in readers) or not _is_norm(graph, node):
+        if not all(user in parts and _is_channels_last(user) for user in readers) or not _is_norm(graph, node):
             continue
         reason = unfit(graph, uses, graph.get_submodule(str(node.target)), *(parts[user] for user in readers))
         if reason is None:
@@ -114,8 +115,17 @@ def _is_channels_last(node: fx.Node) -> bool:
     return isinstance(behaviour, Weighted) and behaviour.channels_last
 
 
-def _reads_last_axis(user: fx.Node, node: fx.Node, parts: dict[fx.Node, Any]) -> bool:
-    return user in parts and user.args[0] is node and _is_channels_last(user)
+def _readers_of(graph: LeveledModule, node: fx.Node) -> Iterator[fx.Node]:
+    """What reads ``node``; behind the quantizer of a tensor that a float op gives, what reads that.
+
+    For an op of which ``node`` is not the first operand alone, ``node`` itself is given, which is no weighted op.
+    """
+    for user in node.users:
+        part = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(part, QuantInput):
+            yield from _readers_of(graph, user)
+        else:
+            yield user if user.args and user.args[0] is node and user.all_input_nodes.count(node) == 1 else node
 
 
 def _is_norm(graph: LeveledModule, node: fx.Node) -> bool:
