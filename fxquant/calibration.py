@@ -16,8 +16,19 @@ from fxquant.capture.islands import graphs_of
 from fxquant.errors import CalibrationError
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.processes import merge_calibrations, of_all
+from fxquant.numerics.ranges import ESTIMATOR
 
-__all__ = ["Counted", "activation_quantizers", "length_of", "observing", "read_weights", "run_batches"]
+__all__ = [
+    "Counted",
+    "activation_quantizers",
+    "begin_together",
+    "end_together",
+    "length_of",
+    "observing",
+    "read_weights",
+    "run_batches",
+]
 
 
 def run_batches(
@@ -74,6 +85,28 @@ def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
         f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Ranges are as they were before.\n"
         "  what to do: check this batch's inputs for NaN, and whether the float model gives finite outputs on it."
     )
+
+
+def begin_together(quantizers: Iterable[FakeQuantize]) -> list[FakeQuantize]:
+    """Those that follow what all processes see; they begin anew, so that what each process finds can be added up."""
+    together = [quantizer for quantizer in quantizers if quantizer.synchronized and quantizer.fixed_range is None]
+    for quantizer in together:
+        quantizer.reset()
+    return together
+
+
+def end_together(together: list[FakeQuantize], before: list[dict[str, torch.Tensor]]) -> None:
+    """Give each of ``together`` its state ``before`` and what all processes have found since.
+
+    Extrema and histograms are exact. A moving average runs over samples in their order, which there is none between
+    processes: it gets the widest range of all.
+    """
+    founds = of_all([{k: v.clone().cpu() for k, v in quantizer.range_state().items()} for quantizer in together])
+    for quantizer, start, *found in zip(together, before, *founds, strict=True):
+        state = quantizer.range_state()
+        for name, value in start.items():
+            state[name].copy_(value)
+        merge_calibrations(ESTIMATOR[quantizer.scheme.estimator], state, found)
 
 
 @contextmanager

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.calibration import Counted, activation_quantizers, length_of, observing, read_weights, run_batches
+from fxquant.calibration import (
+    Counted,
+    activation_quantizers,
+    begin_together,
+    end_together,
+    length_of,
+    observing,
+    read_weights,
+    run_batches,
+)
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.capture import capture
 from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
@@ -32,6 +41,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.processes import broadcast_state
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.ops.table import TABLE
 from fxquant.passes.apply_recipe import apply_recipe, require_fit
@@ -50,7 +60,7 @@ from fxquant.passes.settle_quantizers import settle_quantizers
 from fxquant.passes.to_integer import to_integer
 from fxquant.passes.verification import verify_against
 from fxquant.quantizers import RULES
-from fxquant.reach import keep_reach, watching
+from fxquant.reach import keep_reach, seen_by_all, watching
 from fxquant.recipe import Recipe
 from fxquant.targets import X86, Target
 from fxquant.targets.fitting import fit_target
@@ -189,7 +199,7 @@ def calibrate(
         prepared: what ``prepare`` returned; its ranges are changed in place, and it is returned. The model's own state
             (streams, caches, counters) is afterwards what it was before.
         loader: any iterable of batches: tensors, or tuples, lists or dicts that start with the model's inputs (labels
-            behind them are ignored).
+            behind them are ignored). Of several processes each its own share, after ``fxquant.training.synchronize``.
         forward: how to run one batch, as ``forward(model, batch)``, for batches of another form.
         batches: stop after that many.
         progress: show a progress bar.
@@ -217,7 +227,11 @@ def calibrate(
             torch.no_grad(),
         ):
             prepared.eval()
+            together = begin_together(quantizers.values())
             runs = run_batches(prepared, quantizers, loader, forward, batches, progress)
+            if together:
+                end_together(together, [saved[name] for name, q in quantizers.items() if q in together])
+                seen = seen_by_all(prepared, seen)
     except BaseException:
         for name, quantizer in quantizers.items():
             for key, value in quantizer.range_state().items():
@@ -226,6 +240,7 @@ def calibrate(
     for quantizer in quantizers.values():
         quantizer.update_scale()
     choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared))
+    broadcast_state(together)
     keep_reach(prepared, seen)
     read_weights(prepared)
     warn_of_collapse(prepared, runs, lambda: quantizers_off(prepared))
@@ -344,9 +359,16 @@ def quantizers_off(prepared: nn.Module) -> Iterator[None]:
 
 
 def require_level(module: Any, levels: tuple[str, ...], verb: str) -> None:
-    """Raise ``LevelError`` unless ``module`` is at one of ``levels``; ``verb`` is who asks."""
+    """Raise ``LevelError`` unless ``module`` is whole and at one of ``levels``; ``verb`` is who asks."""
     level = level_of(module) if isinstance(module, nn.Module) else None
     if level in levels:
+        parts = next((name for name, one in module.named_parameters() if hasattr(one, "full_tensor")), None)
+        if parts is not None:
+            raise LevelError(
+                f"{verb} takes whole parameters, and {parts!r} is spread over processes (fully_shard).\n"
+                "  what to do: calibrate before fully_shard; afterwards load torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a model prepared alike."
+            )
         return
     what = f"a {type(module).__name__}" if level is None else f"a model at level {level!r}"
     raise LevelError(

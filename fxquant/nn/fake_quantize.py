@@ -23,6 +23,7 @@ from fxquant.errors import LevelError
 from fxquant.nn.grid import Grid
 from fxquant.nn.grid_state import GridState
 from fxquant.nn.pinning import Pinned
+from fxquant.nn.processes import fold_of_all, warn_if_alone
 from fxquant.nn.switch import Switch
 from fxquant.numerics.affine import scale_and_zero_point
 from fxquant.numerics.gradients import fake_quantize
@@ -46,6 +47,7 @@ class FakeQuantize(GridState):
     Attributes:
         tracking: whether the range follows what passes in training mode; set it to False to hold the range still.
         ready: whether there is a range to round to.
+        synchronized: whether it follows what all processes of a group see; see ``processes``.
         seen_dtype: that of whole numbers that it was given and could not find a range of.
 
     Buffers:
@@ -58,6 +60,7 @@ class FakeQuantize(GridState):
     """
 
     seen_dtype: torch.dtype | None = None
+    synchronized = False
     tracking = Switch("follows", initial=False)
     follows_graph = True
 
@@ -159,18 +162,21 @@ class FakeQuantize(GridState):
             x = torch.tensor([0.0, 1.0], device=x.device)
         if not x.is_floating_point():
             self.seen_dtype = x.dtype
-        if self.fixed_range is not None or not x.is_floating_point() or x.numel() == 0:
+        if self.fixed_range is not None or not x.is_floating_point() or (x.numel() == 0 and not self.synchronized):
             return
-        state = self.range_state()
-        update = ESTIMATOR[self.scheme.estimator].update
+        state, estimator = self.range_state(), ESTIMATOR[self.scheme.estimator]
         if self.observing:
-            update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+            estimator.update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
             return
         if torch._C._current_graph_task_id() != -1:
             return
         self._start_anew(state)
         before = {name: value.clone() for name, value in state.items()}
-        update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+        if self.synchronized:
+            fold_of_all(estimator, state, x.detach(), lower=lower, upper=upper)
+        else:
+            estimator.update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+            warn_if_alone()
         finite = (torch.isfinite(state["low"]) & torch.isfinite(state["high"])).all()
         for name, value in state.items():
             value.copy_(torch.where(finite, value, before[name]))

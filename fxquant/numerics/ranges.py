@@ -21,6 +21,7 @@ that of Wei et al., 2203.05740.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -61,6 +62,10 @@ class RangeEstimator(Protocol):
             axis: the channel axis where the state has channels.
             lower, upper: a clamp that stands before the quantizer.
         """
+        ...
+
+    def merge(self, state: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
+        """Fold what was found from nothing on other data into ``state``; exact, but for an average, which has an order."""
         ...
 
     def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:

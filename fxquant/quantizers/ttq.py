@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxquant.numerics.affine import broadcast, smallest_scale
 from fxquant.numerics.scheme import Scheme
-from fxquant.quantizers.learned import LearnedWeight
+from fxquant.quantizers.learned import LearnedWeight, learned_parameter
 from fxquant.quantizers.registry import register
 from fxquant.quantizers.straight_through import per_row, replaced
 
@@ -30,7 +30,7 @@ class TTQWeight(LearnedWeight):
     """The quantizer of a weight.
 
     Parameters:
-        step: W⁺, float32, ``()`` or ``(channels,)``.
+        step: W⁺, float32, ``(1,)`` or ``(channels,)``.
         negative: W⁻, likewise.
     """
 
@@ -38,7 +38,7 @@ class TTQWeight(LearnedWeight):
 
     def make_grid(self, shape: tuple[int, ...]) -> None:
         super().make_grid(shape)
-        self.negative = nn.Parameter(torch.zeros(shape))
+        self.negative = learned_parameter(shape)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self._ready:
@@ -46,8 +46,8 @@ class TTQWeight(LearnedWeight):
         if not self.active:
             return x
         above, below = self._sides(x.detach())
-        share = self._share()
-        up, down = (broadcast(self.decode(p / share), x.ndim, self.axis) for p in (self.step, self.negative))
+        sides = (self.decode(self.value_of(parameter)) for parameter in (self.step, self.negative))
+        up, down = (broadcast(side, x.ndim, self.axis) for side in sides)
         slope = torch.where(above, up, torch.where(below, down, torch.ones_like(up)))
         latent = replaced(x, torch.zeros_like(x), slope)
         return (up * above - down * below).to(x.dtype) + latent
@@ -65,7 +65,8 @@ class TTQWeight(LearnedWeight):
         for parameter, side in zip((self.step, self.negative), self._sides(weight), strict=True):
             total, _ = per_row(weight, self.axis, weight.float().abs() * side)
             count, _ = per_row(weight, self.axis, side.float())
-            parameter.copy_((total / count.clamp(min=1.0)).clamp(min=smallest_scale()))
+            mean = total / count.clamp(min=1.0)
+            parameter.copy_(mean.clamp(min=smallest_scale()).reshape(parameter.shape))
         self.known.fill_(1.0)
         self._ready = True
 
