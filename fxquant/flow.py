@@ -34,7 +34,7 @@ from fxquant.capture.capture import capture
 from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
 from fxquant.capture.models import deep_copy, is_layer
 from fxquant.capture.values import unchanged
-from fxquant.choose_ranges import choose_ranges
+from fxquant.choose_ranges import choose_ranges, without_range
 from fxquant.collapse import warn_of_collapse
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule
@@ -48,6 +48,7 @@ from fxquant.passes.apply_recipe import apply_recipe, require_fit
 from fxquant.passes.canonicalize import canonicalize
 from fxquant.passes.choose_regions import choose_regions
 from fxquant.passes.drop_noops import drop_noops
+from fxquant.passes.finite import require_finite
 from fxquant.passes.fold_batchnorm import fold_batchnorm
 from fxquant.passes.freeze import freeze as freeze_graph
 from fxquant.passes.keep_accumulators import keep_accumulators
@@ -208,16 +209,19 @@ def calibrate(
         UserWarning: 8 bits leave next to nothing of an output on the last batch or the first; says at which op it is lost.
 
     Raises:
-        CalibrationError: the loader is empty, or NaN or infinity was seen; then all ranges are as they were before.
+        CalibrationError: the loader is empty, or NaN or infinity was seen, in a batch or in a weight; then all ranges are
+            as they were before.
         LevelError: the model is not a prepared one.
     """
     require_level(prepared, ("prepared",), "calibrate")
+    for graph in graphs_of(prepared).values():
+        require_finite(graph)
     if loader is None:
         raise CalibrationError(
             "calibrate was given no data.\n  what to do: give some batches, without labels; or, for a model with batch "
             "norms, those that fxquant.algorithms.synthesize(model, example_inputs) makes of their statistics."
         )
-    quantizers = activation_quantizers(prepared)
+    quantizers, fresh = activation_quantizers(prepared), without_range(prepared)
     saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
     try:
         with (
@@ -239,7 +243,7 @@ def calibrate(
         raise
     for quantizer in quantizers.values():
         quantizer.update_scale()
-    choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared))
+    choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared), fresh)
     broadcast_state(together)
     keep_reach(prepared, seen)
     read_weights(prepared)

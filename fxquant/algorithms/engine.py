@@ -329,12 +329,19 @@ class GraphSweep:
             weight, bias = (
                 self.floats.get(n, 0) if n is not None else None for n in _parameters_of(call_of(node, part))
             )
-            calls = self.calls[part.weight_quantizer]
-            if len({call_of(other, self.parts[other]).operand("bias") for other in calls}) > 1:
-                bias = None  # each call has its own, and the quantizer is one
         else:
             weight, bias = part.weight, part.bias
+        if len({self._name_of_bias(other) for other in self.calls[part.weight_quantizer]}) > 1:
+            bias = None  # each call has its own, and the quantizer is one
         return weight.detach(), None if bias is None else bias.detach()
+
+    def _name_of_bias(self, node: fx.Node) -> str | None:
+        """The bias that a call of a weighted op reads."""
+        part = self.parts[node]
+        if isinstance(part, QuantWeightedOp):
+            held = call_of(node, part).operand("bias")
+            return None if held is None else str(held.target)
+        return None if part.bias is None else f"{node.target}.bias"
 
     def _samples(self, node: fx.Node, quantizer: Any) -> Iterator[Sample]:
         source: Any = node.args[0]

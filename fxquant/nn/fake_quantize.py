@@ -28,7 +28,7 @@ from fxquant.nn.switch import Switch
 from fxquant.numerics.affine import scale_and_zero_point
 from fxquant.numerics.gradients import fake_quantize
 from fxquant.numerics.pairs import scale_factor
-from fxquant.numerics.ranges import ESTIMATOR
+from fxquant.numerics.ranges import ESTIMATOR, Auto
 from fxquant.numerics.scheme import OBSERVED, Scheme
 
 __all__ = ["FakeQuantize", "Grid", "WeightQuantize"]
@@ -48,6 +48,7 @@ class FakeQuantize(GridState):
         tracking: whether the range follows what passes in training mode; set it to False to hold the range still.
         ready: whether there is a range to round to.
         synchronized: whether it follows what all processes of a group see; see ``processes``.
+        takes_estimator: whether its range, or where a learned one starts, is what the scheme's estimator finds.
         seen_dtype: that of whole numbers that it was given and could not find a range of.
 
     Buffers:
@@ -63,6 +64,7 @@ class FakeQuantize(GridState):
     synchronized = False
     tracking = Switch("follows", initial=False)
     follows_graph = True
+    takes_estimator = True
 
     def __init__(
         self,
@@ -112,6 +114,18 @@ class FakeQuantize(GridState):
     def active(self) -> bool:
         """Whether values are rounded now."""
         return self.enabled and not self.observing and self.ready
+
+    def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Rewrite what an older version saved of this quantizer: the estimator that ``auto`` chose, as a number."""
+        old = state.pop(f"{prefix}range_choice", None) if "auto" in self._state_names else None
+        if old is not None:
+            own = {name: value.clone() for name, value in self.range_state().items()}
+            Auto().choose(own, old.to(own["auto"].device))
+            state[f"{prefix}range_auto"] = own["auto"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.upgrade_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def range_state(self) -> dict[str, Tensor]:
         """The estimator's running state, by name."""
@@ -192,7 +206,8 @@ class FakeQuantize(GridState):
         """Forget a range that is NaN: averages of models make such of the infinities that stand for no range."""
         lost = (torch.isnan(state["low"]) | torch.isnan(state["high"])).any()
         for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels, device=lost.device).items():
-            state[name].copy_(torch.where(lost, value, state[name]))
+            if name != "auto":
+                state[name].copy_(torch.where(lost, value, state[name]))
 
     @torch.no_grad()
     def update_scale(self) -> None:
@@ -212,7 +227,7 @@ class FakeQuantize(GridState):
     def reset(self) -> None:
         """Forget every observation, but not which estimator was chosen."""
         for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels).items():
-            if name != "choice":
+            if name != "auto":
                 self._buffers[f"range_{name}"].copy_(value)  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
@@ -240,6 +255,7 @@ class WeightQuantize(Pinned, FakeQuantize):
 
     Attributes:
         pinned: whether the grid stays as it is instead; and the integers too, where ``pin`` was given some.
+        is_shared: whether several layers or calls of one graph read the weight through this quantizer.
 
     Buffers, where pairs are limited:
         reach: float32 ``(groups, input channels of a group)``, the largest byte that each input channel is expected to hold.
@@ -248,6 +264,7 @@ class WeightQuantize(Pinned, FakeQuantize):
 
     pinned = Switch("is_pinned", initial=False)
     averages = False
+    is_shared = False
     reach: Tensor
     seen: Tensor
 

@@ -64,7 +64,7 @@ def fold_of_all(
     if isinstance(estimator, Histogram):
         own = estimator.initial_state(None, device=x.device)
         estimator.update(own, x, axis=None, lower=lower, upper=upper)
-        names = [name for name in own if name != "choice"]
+        names = [name for name in own if name != "auto"]
         for parts in zip(*(_gathered(own[name]) for name in names), strict=True):
             estimator.merge(state, dict(zip(names, parts, strict=True)))
         return

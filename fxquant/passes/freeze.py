@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.errors import CalibrationError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
@@ -99,12 +98,7 @@ class _Freezer:
             self.frozen[id(quantizer)] = twin
         return self.frozen[id(quantizer)]
 
-    def _freeze_weight(self, node: fx.Node, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
-        if not bool(torch.isfinite(weight).all()):
-            raise CalibrationError(
-                f"the weight of {node.target!s} holds NaN or infinity: no grid covers it.\n"
-                "  what to do: the training run has diverged; go back to a checkpoint from before."
-            )
+    def _freeze_weight(self, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
         twin = self._freeze(quantizer)
         assert isinstance(twin, WeightQuantize)
         if not twin.pinned:
@@ -116,7 +110,7 @@ class _Freezer:
         """Final weight, scale and bias of a module; the batch norm behind it is folded."""
         behaviour = behaviour_of(node)
         assert isinstance(behaviour, Weighted)
-        quantizer = self._freeze_weight(node, part.weight_quantizer, part.weight)
+        quantizer = self._freeze_weight(part.weight_quantizer, part.weight)
         real = part.weight.detach()
         q = quantize(
             real.float(),
@@ -187,7 +181,7 @@ class _Freezer:
         part: Any = self.edit.module(node)
         call = call_of(node, part)
         weight = self.edit.attributes[str(call.operand("weight").target)]  # type: ignore[union-attr]
-        quantizer = self._freeze_weight(node, part.weight_quantizer, weight)
+        quantizer = self._freeze_weight(part.weight_quantizer, weight)
         self.edit.set_module(node, clone_module(part, weight_quantizer=quantizer))
         bias_node = call.operand("bias")
         if bias_node is not None:

@@ -25,9 +25,10 @@ from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, Grid, WeightQuantize
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
-from fxquant.numerics.affine import broadcast
+from fxquant.numerics.affine import broadcast, in_float32
 from fxquant.ops.calls import call_of
 from fxquant.passes.facts import Placed
+from fxquant.passes.finite import require_finite
 from fxquant.quantizers import rule_of
 
 __all__ = ["is_plain", "settle_quantizers"]
@@ -53,7 +54,9 @@ def settle_quantizers(module: LeveledModule) -> LeveledModule:
     Raises:
         LevelError: a quantizer of a user's own rounds otherwise than its grid does; or what shares a grid holds several;
             or a rule has no integers.
+        CalibrationError: a weight, a bias or a learned range holds NaN or infinity.
     """
+    require_finite(module)
     edit = Edit(module, by="settle_quantizers")
     _require_integers(edit)
     _one_quantizer_each(edit)
@@ -173,14 +176,17 @@ def _hold_against(own: Any, plain: FakeQuantize, where: str, clamp: tuple[float 
 
 
 def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
-    """The weight as its quantizer makes it, with a plain quantizer that leaves it so."""
+    """The weight as its quantizer makes it, with a plain quantizer that leaves it so.
+
+    A half-precision weight is asked for in float32: what the quantizer gives lies on its grid there, and not in the half.
+    """
     part: Any = edit.module(node)
     where = f"{node.target}.weight_quantizer"
     source = call_of(node, part).operand("weight") if isinstance(part, QuantWeightedOp) else None
     weight: Tensor = part.weight if source is None else edit.attributes[str(source.target)]
     asked = _at_rest(own)
     with torch.no_grad():
-        rounded = asked(weight.detach())
+        rounded = asked(in_float32(weight.detach()))
     grid = _grid_of(asked, where)
     axis = own.axis if grid.scale.ndim else None
     fits = rounded.shape == weight.shape and (axis is None or len(grid.scale) == weight.shape[axis])

@@ -27,6 +27,8 @@ __all__ = ["BNNWeight", "XNORWeight"]
 class XNORWeight(WeightQuantize):
     """The quantizer of a weight whose scale is its mean magnitude."""
 
+    takes_estimator = False
+
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self.pinned:
             self.refresh(x)

@@ -31,6 +31,8 @@ _MOST_BITS = 6
 class DoReFaWeight(WeightQuantize):
     """The quantizer of a weight. A weight of zeros stays at the level nearest to zero from above."""
 
+    takes_estimator = False
+
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self.pinned:
             self.refresh(x)

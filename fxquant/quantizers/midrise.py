@@ -51,6 +51,8 @@ class _Rounded(torch.autograd.Function):
 class MidriseWeight(LearnedWeight):
     """The quantizer of a weight; ``step`` is s, and the property ``scale`` s / 2, of which the integers are multiples."""
 
+    takes_estimator = False
+
     @property
     def per_sign(self) -> float:
         """How many levels each sign has."""

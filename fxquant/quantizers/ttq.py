@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.numerics.affine import broadcast, smallest_scale
+from fxquant.numerics.affine import broadcast, in_float32, smallest_scale
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.learned import LearnedWeight, learned_parameter
 from fxquant.quantizers.registry import register
@@ -35,6 +35,7 @@ class TTQWeight(LearnedWeight):
     """
 
     negative: nn.Parameter
+    takes_estimator = False
 
     def make_grid(self, shape: tuple[int, ...]) -> None:
         super().make_grid(shape)
@@ -53,6 +54,7 @@ class TTQWeight(LearnedWeight):
         return (up * above - down * below).to(x.dtype) + latent
 
     def _sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = in_float32(weight)
         rest = tuple(d for d in range(weight.ndim) if d != self.axis)
         largest = weight.abs().amax() if self.axis is None else weight.abs().amax(rest, keepdim=True)
         return weight > _FACTOR * largest, weight < -_FACTOR * largest

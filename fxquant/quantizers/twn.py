@@ -27,6 +27,8 @@ _FACTOR = 0.7
 class TWNWeight(WeightQuantize):
     """The quantizer of a weight."""
 
+    takes_estimator = False
+
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self.pinned:
             self.refresh(x)

@@ -21,6 +21,8 @@ __all__ = ["WRPNTensor", "WRPNWeight"]
 class WRPNWeight(WeightQuantize):
     """The quantizer of a weight: the grid of [-1, 1], whatever the weight."""
 
+    takes_estimator = False
+
     @torch.no_grad()
     def read_range(self, weight: Tensor) -> None:
         one = torch.ones_like(self.scale)
