@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxquant.capture.islands import graphs_of
@@ -22,6 +22,7 @@ from fxquant.numerics.ranges import ESTIMATOR
 __all__ = [
     "Counted",
     "activation_quantizers",
+    "as_before_on_failure",
     "begin_together",
     "end_together",
     "length_of",
@@ -87,26 +88,48 @@ def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
     )
 
 
-def begin_together(quantizers: Iterable[FakeQuantize]) -> list[FakeQuantize]:
-    """Those that follow what all processes see; they begin anew, so that what each process finds can be added up."""
-    together = [quantizer for quantizer in quantizers if quantizer.synchronized and quantizer.fixed_range is None]
-    for quantizer in together:
+@contextmanager
+def as_before_on_failure(quantizers: dict[str, FakeQuantize]) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Inside, a copy of what each range's estimator knows by now, which it gets back where anything fails."""
+    saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
+    try:
+        yield saved
+    except BaseException:
+        for name, quantizer in quantizers.items():
+            for key, value in quantizer.range_state().items():
+                value.copy_(saved[name][key])
+        raise
+
+
+def begin_together(quantizers: dict[str, FakeQuantize]) -> None:
+    """Let those that follow what all processes see begin anew, so that what each process finds can be added up."""
+    for quantizer in _together(quantizers).values():
         quantizer.reset()
-    return together
 
 
-def end_together(together: list[FakeQuantize], before: list[dict[str, torch.Tensor]]) -> None:
-    """Give each of ``together`` its state ``before`` and what all processes have found since.
+def end_together(quantizers: dict[str, FakeQuantize], saved: dict[str, dict[str, Tensor]]) -> bool:
+    """Give each of those its ``saved`` state and what all processes have found since.
 
     Extrema and histograms are exact. A moving average runs over samples in their order, which there is none between
     processes: it gets the widest range of all.
+
+    Returns:
+        Whether there were any.
     """
-    founds = of_all([{k: v.clone().cpu() for k, v in quantizer.range_state().items()} for quantizer in together])
-    for quantizer, start, *found in zip(together, before, *founds, strict=True):
+    together = _together(quantizers)
+    if not together:
+        return False
+    founds = of_all({path: {k: v.clone().cpu() for k, v in q.range_state().items()} for path, q in together.items()})
+    for path, quantizer in together.items():
         state = quantizer.range_state()
-        for name, value in start.items():
+        for name, value in saved[path].items():
             state[name].copy_(value)
-        merge_calibrations(ESTIMATOR[quantizer.scheme.estimator], state, found)
+        merge_calibrations(ESTIMATOR[quantizer.scheme.estimator], state, [found[path] for found in founds])
+    return True
+
+
+def _together(quantizers: dict[str, FakeQuantize]) -> dict[str, FakeQuantize]:
+    return {path: one for path, one in quantizers.items() if one.synchronized and one.fixed_range is None}
 
 
 @contextmanager
@@ -139,7 +162,7 @@ def read_weights(module: nn.Module) -> None:
     for part in module.modules():
         quantizer = getattr(part, "weight_quantizer", None)
         weight = getattr(part, "weight", None)
-        if isinstance(quantizer, WeightQuantize) and isinstance(weight, torch.Tensor) and not quantizer.pinned:
+        if isinstance(quantizer, WeightQuantize) and isinstance(weight, Tensor) and not quantizer.pinned:
             quantizer.refresh(weight)
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from fxquant.calibration import (
     Counted,
     activation_quantizers,
+    as_before_on_failure,
     begin_together,
     end_together,
     length_of,
@@ -222,29 +223,22 @@ def calibrate(
             "norms, those that fxquant.algorithms.synthesize(model, example_inputs) makes of their statistics."
         )
     quantizers, fresh = activation_quantizers(prepared), without_range(prepared)
-    saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
-    try:
-        with (
-            unchanged(prepared, but=FakeQuantize),
-            observing(quantizers.values()),
-            watching(prepared) as seen,
-            torch.no_grad(),
-        ):
-            prepared.eval()
-            together = begin_together(quantizers.values())
-            runs = run_batches(prepared, quantizers, loader, forward, batches, progress)
-            if together:
-                end_together(together, [saved[name] for name, q in quantizers.items() if q in together])
-                seen = seen_by_all(prepared, seen)
-    except BaseException:
-        for name, quantizer in quantizers.items():
-            for key, value in quantizer.range_state().items():
-                value.copy_(saved[name][key])
-        raise
+    with (
+        as_before_on_failure(quantizers) as saved,
+        unchanged(prepared, but=FakeQuantize),
+        observing(quantizers.values()),
+        watching(prepared) as seen,
+        torch.no_grad(),
+    ):
+        prepared.eval()
+        begin_together(quantizers)
+        runs = run_batches(prepared, quantizers, loader, forward, batches, progress)
+        if end_together(quantizers, saved):
+            seen = seen_by_all(prepared, seen)
     for quantizer in quantizers.values():
         quantizer.update_scale()
     choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared), fresh)
-    broadcast_state(together)
+    broadcast_state(quantizer for quantizer in quantizers.values() if quantizer.synchronized)
     keep_reach(prepared, seen)
     read_weights(prepared)
     warn_of_collapse(prepared, runs, lambda: quantizers_off(prepared))
