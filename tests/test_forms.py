@@ -15,14 +15,13 @@ from torch import Tensor, nn
 import fxquant
 import fxquant.nn
 from fxquant import Recipe
-from fxquant.errors import ExportError, LevelError
+from fxquant.errors import ExportError, LevelError, Refusal
 from fxquant.export.qdq_model import QdqModel
 from fxquant.export.to_onnx import make_onnx
-from fxquant.forms import FORMS, Form, Lacking, RealForm, TorchKernel, register_form
+from fxquant.forms import FORMS, Form, RealForm, TorchKernel, register_form
 from fxquant.kernels.native import library
 from fxquant.kernels.native.lines import tabulated
 from fxquant.kernels.native.model import NativeModel
-from fxquant.kernels.native.weights import Unfit
 from fxquant.kernels.place import Step
 from fxquant.kernels.quantized import in_float32, taken_by
 from fxquant.kernels.quantized import rounded as rounded_on_torch
@@ -90,11 +89,9 @@ class Squares(IntegerOp):
         return self.emit(requantize(self.centred(q) ** 2, self.multiplier, self.shift, rounding=self.rounding))
 
 
-def squares_step(place: Any) -> Step | None:
+def squares_step(place: Any) -> Step:
     """torch has no square of quint8: in float32, which holds it exactly."""
     taken, given = place.input_form(0), place.output_form()
-    if taken is None or given is None:
-        return None
     run = rounded_on_torch(place, lambda q, **_: q.dequantize() ** 2, given)
     return Step(run, given, "squares in float32", taken_by(place, taken))
 
@@ -104,7 +101,7 @@ SQUARES = Form(
     real=RealForm(own_function, ("multiplier", "shift")),
     torch=TorchKernel(squares_step, in_float32),
     native=tabulated,
-    operators=Lacking("the standard has no square of integers"),
+    operators=Refusal("the standard has no square of integers"),
 )
 
 
@@ -177,7 +174,7 @@ def test_a_form_from_outside_is_written(monkeypatch):
 @pytest.mark.parametrize("lacking", ["torch", "native", "real"])
 def test_a_face_that_a_form_lacks_is_said(monkeypatch, lacking):
     reason = "nobody has written it so far, sorry"
-    integer = converted(monkeypatch, "square", Squares, replace(SQUARES, **{lacking: Lacking(reason)}), Net())
+    integer = converted(monkeypatch, "square", Squares, replace(SQUARES, **{lacking: Refusal(reason)}), Net())
     if lacking == "real":
         for write in (to_exchange, to_decomposed, QdqModel):
             with pytest.raises(ExportError, match=rf"Squares of op 'square' cannot be written(.|\n)*{reason}"):
@@ -192,7 +189,7 @@ def test_a_face_that_a_form_lacks_is_said(monkeypatch, lacking):
             "reference"
         )
     if lacking == "native" and library.missing() is None:
-        with pytest.raises(Unfit):
+        with pytest.raises(Refusal):
             NativeModel(reference)(X)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.capture.kept import _FUNCTIONS, KEPT_CLASSES, KEPT_WHOLE
+from fxquant.errors import Refusal
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, IntegerTable
 from fxquant.ops import entry as entries
@@ -198,7 +199,7 @@ def test_what_cannot_be_used_says_why():
     assert "called with beta=3" in reasons(Net(Keyed()))
     enter("formless", formless, integer=None)
     assert "the entry of formless has no integer form" in reasons(Net(formless))
-    enter("picky", picky, check=lambda call: "it is too warm")
+    enter("picky", picky, check=lambda call: Refusal("it is too warm"))
     assert "it is too warm" in reasons(Net(picky))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
 from fxquant.calibration import activation_quantizers
 from fxquant.capture.islands import graphs_of
-from fxquant.errors import InputError, LevelError
+from fxquant.errors import InputError, LevelError, Refusal
 from fxquant.flow import quantizers_off, require_level
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import WeightQuantize
@@ -67,17 +67,16 @@ def equalize(prepared: Any, *, absorb: bool = True) -> Any:
     Source: Nagel et al., Data-Free Quantization, 1906.04721, §4.1.
     """
     require_uncalibrated(prepared, "equalize")
-    refused: dict[str, str] = {}
-    count = 0
+    refused, count = list[Refusal](), 0
     with quantizers_off(prepared):
         for path, graph in graphs_of(prepared).items():
-            own: dict[str, str] = {}
+            own: dict[str, Refusal] = {}
             links = list(links_of(graph, own))
-            refused.update({f"{path}.{name}".strip("."): reason for name, reason in own.items()})
+            refused += [refusal.at(f"{path}.{name}".strip(".")) for name, refusal in own.items()]
             _equalize(graph, links, absorb)
             count += len(links)
     if refused or not count:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:4])
+        shown = "; ".join(map(str, refused[:4]))
         more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
         found = f"{count} pairs of layers are equalized" if count else "there is no pair of layers to equalize"
         warnings.warn(f"{found}{f', {len(refused)} are not: {shown}{more}' if refused else ''}.", stacklevel=3)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.behaviour import Weighted as Behaviour
+from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines, operand_zero_point
 from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.weighted import Weighted
-from fxquant.kernels.native.weights import Unfit
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.quantized import REFERENCE
-from fxquant.kernels.weighted import expected_engine, unfit, weighted_step
+from fxquant.kernels.weighted import expected_engine, require_fit, weighted_step
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.form import Computation, Form, HeldIntegers, RealForm, TorchKernel, register_form
 
@@ -61,17 +61,18 @@ def _native(lines: Lines, node: fx.Node, part: IntegerWeighted) -> Operation:
     if part.output_dtype is not None:
         lines.gives(node, part.output_dtype)
     elif part.real_dtype != torch.float32:
-        raise Unfit(f"its result is {part.real_dtype}")
+        raise Refusal(f"its result is {part.real_dtype}")
     if len(node.args) != 1 or node.kwargs:
-        raise Unfit("it is called with more than its input")
+        raise Refusal("it is called with more than its input")
     return Weighted(lines.operands(node.args), part, operand_zero_point(lines, node, part, 0), lines.library)
 
 
 def _expected(part: IntegerWeighted, operators: Operators) -> str:
-    reason, engine = unfit(part), expected_engine(part, operators)
-    if reason is None and engine is None:
-        reason = "sums of its products could overflow 16 bits on this machine"
-    return str(engine) if reason is None else f"{REFERENCE}: {reason}"
+    try:
+        require_fit(part)
+        return expected_engine(part, operators)
+    except Refusal as refusal:
+        return f"{REFERENCE}: {refusal.why}"
 
 
 register_form(

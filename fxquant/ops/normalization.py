@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, Site
 from fxquant.ops.behaviour import ChannelAffine, Rescaling
 from fxquant.ops.entry import Call, OpEntry
@@ -43,11 +44,11 @@ def integer_batch_norm(site: Site) -> IntegerEvaluate:
     return IntegerEvaluate(replace(site, attributes={}), function=channel_affine)
 
 
-def _batch_norm_reason(call: Call) -> str | None:
+def _batch_norm_reason(call: Call) -> Refusal | None:
     if call.module is None:
-        return "batch_norm is called as a function; fxquant quantizes the modules nn.BatchNorm1d/2d/3d"
+        return Refusal("batch_norm is called as a function; fxquant quantizes the modules nn.BatchNorm1d/2d/3d")
     if call.module.running_mean is None:
-        return "it normalizes with the statistics of each batch (track_running_stats=False)"
+        return Refusal("it normalizes with the statistics of each batch (track_running_stats=False)")
     return None
 
 

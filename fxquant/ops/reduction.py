@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerLinearMap, IntegerPass, Site
 from fxquant.ops.behaviour import Passing, Rescaling
-from fxquant.ops.entry import Call, OpEntry
+from fxquant.ops.entry import Call, OpEntry, without_dtype
 from fxquant.ops.example import example
 from fxquant.ops.exchange_forms import adaptive_by_parts, averages_over
 
@@ -58,8 +59,8 @@ def carried_pass(site: Site) -> IntegerPass:
     return IntegerPass(site, carried=True)
 
 
-def _indices_reason(call: Call) -> str | None:
-    return "it also returns indices" if call["return_indices"] else None
+def _indices_reason(call: Call) -> Refusal | None:
+    return Refusal("it also returns indices") if call["return_indices"] else None
 
 
 _MAX = "input*, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
@@ -230,10 +231,6 @@ _pool(
 )
 
 
-def _dtype_reason(call: Call) -> str | None:
-    return None if call["dtype"] is None else f"it is called with dtype={call['dtype']}"
-
-
 OpEntry(
     name="mean",
     function=torch.mean,
@@ -243,7 +240,7 @@ OpEntry(
     integer=IntegerLinearMap,
     native="mean",
     fresh=True,
-    check=_dtype_reason,
+    check=without_dtype,
     onnx="ReduceMean",
     aliases={"axis": "dim", "keepdims": "keepdim"},
     example=example(lambda x: x.mean((2, 3), keepdim=True), (2, 5, 6, 7)),
@@ -256,7 +253,7 @@ OpEntry(
     methods=("sum",),
     integer=IntegerLinearMap,
     fresh=True,
-    check=_dtype_reason,
+    check=without_dtype,
     onnx="ReduceSum",
     aliases={"axis": "dim", "keepdims": "keepdim"},
     example=example(lambda x: torch.sum(x, dim=1), (2, 5, 6, 7)),

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
-from fxquant.graph.pattern import Skip, next_in_chain
+from fxquant.graph.pattern import next_in_chain
 from fxquant.ops.behaviour import ChannelAffine, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
@@ -49,22 +50,22 @@ def fold_batchnorm(module: LeveledModule) -> LeveledModule:
         if not isinstance(behaviour_of(node), ChannelAffine):
             continue
         backward = _fold_into_producer(edit, node)
-        if not isinstance(backward, Skip):
+        if not isinstance(backward, Refusal):
             continue
         forward = _fold_into_consumer(edit, node)
-        if isinstance(forward, Skip):
-            edit.note(node, f"not folded: {backward.reason}; {forward.reason}")
+        if isinstance(forward, Refusal):
+            edit.note(node, f"not folded: {backward.why}; {forward.why}")
     return edit.done()
 
 
-def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
+def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     producer = bn.args[0]
     assert isinstance(producer, fx.Node)
     refusal = _refuse(edit, producer, "produces its input")
     if refusal is not None:
         return refusal
     following = next_in_chain(producer)
-    if isinstance(following, Skip):
+    if isinstance(following, Refusal):
         return following
     gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
     conv = edit.module(producer)
@@ -72,7 +73,7 @@ def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     behaviour = behaviour_of(producer)
     assert isinstance(behaviour, Weighted)
     if behaviour.channels_last and len(producer.meta.get("shape", ())) != 2:
-        return Skip(
+        return Refusal(
             f"{producer.name} may give more than (batch, features); example_inputs of two dimensions would settle it"
         )
     weight, bias = _scaled_outputs(behaviour, conv, gain)
@@ -89,9 +90,9 @@ def _statistics(bn: nn.Module | None, gain: Tensor) -> tuple[Tensor, Tensor]:
     return mean.clone(), torch.ones_like(gain) if slope is None else slope.detach().double().abs()
 
 
-def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
+def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     consumer = next_in_chain(bn)
-    if isinstance(consumer, Skip):
+    if isinstance(consumer, Refusal):
         return consumer
     refusal = _refuse(edit, consumer, "uses it")
     if refusal is not None:
@@ -101,11 +102,11 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     behaviour = call.entry.behaviour
     assert isinstance(behaviour, Weighted)
     if behaviour.out_axis != 0:
-        return Skip(f"{consumer.name} is transposed and folds only what follows it")
+        return Refusal(f"{consumer.name} is transposed and folds only what follows it")
     if behaviour.channels_last and len(bn.meta.get("shape", ())) != 2:
-        return Skip(f"{consumer.name} may take more than (batch, features)")
+        return Refusal(f"{consumer.name} may take more than (batch, features)")
     if not behaviour.channels_last and _pads(call["padding"]):
-        return Skip(f"{consumer.name} pads, and padding is not shifted by a batch norm")
+        return Refusal(f"{consumer.name} pads, and padding is not shifted by a batch norm")
     gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
     old = conv.weight.detach().double()  # type: ignore[operator]
     per_group = old.shape[1]
@@ -121,11 +122,11 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     return consumer
 
 
-def _refuse(edit: Edit, node: fx.Node, role: str) -> Skip | None:
+def _refuse(edit: Edit, node: fx.Node, role: str) -> Refusal | None:
     if not isinstance(behaviour_of(node), Weighted):
-        return Skip(f"{node.name} {role} and has no weights")
+        return Refusal(f"{node.name} {role} and has no weights")
     if node.op != "call_module":
-        return Skip(f"{node.name} {role}, and its weights are used at several places")
+        return Refusal(f"{node.name} {role}, and its weights are used at several places")
     return None
 
 
