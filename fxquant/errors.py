@@ -88,17 +88,17 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a failure
 
     Args:
         why: a clause in words for the user, which can follow "because".
+        what_to_do: a clause too; empty where what asked knows better.
         where: the node, op, layer or setting; empty where what asked knows it.
-        what_to_do: empty where what asked knows better.
     """
 
-    def __init__(self, why: str, where: str = "", what_to_do: str = "") -> None:
-        super().__init__(why, where, what_to_do)
-        self.why, self.where, self.what_to_do = why, where, what_to_do
+    def __init__(self, why: str, what_to_do: str = "", where: str = "") -> None:
+        super().__init__(why, what_to_do, where)
+        self.why, self.what_to_do, self.where = why, what_to_do, where
 
     def at(self, where: str) -> Refusal:
         """The same, within ``where``."""
-        return Refusal(self.why, f"{where}: {self.where}" if self.where else where, self.what_to_do)
+        return Refusal(self.why, self.what_to_do, f"{where}: {self.where}" if self.where else where)
 
     def __str__(self) -> str:
         advice = f".\n  what to do: {self.what_to_do}." if self.what_to_do else ""

@@ -366,6 +366,22 @@ def test_every_error_is_ours_or_pythons_own():
                 )
 
 
+NO_REFUSAL = {"_wrong", "_wrong_with", "readable", "_rounded_before_joining", "_rounding_of"}
+"""What gives a text or None that is no refusal: what was found in numbers or in an object, a file, a name."""
+REFUSING = ("algorithms", "flow", "forms", "kernels", "nn", "ops", "passes", "quantizers", "runtimes", "targets", "tuning")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) in REFUSING], ids=module_name)
+def test_there_is_one_way_to_refuse(path):
+    """``Refusal``: no reason as a bare text, and no exception for an answer of a file's own."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef) and node.returns is not None and node.name not in NO_REFUSAL:
+            assert "str" not in ast.unparse(node.returns).split(" | ")[1:], f"{node.name} gives a text where it refuses"
+            assert not ast.unparse(node.returns).startswith("str |"), f"{node.name} gives a text where it refuses"
+        if isinstance(node, ast.ClassDef):
+            assert not {ast.unparse(base) for base in node.bases} & {"Exception", "BaseException"}, node.name
+
+
 RENAMED = {
     "eager recorder": r"\bwitness",
     "MACs inside islands": r"\bown[_ ]work\b",

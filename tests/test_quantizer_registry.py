@@ -307,6 +307,11 @@ def test_a_rule_without_a_class_for_it_or_that_refuses_the_scheme_is_refused_at_
     with pytest.raises(RecipeError, match=r"x has the activation scheme .* even is a rule for weights only"):
         fxquant.prepare(user, X, qat=True, recipe=recipe("even", "even", bits=4))
     assert all(torch.equal(before[k], v) for k, v in user.state_dict().items())
+    register("curt", weight=RoundedUp, refuses=lambda scheme, kind: "it has even bits")
+    with pytest.raises(SchemeError, match=r"'curt': refuses\(s5 .*, 'weight'\) gave 'it has(.|\n)*Refusal\(why\)"):
+        fxquant.prepare(user, X, qat=True, recipe=recipe("observed", "curt", bits=5))
+    with pytest.raises(SchemeError, match=r"'dull': simulates='it is'. Give fxquant.errors.Refusal\(why\)"):
+        register("dull", weight=RoundedUp, simulates="it is")
 
 
 def test_a_rule_that_is_simulated_trains_and_is_refused_where_integers_are_made(tmp_path):

@@ -113,7 +113,7 @@ class Sweep:
 
     def leave_out(self, path: str, why: str) -> None:
         """Note that what is at ``path`` is not visited."""
-        self.left_out[path] = Refusal(why, path)
+        self.left_out[path] = Refusal(why, where=path)
 
     @contextmanager
     def in_float(self) -> Iterator[None]:

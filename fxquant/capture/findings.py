@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxquant.errors import SpecializationError
+from fxquant.errors import Refusal, SpecializationError
 
 __all__ = ["Island", "Specialization", "expression", "is_users", "require", "unproven", "user_line"]
 
@@ -70,9 +70,10 @@ class Island:
                 source = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
             trace = trace.tb_next
         line = str(error).splitlines()[0] if str(error) else ""
-        cause = getattr(error, "cause", None) or f"{type(error).__name__}: {line or 'no message'}"
-        advice = getattr(error, "advice", None) or "make that line independent of tensor values"
-        return cls(path, cause, source, advice)
+        if not isinstance(error, Refusal):
+            why = f"{type(error).__name__}: {line or 'no message'}"
+            error = Refusal(why, "make that line independent of tensor values")
+        return cls(path, error.why, source, error.what_to_do)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from fxquant.capture.findings import Specialization, expression, require, user_line
-from fxquant.capture.proxies import ModeFlag, UntraceableError, ValueProxy
+from fxquant.capture.proxies import ModeFlag, ValueProxy
 from fxquant.capture.values import UNKNOWN, FakeRun
+from fxquant.errors import Refusal
 
 __all__ = ["ModeAskedError", "Questions"]
 
 
-class ModeAskedError(UntraceableError):
+class ModeAskedError(Refusal):
     """Python asked for ``self.training`` while tracing a model that will be trained."""
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class Questions(fx.Tracer):
         """``len(x)``, written down as a specialization."""
         value = proxy.value
         if value is UNKNOWN:
-            raise UntraceableError("it needs a length that depends on data", "keep the number of elements fixed")
+            raise Refusal("it needs a length that depends on data", "keep the number of elements fixed")
         if isinstance(value, torch.Size):
             return self.rank(value)
         if isinstance(value, torch.Tensor):
@@ -83,16 +84,16 @@ class Questions(fx.Tracer):
             asked_at: the instruction that asked for an index.
 
         Raises:
-            UntraceableError: it depends on data.
+            Refusal: it depends on data.
         """
         value = proxy.value
         if value is UNKNOWN or isinstance(value, torch.Tensor):
             what = "the truth of" if kind is bool else "a number from"
             if self.fake is None:
-                raise UntraceableError(
+                raise Refusal(
                     f"Python needs {what} {expression(proxy.node)}", "give example_inputs, from which shapes are known"
                 )
-            raise UntraceableError(
+            raise Refusal(
                 f"Python needs {what} {expression(proxy.node)}, which depends on data",
                 "compute with tensors (torch.where) instead of branching on values",
             )

@@ -31,9 +31,10 @@ from fxquant.capture.models import COMPOSED
 from fxquant.capture.modes import merge_modes, record_of
 from fxquant.capture.patches import patched
 from fxquant.capture.plain_norms import counting_nodes
-from fxquant.capture.proxies import ModeFlag, Spoilt, UntraceableError, ValueProxy
+from fxquant.capture.proxies import ModeFlag, Spoilt, ValueProxy
 from fxquant.capture.questions import ModeAskedError
 from fxquant.capture.values import UNKNOWN, FakeRun, containers_of, differs, put_back, versions
+from fxquant.errors import Refusal
 
 __all__ = ["Tracer", "TrainingFlag"]
 
@@ -131,11 +132,11 @@ class Tracer(Functions):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() is not self._starts_with_grad:
-            raise UntraceableError(
+            raise Refusal(
                 "it switches gradients on or off for a part of its forward", "let the caller switch gradients"
             )
         if _autocast() != self._starts_with_autocast:
-            raise UntraceableError("it opens an autocast block", "open autocast around the whole model")
+            raise Refusal("it opens an autocast block", "open autocast around the whole model")
         node = super().create_node(kind, *args, **kwargs)
         node.meta["module_path"] = self.scope.module_path
         node.meta["source"] = user_line()
@@ -386,7 +387,7 @@ class Tracer(Functions):
     def _refuse_changed(self, m: nn.Module, before: list[tuple[Any, Any]]) -> None:
         if any(differs(container, items) for container, items in before):
             put_back(before)
-            raise UntraceableError(
+            raise Refusal(
                 f"its forward changes a list or dict that {type(m).__name__} keeps", "build a new one in each call"
             )
 

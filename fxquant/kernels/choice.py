@@ -18,7 +18,7 @@ def step_of(place: Place) -> Step | Refusal:
     """The fast step of a node; where it is refused the node runs as it is."""
     form = form_of(place.part)
     if form is None:
-        return Refusal(f"no kernel is written for the form {type(place.part).__name__}", place.node.name)
+        return Refusal(f"no kernel is written for the form {type(place.part).__name__}", where=place.node.name)
     if isinstance(form.torch, Refusal):
         return form.torch.at(place.node.name)
     try:

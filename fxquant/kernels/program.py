@@ -96,7 +96,7 @@ class _Writer:
         else:
             self._emit(node, _contiguous(plain), None)
             step = None
-            fast = Refusal("torch has no such form of it for these arguments", node.name)
+            fast = Refusal("torch has no such form of it for these arguments", where=node.name)
         if step is not None and step.packed is not None:
             self.packed.append(step.packed)
         if isinstance(part, IntegerOp):

@@ -110,7 +110,7 @@ class Target:
         """Why ``op`` stays in float on this target; None where it does not."""
         if self.integer_ops is None or op in self.integer_ops:
             return None
-        return Refusal(self.reasons.get(op, f"{self.title} has no integer {op}"), op, "prepare for another target")
+        return Refusal(self.reasons.get(op, f"{self.title} has no integer {op}"), "prepare for another target", op)
 
     def refuses_activation(self, scheme: Scheme) -> Refusal | None:
         """Why tensors cannot have ``scheme`` here; None where they can."""

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from fxquant.capture.islands import graphs_of
-from fxquant.errors import FxquantError, InputError
+from fxquant.errors import FxquantError, InputError, Refusal
 from fxquant.export.deployment import example_call
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
 from fxquant.export.runtimes import Compiled
@@ -23,7 +23,7 @@ from fxquant.recipe import Recipe
 from fxquant.runtimes import RUNNABLE
 from fxquant.tuning.placing import place_again
 from fxquant.tuning.regions import HALF, half_regions, regions_of
-from fxquant.tuning.search import INT8, Kept, Search, Step, UnbuildableError
+from fxquant.tuning.search import INT8, Kept, Search, Step
 
 __all__ = ["Placement", "tune_placement"]
 
@@ -213,7 +213,7 @@ class _Bench:
         self.call = example_call(prepared, example_inputs)
         self.example = self.call.kwargs or self.call.args
         self.built: dict[Kept, Compiled] = {}
-        self.refused: dict[Kept, str] = {}
+        self.refused: dict[Kept, Refusal] = {}
 
     def placed(self, kept: Kept) -> Any:
         """The prepared model with ``kept`` in float."""
@@ -232,15 +232,15 @@ class _Bench:
 
     def _get(self, kept: Kept) -> Compiled:
         if kept in self.refused:
-            raise UnbuildableError(self.refused[kept])
+            raise self.refused[kept].with_traceback(None)
         if kept not in self.built:
             try:
                 self.built[kept] = self._compiled(self.placed(kept))
             except FxquantError as error:
                 if kept == INT8:
                     raise
-                self.refused[kept] = f"cannot be built: {str(error).splitlines()[0]}"
-                raise UnbuildableError(self.refused[kept]) from error
+                self.refused[kept] = Refusal(f"cannot be built: {str(error).splitlines()[0]}")
+                raise self.refused[kept] from error
         return self.built[kept]
 
     def _compiled(self, placed: Any) -> Compiled:
