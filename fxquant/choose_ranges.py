@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxquant.capture.islands import graphs_of
 from fxquant.capture.values import unchanged
@@ -32,7 +32,7 @@ __all__ = ["choose_ranges"]
 
 
 @torch.no_grad()
-def choose_ranges(prepared: Any, run: Callable[[], Any], off: Callable[[], Any]) -> None:
+def choose_ranges(prepared: nn.Module, run: Callable[[], Any], off: Callable[[], Any]) -> None:
     """Set the choice of every quantizer whose scheme says ``auto``, and its grid.
 
     Args:

@@ -319,7 +319,8 @@ def fresh(tmp_path, monkeypatch):
         for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
             monkeypatch.setenv(name, value)
         library._attempt.cache_clear()
-        return library.missing()
+        refusal = library.missing()
+        return None if refusal is None else str(refusal)
 
     yield ask
     monkeypatch.undo()

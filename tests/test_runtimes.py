@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import installed
 from fxquant.benchmark.memory import peak_memory
-from fxquant.errors import ExportError, InputError, SpecializationError
+from fxquant.errors import ExportError, InputError, Refusal, SpecializationError
 from fxquant.export import runtimes
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
 from fxquant.export.runtimes import RUNTIMES, native_model
@@ -37,7 +37,7 @@ elsewhere = "no compiler was found"
 @pytest.fixture
 def no_native(monkeypatch):
     """A machine that the native kernels are not for."""
-    monkeypatch.setattr(native_kernels, "missing", lambda: elsewhere)
+    monkeypatch.setattr(native_kernels, "missing", lambda: Refusal(elsewhere))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from fxquant.algorithms.channels import Channels, weighted_parts
 from fxquant.algorithms.engine import Layer
 from fxquant.calibration import activation_quantizers
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.errors import CalibrationError, LevelError, Refusal
 from fxquant.flow import require_level
 from fxquant.graph.leveled import LeveledModule
@@ -78,7 +78,7 @@ def bias_correction(layer: Layer, generator: torch.Generator) -> Refusal | None:
 
 
 @torch.no_grad()
-def correct_biases(prepared: Any) -> Any:
+def correct_biases(prepared: Model) -> Model:
     """Correct the bias of every layer whose input's mean follows from batch norms, without data.
 
     Args:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
 from fxquant.calibration import activation_quantizers
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.errors import InputError, LevelError, Refusal
 from fxquant.flow import quantizers_off, require_level
 from fxquant.graph.leveled import LeveledModule
@@ -41,7 +41,7 @@ _DEVIATIONS = 3.0
 
 
 @torch.no_grad()
-def equalize(prepared: Any, *, absorb: bool = True) -> Any:
+def equalize(prepared: Model, *, absorb: bool = True) -> Model:
     """Give the channels between two layers equal ranges; the float network computes what it did.
 
     What one scale for a whole weight cannot hold becomes what it can: for runtimes with one scale per tensor, and for

@@ -18,7 +18,7 @@ from fxquant.algorithms.bias_correction import bias_correction
 from fxquant.algorithms.closed_form import closed_form
 from fxquant.algorithms.engine import Layer, Sweep
 from fxquant.calibration import activation_quantizers
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.errors import CalibrationError, InputError, LevelError, Refusal
 from fxquant.flow import require_level
@@ -38,7 +38,7 @@ METHODS: dict[str, Algorithm] = {
 
 
 def recover(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     method: str = "closed_form",
@@ -48,7 +48,7 @@ def recover(
     memory: float = 2.0,
     seed: int = 0,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Choose the rounding of every weight so that each layer gives what it gave in float, without training.
 
     Each layer in turn gets the integers, the scales and the bias with which it gives its float output best, reading what the
@@ -146,7 +146,7 @@ def kept_batches(loader: Iterable[Any], batches: int | None, verb: str) -> list[
     return kept
 
 
-def run_batch(prepared: Any, kept: list[Any], forward: Callable[[Any, Any], Any] | None, number: int) -> None:
+def run_batch(prepared: nn.Module, kept: list[Any], forward: Callable[[Any, Any], Any] | None, number: int) -> None:
     """Send one of ``kept`` through the model."""
     batch = move_to(prepared, kept[number])
     if forward is not None:

@@ -161,7 +161,7 @@ def _made_ready(
     return float_model, int8, example, notes
 
 
-def _is_calibrated(prepared: Any) -> bool:
+def _is_calibrated(prepared: nn.Module) -> bool:
     try:
         freeze(prepared)
     except CalibrationError:
@@ -169,7 +169,7 @@ def _is_calibrated(prepared: Any) -> bool:
     return True
 
 
-def _without_quantizers(prepared: Any) -> nn.Module:
+def _without_quantizers(prepared: nn.Module) -> nn.Module:
     twin: nn.Module = copy.deepcopy(prepared)
     for part in twin.modules():
         if isinstance(part, FakeQuantize):

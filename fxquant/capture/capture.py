@@ -260,5 +260,5 @@ class _Capture:
 def _replace(island: nn.Module, graphs: dict[nn.Module, LeveledModule]) -> None:
     for parent in list(island.modules()):
         for name, child in list(parent._modules.items()):
-            if child in graphs and not isinstance(parent, LeveledModule):
-                parent._modules[name] = graphs[child]  # type: ignore[index]
+            if child is not None and child in graphs and not isinstance(parent, LeveledModule):
+                parent._modules[name] = graphs[child]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -166,12 +167,13 @@ def expression(value: Any, depth: int = 6) -> str:
 
 def user_line() -> str | None:
     """``file:line`` of the innermost frame that is neither torch's nor ours; in a layer of torch where there is none."""
-    frame, layer = sys._getframe(1), None
+    frame: FrameType | None = sys._getframe(1)
+    layer = None
     while frame is not None and frame.f_code.co_filename != _ENTRY:
         name = frame.f_code.co_filename
         if is_users(name):
             return f"{name}:{frame.f_lineno}"
         if layer is None and name.startswith(_LAYERS) and name != _CALLING:
             layer = f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return layer

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from fxquant.capture.calls import Call
 from fxquant.errors import FxquantError, InputError
 from fxquant.export.agreement import GOOD_SQNR, together
@@ -76,7 +78,9 @@ class Compiled:
         return f"<compiled for {self.runtime}{compared}>"
 
 
-def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", threads: int | None = None) -> Compiled:
+def compile(
+    model: nn.Module, example_inputs: Any = None, *, runtime: str = "auto", threads: int | None = None
+) -> Compiled:
     """A quantized model as a callable for inference.
 
     Args:
@@ -100,8 +104,8 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
     own = None if runtime == "auto" else runtime_of(runtime, also=("auto",))
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: a runtime needs at least one. Give a positive number, or None.")
-    model = deployed(model, example_inputs)
-    return _fastest(model, threads) if own is None else Compiled(own.name, own.compiled(model, threads))
+    ready = deployed(model, example_inputs)
+    return _fastest(ready, threads) if own is None else Compiled(own.name, own.compiled(ready, threads))
 
 
 def _fastest(model: Deployment, threads: int | None) -> Compiled:

@@ -12,12 +12,10 @@ frozen one. Where the accumulator leaves as a float there is no M, but s_x · s_
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.behaviour import Weighted as Behaviour
 from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines, operand_zero_point
 from fxquant.kernels.native.operations import Operation
@@ -31,15 +29,10 @@ from fxquant.nn.form import Computation, Form, HeldIntegers, RealForm, TorchKern
 __all__ = ["real_scales"]
 
 
-def _behaviour(part: Any) -> Behaviour:
-    assert isinstance(part.entry.behaviour, Behaviour)
-    return part.entry.behaviour
-
-
 def real_scales(part: IntegerWeighted, input_scale: float) -> tuple[Tensor, Tensor]:
     """The scales of a weighted op's weight, float32 and one per slice of its channel axis, and of its bias, s_x·s_w."""
     product = part.output_scale.double() if part.output_dtype is None else _multiplier(part) * float(part.scale)
-    per_slice = product[: part.weight.shape[_behaviour(part).out_axis]] if product.ndim else product
+    per_slice = product[: part.weight.shape[part.behaviour.out_axis]] if product.ndim else product
     return (per_slice / input_scale).float(), product
 
 
@@ -51,7 +44,7 @@ def _multiplier(part: IntegerWeighted) -> Tensor:
 
 def _computation(part: IntegerWeighted, input_scale: float) -> Computation:
     of_weight, of_bias = real_scales(part, input_scale)
-    weight = HeldIntegers(part.weight, of_weight, _behaviour(part).out_axis, part.weight_scheme)
+    weight = HeldIntegers(part.weight, of_weight, part.behaviour.out_axis, part.weight_scheme)
     bias = None if part.bias is None else HeldIntegers(part.bias, of_bias, 0, None)
     made = Computation(parameters={"weight": weight, "bias": bias})
     return made if part.output_dtype is not None else replace(made, bounds=part.clamp, dtype=part.real_dtype)

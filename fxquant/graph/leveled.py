@@ -234,7 +234,7 @@ class LeveledModule(Holder, fx.GraphModule):
         for step in above:
             if place._modules.get(step) is None:
                 place._modules[step] = nn.Module()
-            place = place._modules[step]  # type: ignore[assignment]
+            place = place.get_submodule(step)
         place._modules[name] = part
 
     def put_unused(self, source: LeveledModule) -> None:

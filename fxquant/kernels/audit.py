@@ -278,6 +278,6 @@ def _multipliers(part: nn.Module, multiplier: Tensor, shift: Tensor) -> _Found:
         yield "scale", "its multiplier is cut off at 2^30", "its results are at the bounds of their grid"
 
 
-def saturates_here(int8: Any) -> bool:
+def saturates_here(int8: nn.Module) -> bool:
     """Whether kernels of this processor add pairs in 16 bits, and ``int8`` was not made for such."""
     return processor.adds_pairs_in_16_bits() and bool(audit(graphs_of(int8).values()).saturating)

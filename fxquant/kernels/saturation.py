@@ -33,14 +33,14 @@ _LIMIT = 128
 
 def channels_first(part: IntegerWeighted) -> Tensor:
     """A layer's integer weights with output channels as axis 0."""
-    axis = part.entry.behaviour.out_axis  # type: ignore[attr-defined]
+    axis = part.behaviour.out_axis
     return part.weight.transpose(0, axis).contiguous() if axis else part.weight
 
 
 def weight_rows(part: IntegerWeighted) -> Tensor:
     """All weights that an output channel adds up, one channel a row."""
     groups = int(part.attributes.get("groups", 1))
-    if part.entry.behaviour.out_axis and groups > 1:  # type: ignore[attr-defined]
+    if part.behaviour.out_axis and groups > 1:
         each = part.weight.unflatten(0, (groups, -1)).transpose(1, 2)
         return each.flatten(0, 1).flatten(1)
     return channels_first(part).flatten(1)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxquant.behaviour import Weighted
 from fxquant.errors import Refusal
 from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
@@ -66,18 +65,13 @@ def geometry_of(part: IntegerWeighted) -> Geometry:
     return Geometry(stride, pair(padding, 0), dilation, int(attributes.get("groups", 1)))
 
 
-def _behaviour(part: Any) -> Weighted:
-    assert isinstance(part.entry.behaviour, Weighted)
-    return part.entry.behaviour
-
-
 def require_fit(part: IntegerWeighted) -> None:
     """Refuse a layer that no packed operator computes.
 
     Raises:
         Refusal: says why.
     """
-    behaviour = _behaviour(part)
+    behaviour = part.behaviour
     if part.weight.dtype != torch.int8:
         raise Refusal(f"its weights are {part.weight.dtype}")
     if largest_sum(part) > INT32 or (part.bias is not None and part.bias.dtype != torch.int32):
@@ -106,7 +100,7 @@ def weighted_step(place: Place) -> Step:
     require_fit(part)
     if place.node.kwargs or x.sample.numel() == 0:
         raise Refusal("it is called with more than its input" if place.node.kwargs else "its input is empty")
-    if not _behaviour(part).channels_last:
+    if not part.behaviour.channels_last:
         return _convolution(place, x, taken) if part.output_dtype is not None else _float_convolution(place, taken)
     return _float_linear(place, taken) if part.output_dtype is None else _linear(place, x, taken)
 
@@ -119,7 +113,7 @@ def expected_engine(part: IntegerWeighted, operators: Operators) -> str:
     Raises:
         Refusal: every engine's sums could overflow.
     """
-    if part.output_dtype is None and not _behaviour(part).channels_last:
+    if part.output_dtype is None and not part.behaviour.channels_last:
         return FLOAT32
     names = ENGINES if part.output_dtype is not None else ("fbgemm",)
     found = next((name for name in names if _right(part, operators, name) is not None), None)
@@ -251,7 +245,7 @@ def _float_convolution(place: Place, told: Storage) -> Step:
     shape = [-1] + [1] * (part.weight.ndim - 1)
     scale, weight = part.output_scale.double(), channels_first(part).double()
     each = scale if scale.ndim == 0 else scale[: weight.shape[0]].reshape(shape)
-    weight = (weight * each).transpose(0, _behaviour(part).out_axis).float().contiguous()
+    weight = (weight * each).transpose(0, part.behaviour.out_axis).float().contiguous()
     bias = None if part.bias is None else (part.bias.double() * scale).float()
     bounds, dtype, attributes = part.clamp, part.real_dtype, _without_idle_dilation(part)
 

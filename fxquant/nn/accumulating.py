@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.behaviour import Weighted
 from fxquant.nn.fake_quantize import Grid
 from fxquant.nn.integer import IntegerOp, Site
 from fxquant.numerics.affine import quantize
@@ -55,6 +56,13 @@ class IntegerWeighted(IntegerOp):
         else:
             self.register_buffer("output_scale", scale.float())
             self.clamp, self.real_dtype = site.clamp, site.parameters["weight"].dtype
+
+    @property
+    def behaviour(self) -> Weighted:
+        """The op's: which axis of the weight its output channels are, and where its tensors have them."""
+        found = getattr(self.entry, "behaviour", None)
+        assert isinstance(found, Weighted)
+        return found
 
     @staticmethod
     def _quantized_bias(bias: Tensor, scale: Tensor) -> Tensor:

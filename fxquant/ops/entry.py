@@ -264,9 +264,9 @@ class Call:
         """The recorded shape of operand ``name``, of the result where None; parameters of modules are operands too."""
         if name is None:
             return tuple(self.node.meta["shape"])
-        held = getattr(self.module, name, None)
+        held: Any = getattr(self.module, name, None)
         operand = self.operand(name)
-        return tuple(operand.meta["shape"]) if operand is not None else tuple(held.shape)  # type: ignore[union-attr]
+        return tuple(held.shape if operand is None else operand.meta["shape"])
 
     @property
     def attributes(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,19 @@ def channel_affine(input: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     return input * gain.reshape(shape) + offset.reshape(shape)
 
 
-def channel_affine_of(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gain and offset of a batch norm in eval mode, in float64.
+def channel_affine_of(module: Any) -> tuple[Tensor, Tensor]:
+    """Gain and offset of ``module``, a batch norm, in eval mode, in float64.
 
     k = γ / sqrt(σ² + ε),  c = β − μ·k, with the module's own ε; γ = 1 and β = 0 where it has none.
     """
     mean, variance = module.running_mean, module.running_var
     assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
-    gain = torch.rsqrt(variance.detach().double() + float(module.eps))  # type: ignore[arg-type]
+    gain = torch.rsqrt(variance.detach().double() + float(module.eps))
     if module.weight is not None:
-        gain = gain * module.weight.detach().double()  # type: ignore[operator]
+        gain = gain * module.weight.detach().double()
     offset = -mean.detach().double() * gain
     if module.bias is not None:
-        offset = offset + module.bias.detach().double()  # type: ignore[operator]
+        offset = offset + module.bias.detach().double()
     return gain, offset
 
 

@@ -11,6 +11,8 @@ its output, mean β and deviation |γ|, stays with the weighted op as ``facts.Fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -67,7 +69,7 @@ def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     following = next_in_chain(producer)
     if isinstance(following, Refusal):
         return following
-    gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
+    gain, offset = channel_affine_of(edit.module(bn))
     conv = edit.module(producer)
     assert conv is not None
     behaviour = behaviour_of(producer)
@@ -97,8 +99,8 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     refusal = _refuse(edit, consumer, "uses it")
     if refusal is not None:
         return refusal
-    call, conv = call_of(consumer, edit.module(consumer)), edit.module(consumer)
-    assert conv is not None
+    conv: Any = edit.module(consumer)
+    call = call_of(consumer, conv)
     behaviour = call.entry.behaviour
     assert isinstance(behaviour, Weighted)
     if behaviour.out_axis != 0:
@@ -107,8 +109,8 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
         return Refusal(f"{consumer.name} may take more than (batch, features)")
     if not behaviour.channels_last and _pads(call["padding"]):
         return Refusal(f"{consumer.name} pads, and padding is not shifted by a batch norm")
-    gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
-    old = conv.weight.detach().double()  # type: ignore[operator]
+    gain, offset = channel_affine_of(edit.module(bn))
+    old = conv.weight.detach().double()
     per_group = old.shape[1]
     groups = int(getattr(conv, "groups", 1))
     owner = torch.arange(old.shape[0], device=old.device) // (old.shape[0] // groups)
@@ -116,7 +118,7 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     shape = (*inputs.shape, *[1] * (old.ndim - 2))
     bias = (old * offset[inputs].reshape(shape)).flatten(1).sum(1)
     if conv.bias is not None:
-        bias = bias + conv.bias.detach().double()  # type: ignore[operator]
+        bias = bias + conv.bias.detach().double()
     _put(edit, consumer, conv, old * gain[inputs].reshape(shape), bias)
     edit.absorb(consumer, bn, "folded")
     return consumer

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from tabulate import tabulate
+from torch import nn
 from tqdm.auto import tqdm
 
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.errors import FxquantError, InputError, Refusal
 from fxquant.export.deployment import example_call
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
@@ -92,7 +93,7 @@ class Placement:
 
 
 def tune_placement(
-    prepared: Any,
+    prepared: Model,
     example_inputs: Any = None,
     *,
     runtime: str = "torch",
@@ -100,7 +101,7 @@ def tune_placement(
     budget: float = 60.0,
     bfloat16: bool = False,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Keep those regions in float whose integer form is slower in a runtime, by measuring it.
 
     Regions (all ops of a kind, stages of the network, single ops) are tried one after another: each is kept in float, or
@@ -166,7 +167,7 @@ def _report(search: Search, chosen: Kept, runtime: str, seconds: float, bfloat16
     )
 
 
-def _require_fit(prepared: Any, runtime: str, threads: int | None, budget: float) -> None:
+def _require_fit(prepared: nn.Module, runtime: str, threads: int | None, budget: float) -> None:
     own = RUNNABLE.get(runtime)
     if own is None:
         known = ", ".join(name for name, other in RUNNABLE.items() if not other.no_placement)
@@ -205,7 +206,7 @@ class _Bench:
     """Builds placements in a runtime and times them."""
 
     def __init__(
-        self, prepared: Any, example_inputs: Any, runtime: str, threads: int | None, bfloat16: bool = False
+        self, prepared: nn.Module, example_inputs: Any, runtime: str, threads: int | None, bfloat16: bool = False
     ) -> None:
         self.prepared, self.runtime, self.threads = prepared, runtime, threads
         recipe: Recipe = next(iter(graphs_of(prepared).values())).settings["recipe"]
