@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.numerics.affine import dequantize, quantize, scale_and_zero_point
 from fxquant.numerics.ranges import ESTIMATOR, Auto
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 
 __all__ = ["choose_ranges"]

@@ -24,7 +24,7 @@ from fxquant.cli import main
 from fxquant.errors import CalibrationError, InputError
 from fxquant.export import interleaved_timing
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
-from fxquant.export.runtimes import RUNTIMES
+from fxquant.runtimes import RUNNABLE as RUNTIMES
 from fxquant.runtimes import runtime
 
 SPEC = f"{Path(__file__).parent / 'golden' / 'model.py'}:Sample"

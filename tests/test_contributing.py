@@ -82,7 +82,7 @@ model, x = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.
 prepared = fxquant.calibrate(fxquant.prepare(model, x, target="onnx_reference"), [x], progress=False)
 compiled, exact = fxquant.compile(prepared, x, runtime="onnx_reference"), fxquant.convert(prepared, kernels="reference")
 assert (compiled(x) - exact(x)).abs().max() < 1e-5 * exact(x).abs().max(), (compiled(x) - exact(x)).abs().max()
-from fxquant.export.runtimes import RUNTIMES
+from fxquant.runtimes import RUNNABLE as RUNTIMES
 print(*RUNTIMES)
 """,
     "Add a form": """

@@ -34,11 +34,12 @@ import fxquant
 from fxquant import FxquantError, Op, Recipe, Scheme, installed
 from fxquant.capture.islands import islands_of, map_graphs, specializations_of
 from fxquant.errors import CalibrationError, ExportError, InputError, LevelError, MissingPackageError
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.nn.qdq import Rounding
 from fxquant.onnx import files
 from fxquant.passes.to_exchange import to_exchange
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

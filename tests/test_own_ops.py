@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.behaviour import Passing, Rescaling, Weighted
 from fxquant.capture.kept import _FUNCTIONS, KEPT_CLASSES, KEPT_WHOLE
 from fxquant.errors import InputError, Refusal
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, IntegerTable
 from fxquant.ops import entry as entries
-from fxquant.ops.behaviour import Passing, Rescaling, Weighted
 from fxquant.ops.entry import ENTRIES, OpEntry
 from fxquant.ops.example import example
 from fxquant.ops.table import _index

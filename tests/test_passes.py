@@ -28,7 +28,7 @@ from fxquant.nn.integer import IntegerOp, Site
 from fxquant.passes import levels
 from fxquant.recipe import Recipe
 
-NOT_PASSES = ("facts", "levels", "real_forms", "verification")
+NOT_PASSES = ("facts", "levels", "verification")
 FILES = [m.name for m in pkgutil.iter_modules(fxquant.passes.__path__) if m.name not in NOT_PASSES]
 
 

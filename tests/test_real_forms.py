@@ -13,11 +13,13 @@ import fxquant
 from fxquant import Op, Recipe
 from fxquant.errors import ExportError, LevelError
 from fxquant.export.qdq_model import QdqModel
+from fxquant.forms.weighted import real_scales
 from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.form import FORMS as ENTERED
+from fxquant.nn.form import Computation, Form, RealForm, computation_of, lost_state
 from fxquant.nn.integer import IntegerEvaluate, IntegerLinearMap, IntegerOp, IntegerPass, IntegerTable, Site
 from fxquant.ops.table import TABLE
 from fxquant.passes.levels import check
-from fxquant.passes.real_forms import REAL_FORMS, Computation, RealForm, computation_of, lost_state, real_scales
 from fxquant.passes.to_decomposed import to_decomposed
 from fxquant.passes.to_exchange import to_exchange
 
@@ -125,7 +127,7 @@ def test_a_registered_form_is_written_with_its_parameters(monkeypatch):
     def computation(part: Inside, input_scale: float) -> Computation:
         return computation_of(part.inside, input_scale)
 
-    monkeypatch.setitem(REAL_FORMS, Inside, RealForm(computation, ("inside",)))
+    monkeypatch.setitem(ENTERED, Inside, Form(arithmetic=Inside, real=RealForm(computation, ("inside",))))
     converted, x = integer(monkeypatch, "layer_norm", Inside, nn.LayerNorm(8))
     step = float(next(p for p in converted.modules() if type(p) is Inside).scale)
     expected = converted(x)
@@ -158,7 +160,7 @@ def test_every_form_of_the_table_holds_what_it_is_written_with(name):
     prepared = fxquant.prepare(example.module.eval(), example.inputs, recipe=rounded(name))
     made = fxquant.convert(fxquant.calibrate(prepared, [example.inputs], progress=False))
     forms = [part for part in made.modules() if isinstance(part, IntegerOp)]
-    assert forms and all(type(part) in REAL_FORMS and not lost_state(part) for part in forms)
+    assert forms and all(isinstance(ENTERED[type(part)].real, RealForm) and not lost_state(part) for part in forms)
 
 
 @pytest.mark.parametrize(("rounding", "off"), [("single", 1.5 * 2**-23), ("double", 0.0), ("float", 0.0)])

@@ -22,9 +22,9 @@ from fxquant import flow
 from fxquant.errors import ExportError, InputError, MissingPackageError, SchemeError
 from fxquant.export import qdq_model
 from fxquant.export.doctor import doctor
-from fxquant.export.runtimes import RUNTIMES as RUN_BY_COMPILE
 from fxquant.export.to_onnx import deployed, make_onnx
 from fxquant.runtimes import RUNNABLE, RUNTIMES, Runtime, register
+from fxquant.runtimes import RUNNABLE as RUN_BY_COMPILE
 from fxquant.targets import TARGETS, get
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -24,9 +24,10 @@ from fxquant.benchmark.memory import peak_memory
 from fxquant.errors import ExportError, InputError, Refusal, SpecializationError
 from fxquant.export import runtimes
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
-from fxquant.export.runtimes import RUNTIMES, native_model
 from fxquant.kernels.native import library
 from fxquant.kernels.native import model as native_kernels
+from fxquant.runtimes import RUNNABLE as RUNTIMES
+from fxquant.runtimes.native import native_model
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = library.missing()

@@ -20,8 +20,8 @@ from fxquant.algorithms.columns import Matrices
 from fxquant.algorithms.engine import Layer
 from fxquant.algorithms.moments import positions_of
 from fxquant.algorithms.soft_rounding import SoftRounding, annealed
+from fxquant.behaviour import Clamping
 from fxquant.errors import Refusal
-from fxquant.ops.behaviour import Clamping
 from fxquant.ops.calls import behaviour_of, call_of
 
 __all__ = ["STEPS", "adaround"]

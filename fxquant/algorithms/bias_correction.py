@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from fxquant.algorithms.channels import Channels, weighted_parts
 from fxquant.algorithms.engine import Layer
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.calibration import activation_quantizers
 from fxquant.capture.islands import Model, graphs_of
 from fxquant.errors import CalibrationError, LevelError, Refusal
@@ -28,7 +29,6 @@ from fxquant.flow import require_level
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import quantize
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Folded
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.modules import QuantWeighted
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.fold_batchnorm import per_output_channel
 

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from fxquant.algorithms.order import late_weights
 from fxquant.algorithms.store import Store
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.calibration import activation_quantizers
 from fxquant.capture.islands import Model, graphs_of
 from fxquant.errors import InputError, LevelError, Refusal
 from fxquant.flow import quantizers_off, require_level
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import WeightQuantize
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Folded
 

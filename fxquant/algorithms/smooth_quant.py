@@ -17,13 +17,13 @@ from torch import Tensor, fx, nn
 
 from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
 from fxquant.algorithms.equalization import require_uncalibrated
+from fxquant.behaviour import Weighted
 from fxquant.calibration import run_batches
 from fxquant.capture.islands import Model, graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.errors import InputError
 from fxquant.flow import quantizers_off
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 
 __all__ = ["smooth"]

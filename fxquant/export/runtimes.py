@@ -23,12 +23,10 @@ from fxquant.export.interleaved_timing import time_interleaved
 from fxquant.export.signature import tensors_of
 from fxquant.export.to_onnx import deployed
 from fxquant.export.tolerance import exact_outputs, least_sqnr
-from fxquant.runtimes import RUNNABLE as RUNTIMES
-from fxquant.runtimes import runtime_of
-from fxquant.runtimes.native import native_model
+from fxquant.runtimes import RUNNABLE, runtime_of
 from fxquant.runtimes.pytorch import exact
 
-__all__ = ["RUNTIMES", "Compiled", "Timing", "compile", "native_model"]
+__all__ = ["Compiled", "Timing", "compile"]
 
 _ROUNDS, _SECONDS = 25, 2.5
 """For ``auto``: rounds of each runtime, of which fewer are taken once that much time has gone."""
@@ -110,9 +108,9 @@ def compile(
 
 def _fastest(model: Deployment, threads: int | None) -> Compiled:
     """Every runtime that is installed and takes the model, measured interleaved on the example."""
-    first = next(iter(RUNTIMES))
+    first = next(iter(RUNNABLE))
     found, failed = dict[str, Compiled](), list[Timing]()
-    for name, runtime in RUNTIMES.items():
+    for name, runtime in RUNNABLE.items():
         if not runtime.is_installed():
             failed.append(Timing(name, None, f"is not installed ({runtime.how_to_install})"))
             continue
@@ -147,14 +145,14 @@ def _compared(
 
     Where torch's operators are among these, the exact reference takes their place: it runs everything.
     """
-    expected, first = exact_outputs(int8, call), next(iter(RUNTIMES))
+    expected, first = exact_outputs(int8, call), next(iter(RUNNABLE))
     agreed, said, wrong, least = dict[str, float](), dict[str, str](), list[Timing](), math.inf
     for name, own in list(found.items()):
         agreed[name] = together(tensors_of(own(*call.args, **call.kwargs)), expected)
         if agreed[name] >= GOOD_SQNR:
             continue
         least = least_sqnr(int8, call, expected) if least == math.inf else least
-        said[name] = str(finding(RUNTIMES[name].title, agreed[name], int8, least))
+        said[name] = str(finding(RUNNABLE[name].title, agreed[name], int8, least))
         if agreed[name] < least:
             wrong.append(Timing(name, None, f"is left out: {said[name]}", agreed[name]))
             del found[name]

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Rescaling
 from fxquant.errors import Refusal
 from fxquant.nn.accumulating import IntegerMatmul, IntegerProduct, IntegerSum
 from fxquant.nn.integer import IntegerEvaluate, Site
-from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
 from fxquant.ops.exchange_forms import attention_by_heads

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Behaviour, FloatOnly
 from fxquant.errors import InputError, Refusal
-from fxquant.ops.behaviour import Behaviour, FloatOnly
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 from fxquant.ops.layout import identity

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Passing
 from fxquant.errors import Refusal
-from fxquant.ops.behaviour import Passing
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import Example, example
 

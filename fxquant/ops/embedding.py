@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Rescaling
 from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEmbedding
-from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import Example
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Behaviour, FloatOnly
 from fxquant.capture.kept import keep, seen_when_called
 from fxquant.errors import Refusal
 from fxquant.nn.integer import Site
-from fxquant.ops.behaviour import Behaviour, FloatOnly
 from fxquant.ops.example import Example
 
 __all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "scalar", "without_dtype"]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Passing, Rescaling
 from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, Site
-from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
 from fxquant.ops.exchange_forms import squeeze_of_ones

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import ChannelAffine, Rescaling
 from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, Site
-from fxquant.ops.behaviour import ChannelAffine, Rescaling
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Behaviour, Bounded, Clamping, Rescaling
 from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, IntegerTable
-from fxquant.ops.behaviour import Behaviour, Bounded, Clamping, Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar, without_dtype
 from fxquant.ops.example import example
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import Site
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 from fxquant.ops.exchange_forms import linear_by_rows

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from torch import fx
 
+from fxquant.behaviour import ChannelAffine, FloatOnly, Measuring, Passing, Weighted
 from fxquant.errors import InputError, Refusal
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import ChannelAffine, FloatOnly, Measuring, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Placed
 from fxquant.recipe import FIRST, INPUT, LAST, OUTPUT, Place, Recipe, Site

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Measuring, Passing, Weighted
+from fxquant.capture.measuring import is_arithmetic, is_measurement, reads_numbers
 from fxquant.capture.tracing import TrainingFlag
 from fxquant.errors import CaptureError, Refusal
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.nn.modules import quant_class_of
-from fxquant.ops.behaviour import Measuring, Passing, Weighted
 from fxquant.ops.calls import FLOAT, recognize
 from fxquant.ops.entry import Call, OpEntry
-from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement, reads_numbers
+from fxquant.ops.measuring import MEASURING
 from fxquant.ops.table import is_inplace
 from fxquant.passes.choose_regions import quantized_operands
 

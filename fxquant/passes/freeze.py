@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import ChannelAffine, Weighted
 from fxquant.errors import CalibrationError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
@@ -26,7 +27,6 @@ from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.nn.shipped_bias import fit_bias
 from fxquant.numerics.affine import broadcast, dequantize, quantize
-from fxquant.ops.behaviour import ChannelAffine, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.passes.facts import Placed

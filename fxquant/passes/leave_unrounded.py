@@ -19,11 +19,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Bounded, ChannelAffine, Clamping, FloatOnly, Measuring, Passing, Rescaling, Weighted
 from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
-from fxquant.ops.behaviour import Bounded, ChannelAffine, Clamping, FloatOnly, Measuring, Passing, Rescaling, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 from fxquant.passes.facts import Placed

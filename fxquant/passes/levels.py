@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Passing, Rescaling
 from fxquant.errors import LevelError
 from fxquant.graph.facts import DECLARED
 from fxquant.graph.leveled import LeveledModule
@@ -20,7 +21,6 @@ from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.form import lost_state
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.nn.modules import QuantInput, QuantOp, QuantParametric, QuantWeighted
-from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.facts import Converted, Placed
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxquant.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
 from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import next_in_chain
-from fxquant.ops.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Placed
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Passing
+from fxquant.forms.weighted import real_scales
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.form import Computation, HeldIntegers, computation_of, form_of
 from fxquant.nn.integer import IntegerOp
 from fxquant.nn.qdq import Cast, Exchanged, Lookup, Rounding, Spot, Stored, Unpack
-from fxquant.ops.behaviour import Passing
 from fxquant.ops.calls import recognize
 from fxquant.ops.entry import Call
 from fxquant.passes.facts import Converted
-from fxquant.passes.real_forms import real_scales
 
 __all__ = ["real_scales", "to_exchange"]
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxquant.behaviour import FloatOnly, Measuring
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import Dequantize, IntegerEmbedding, IntegerOp, Quantize
 from fxquant.nn.modules import QuantEmbedding, QuantInput, QuantOp, QuantParametric, QuantWeighted, QuantWeightedOp
-from fxquant.ops.behaviour import FloatOnly, Measuring
 from fxquant.ops.calls import FLOAT, behaviour_of
 from fxquant.ops.entry import Call, OpEntry
 

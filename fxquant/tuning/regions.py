@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxquant.behaviour import Passing, Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Passing, Weighted
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.apply_recipe import site_of
 from fxquant.passes.facts import Placed
