@@ -15,10 +15,13 @@ from torch import Tensor, nn
 import fxquant
 import fxquant.nn
 from fxquant import Recipe
+from fxquant.capture.islands import graphs_of
 from fxquant.errors import ExportError, LevelError, Refusal
+from fxquant.export import finding
 from fxquant.export.qdq_model import QdqModel
 from fxquant.export.to_onnx import make_onnx
 from fxquant.forms import FORMS, Form, RealForm, TorchKernel, register_form
+from fxquant.kernels.audit import audit
 from fxquant.kernels.native import library
 from fxquant.kernels.native.lines import tabulated
 from fxquant.kernels.native.model import NativeModel
@@ -26,7 +29,7 @@ from fxquant.kernels.place import Step
 from fxquant.kernels.quantized import in_float32, taken_by
 from fxquant.kernels.quantized import rounded as rounded_on_torch
 from fxquant.nn.form import FACES, Computation, own_function
-from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerOp, Quantize, Site
+from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerOp, Multipliers, Quantize, Site
 from fxquant.numerics.requantize import requantize
 from fxquant.ops.table import TABLE
 from fxquant.passes.levels import check
@@ -191,6 +194,32 @@ def test_a_face_that_a_form_lacks_is_said(monkeypatch, lacking):
     if lacking == "native" and library.missing() is None:
         with pytest.raises(Refusal):
             NativeModel(reference)(X)
+
+
+class Halved(Squares):
+    """A square that says of its multiplier what becomes of the result without it."""
+
+    multiplies = "tensors"
+
+    def requantized_by(self) -> Multipliers:
+        own = super().requantized_by()
+        assert own is not None
+        return replace(own, without="it is dark")
+
+
+def test_an_audit_and_a_finding_ask_the_form_itself(monkeypatch):
+    """A form from outside is audited as it says; one that sums products of tensors is named where those saturate."""
+    for form, repair in ((Squares, "its result is the zero point"), (Halved, "it is dark")):
+        integer = converted(monkeypatch, "square", form, None, Net(), kernels="reference")
+        assert not audit(graphs_of(integer).values()).findings
+        (path,) = [path for path, part in integer.named_modules() if type(part) is form]
+        integer.get_submodule(path).multiplier.zero_()
+        (found,) = audit(graphs_of(integer).values()).findings
+        assert (found.path, found.kind, found.repair) == (path, "scale", repair)
+        for part in integer.modules():
+            if isinstance(part, Quantize):
+                part.scheme = replace(part.scheme, signed=True)
+        assert finding._signed_products(integer) == ([path] if form is Halved else [])
 
 
 # --- what would be lost ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from fxquant.kernels.choice import REFERENCE, expected_kernel, without_kernel
 from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.operators import Operators, operators
 from fxquant.kernels.program import Program, build
-from fxquant.nn.integer import IntegerEvaluate, IntegerOp
+from fxquant.nn.integer import IntegerOp
 
 __all__ = ["KERNELS", "Runner", "by_reference", "input_key", "kernel_of", "on_torch", "use_kernels"]
 
@@ -93,7 +93,7 @@ def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
         kernel = native.kernels.get(node.name) or without_kernel(part)
     else:
         kernel = expected_kernel(part)
-    inexact = kernel == REFERENCE and isinstance(part, IntegerEvaluate)
+    inexact = kernel == REFERENCE and part.in_float64
     return f"{REFERENCE}, float64 inside" if inexact else kernel
 
 

@@ -24,9 +24,9 @@ from fxquant.errors import Refusal
 from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
 from fxquant.kernels.quantized import FLOAT32
-from fxquant.kernels.saturation import INT32, can_saturate, channels_first, largest_sum
+from fxquant.kernels.saturation import INT32, can_saturate, largest_sum
 from fxquant.kernels.storage import Storage, convert
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted, channels_first
 
 __all__ = ["Geometry", "expected_engine", "geometry_of", "require_fit", "weighted_step"]
 

@@ -26,9 +26,9 @@ from fxquant.kernels.native.weights import (
     per_block,
     rescaling_of,
 )
-from fxquant.kernels.saturation import INT32, channels_first, one_sided_sums
+from fxquant.kernels.saturation import INT32, one_sided_sums
 from fxquant.kernels.weighted import Geometry, geometry_of, require_fit
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted, channels_first
 
 __all__ = ["Weighted"]
 
