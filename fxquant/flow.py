@@ -3,7 +3,7 @@
     captured ──canonical──▶ canonical ──ptq / qat──▶ prepared ──freeze──▶ frozen ──to_integer──▶ integer
      capture                            prepare       calibrate, train     freeze      convert
 
-From an integer graph ``to_exchange`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
+From an integer graph ``to_qdq`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
 
 Every pass is a pure function from graph module to graph module; after each, the laws of its level are checked.
 """
@@ -106,7 +106,7 @@ def prepare(
     Args:
         model: any ``nn.Module``, unmodified.
         example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
-            Optional; answers Python's questions about shapes, adds them to reports, tells integer tensors from real ones.
+            Optional; answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
         recipe: what is quantized how: a ``Recipe``, or the dict of selectors and settings that it is made of; by default,
             and where it leaves something open, as the target has it.

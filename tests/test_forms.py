@@ -34,7 +34,7 @@ from fxquant.numerics.requantize import requantize
 from fxquant.ops.table import TABLE
 from fxquant.passes.levels import check
 from fxquant.passes.to_decomposed import to_decomposed
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
 
 needs_native = pytest.mark.skipif(library.missing() is not None, reason=f"no native kernels: {library.missing()}")
 
@@ -164,7 +164,7 @@ def test_a_form_from_outside_runs_natively_and_on_torch(monkeypatch):
 def test_a_form_from_outside_is_written(monkeypatch):
     exact = converted(monkeypatch, "square", Squares, SQUARES, Net(), kernels="reference")
     largest = exact(X).abs().max()
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         made = check(write(exact), by=write.__name__)
         assert (made(X) - exact(X)).abs().max() < 1e-2 * largest, write.__name__
     program = fxquant.export.export_program(exact, X, form="decomposed").module()
@@ -179,7 +179,7 @@ def test_a_face_that_a_form_lacks_is_said(monkeypatch, lacking):
     reason = "nobody has written it so far, sorry"
     integer = converted(monkeypatch, "square", Squares, replace(SQUARES, **{lacking: Refusal(reason)}), Net())
     if lacking == "real":
-        for write in (to_exchange, to_decomposed, QdqModel):
+        for write in (to_qdq, to_decomposed, QdqModel):
             with pytest.raises(ExportError, match=rf"Squares of op 'square' cannot be written(.|\n)*{reason}"):
                 write(integer)
     else:
@@ -268,7 +268,7 @@ def norm_net() -> nn.Module:
 @pytest.mark.parametrize("form", LOST)
 def test_what_an_unknown_form_holds_is_never_lost(monkeypatch, form):
     integer = converted(monkeypatch, "layer_norm", form, None, norm_net())
-    for write in (to_exchange, to_decomposed, QdqModel):
+    for write in (to_qdq, to_decomposed, QdqModel):
         with pytest.raises(ExportError, match=f"{form.__name__} of op 'layer_norm' cannot be written"):
             write(integer)
 
@@ -292,7 +292,7 @@ def test_a_face_that_takes_all_over_is_right(monkeypatch):
 
     form = Form(arithmetic=Gained, real=RealForm(computation, ("gain", "input_scale", "output_scale")))
     integer = converted(monkeypatch, "layer_norm", Gained, form, norm_net(), kernels="reference")
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         made = check(write(integer), by=write.__name__)
         assert (made(X) - integer(X)).abs().max() < 0.05 * integer(X).abs().max(), write.__name__
 

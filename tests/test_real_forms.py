@@ -21,7 +21,7 @@ from fxquant.nn.integer import IntegerEvaluate, IntegerLinearMap, IntegerOp, Int
 from fxquant.ops.table import TABLE
 from fxquant.passes.levels import check
 from fxquant.passes.to_decomposed import to_decomposed
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
 
 
 class Inside(IntegerOp):
@@ -108,7 +108,7 @@ def integer(monkeypatch: pytest.MonkeyPatch, op: str, form: Any, module: nn.Modu
 def test_an_unknown_form_is_refused_wherever_it_would_be_written(monkeypatch, tmp_path, name):
     op, form, module = FORMS[name]
     converted, x = integer(monkeypatch, op, form, module())
-    for write in (to_exchange, to_decomposed, QdqModel):
+    for write in (to_qdq, to_decomposed, QdqModel):
         with pytest.raises(ExportError, match=rf"{form.__name__} of op '{op}' cannot be written") as caught:
             write(converted)
         assert "what to do: register it" in str(caught.value)
@@ -131,7 +131,7 @@ def test_a_registered_form_is_written_with_its_parameters(monkeypatch):
     converted, x = integer(monkeypatch, "layer_norm", Inside, nn.LayerNorm(8))
     step = float(next(p for p in converted.modules() if type(p) is Inside).scale)
     expected = converted(x)
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         made = check(write(converted), by=write.__name__)
         assert (made(x) - expected).abs().max() < 3 * step, write.__name__
 
@@ -144,7 +144,7 @@ def test_a_known_form_with_more_state_breaks_the_law(monkeypatch, op, form, modu
 
 def test_a_table_of_another_function_is_not_written_as_its_op(monkeypatch):
     converted, _ = integer(monkeypatch, "gelu", retabulated, nn.GELU())
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         with pytest.raises(ExportError, match="'gelu' does not hold the values of its function"):
             write(converted)
 

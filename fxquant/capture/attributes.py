@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.capture.guards import Guards
 from fxquant.capture.memory import Memory
 from fxquant.capture.proxies import ParameterProxy, ValueProxy, find_proxy
-from fxquant.capture.questions import Questions
 from fxquant.errors import Refusal
 
 __all__ = ["Attributes"]
 
 
-class Attributes(Questions):
+class Attributes(Guards):
     """The part of the tracer that reads and guards attributes.
 
     Attributes:

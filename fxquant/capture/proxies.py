@@ -36,7 +36,7 @@ _GRADIENT_FACTS = ("requires_grad", "grad_fn", "is_leaf", "grad")
 
 
 class ModeFlag(int):
-    """The value of ``self.training`` while a model is traced: as an argument it stays a question asked at run time."""
+    """The value of ``self.training`` while a model is traced: as an argument it is asked for at run time."""
 
     tracer: Tracing
 

@@ -2,7 +2,7 @@
 
 Differences from ``torch.fx.Tracer``:
 
-- proxies carry fake-tensor values, so that Python's questions about shapes get answers (`proxies`, `questions`);
+- proxies carry fake-tensor values, so that what Python asks about shapes gets an answer (`proxies`, `guards`);
 - a submodule that cannot be traced is called as it is, and becomes an *island*; what was traced of it is taken back;
 - functions marked with ``torch.fx.wrap``, attention and checkpointed functions are looked into;
 - writes in place are followed through views, by the version counters of the fake tensors.
@@ -24,6 +24,7 @@ from fxquant.capture.calls import Call
 from fxquant.capture.evaluation import containers_in, contains_unknown, in_eval_mode, run_as_it_is, value_of
 from fxquant.capture.findings import Island, user_line
 from fxquant.capture.functions import Functions
+from fxquant.capture.guards import ModeAskedError
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.kept import KEPT_CLASSES
 from fxquant.capture.memory import Memory, shares_memory
@@ -32,7 +33,6 @@ from fxquant.capture.modes import merge_modes, record_of
 from fxquant.capture.patches import patched
 from fxquant.capture.plain_norms import counting_nodes
 from fxquant.capture.proxies import ModeFlag, Spoilt, ValueProxy
-from fxquant.capture.questions import ModeAskedError
 from fxquant.capture.values import UNKNOWN, FakeRun, containers_of, differs, put_back, versions
 from fxquant.errors import Refusal
 
@@ -54,7 +54,7 @@ class Tracer(Functions):
     Args:
         fake: runs values along; None traces without values.
         leaves: modules that are called as they are, and why. Grows with every submodule that cannot be traced.
-        for_training: keep ``self.training`` a question; otherwise it is answered, and the answer recorded.
+        for_training: leave ``self.training`` open; otherwise it is answered, and the answer recorded.
         prefix: the module's path in the model, for messages.
     """
 

@@ -1,6 +1,6 @@
 """export_onnx: an ONNX file whose tensors are quantized by pairs of QuantizeLinear and DequantizeLinear.
 
-    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_exchange──▶ QDQ form ──torch.onnx──▶ file
+    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_qdq──▶ QDQ form ──torch.onnx──▶ file
 
 Weights are 8-bit (or 4- or 16-bit) integers and biases 32-bit integers in the file, each behind a DequantizeLinear;
 runtimes turn the pattern into integer kernels. Nothing in the file is particular to fxquant.

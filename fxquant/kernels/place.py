@@ -25,7 +25,7 @@ class Known:
         sample: the value in the first run.
         scale: what one integer step of it is worth; None where it holds no integers, or that is not known.
         signed: it is made of signed bytes.
-        form: how it is held; None for plain tensors and everything that is no tensor of integers.
+        form: its storage; None for plain tensors and everything that is no tensor of integers.
     """
 
     sample: Any

@@ -17,7 +17,7 @@ from fxquant.nn.accumulating import IntegerMatmul, IntegerProduct, IntegerSum
 from fxquant.nn.integer import IntegerEvaluate, Site
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
-from fxquant.ops.exchange_forms import attention_by_heads
+from fxquant.ops.exported_forms import attention_by_heads
 
 __all__ = ["add", "div", "sub"]
 
@@ -167,7 +167,7 @@ OpEntry(
     behaviour=Rescaling(inputs=("query", "key", "value")),
     integer=IntegerEvaluate,
     native="attention",
-    exchange=attention_by_heads,
+    exported_as=attention_by_heads,
     check=_attention_reason,
     macs=lambda call: (
         math.prod(call.shape("query")) * call.shape("key")[-2] + math.prod(call.shape()) * call.shape("key")[-2]

@@ -78,7 +78,7 @@ class OpEntry:
         check: from a call to a ``Refusal`` that leaves it in float; None to accept it.
         macs: multiply-accumulates of a call whose shapes are known.
         onnx: the ONNX operator it exports to.
-        exchange: computes the op where it is written for other runtimes; ``function`` where None.
+        exported_as: computes the op where it is written for other runtimes; ``function`` where None.
         example: makes a small model with the op and non-default attributes; mandatory.
         aliases: further names of arguments, as ``{"axis": "dim"}``.
 
@@ -115,7 +115,7 @@ class OpEntry:
     check: Callable[[Call], Refusal | None] | None = None
     macs: Callable[[Call], int] | None = None
     onnx: str = ""
-    exchange: Callable[..., Any] | None = None
+    exported_as: Callable[..., Any] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

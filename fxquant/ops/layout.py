@@ -16,7 +16,7 @@ from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, Site
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
-from fxquant.ops.exchange_forms import squeeze_of_ones
+from fxquant.ops.exported_forms import squeeze_of_ones
 from fxquant.ops.reduction import carried_pass
 
 __all__ = [
@@ -210,7 +210,7 @@ _passing(
     lambda x: x.squeeze(2),
     (2, 3, 1, 4),
     onnx="Squeeze",
-    exchange=squeeze_of_ones,
+    exported_as=squeeze_of_ones,
     methods=("squeeze",),
     accepts=lambda call: "dim" in call.arguments,
     quantized=True,

@@ -1,6 +1,6 @@
 """Seven levels, checked: what must hold of a graph at each, and one function that says what does not.
 
-captured → canonical → prepared → frozen → integer → exchange or decomposed. A level's laws are rows: a name and a function
+captured → canonical → prepared → frozen → integer → qdq or decomposed. A level's laws are rows: a name and a function
 that yields the nodes that break it. ``check`` runs after every pass.
 """
 
@@ -152,7 +152,7 @@ LAWS: dict[str, tuple[Law, ...]] = {
     "prepared": (well_formed, facts_are_typed, knows_its_place, quantized_once),
     "frozen": (well_formed, facts_are_typed, knows_its_place, quantized_once, grids_are_sound),
     "integer": (well_formed, facts_are_typed, knows_its_place, integers_between, state_can_be_written),
-    "exchange": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
+    "qdq": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
     "decomposed": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
 }
 

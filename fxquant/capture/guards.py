@@ -1,4 +1,4 @@
-"""Questions that Python asks while a model is traced, and their answers.
+"""Guards: what Python asks while a model is traced, and what was answered.
 
 A size has an answer, which becomes a specialization; a rank has one, which is checked where inputs enter; a value of a
 tensor has none; the mode has one for inference, and for training it has two.
@@ -16,7 +16,7 @@ from fxquant.capture.proxies import ModeFlag, ValueProxy
 from fxquant.capture.values import UNKNOWN, FakeRun
 from fxquant.errors import Refusal
 
-__all__ = ["ModeAskedError", "Questions"]
+__all__ = ["ModeAskedError", "Guards"]
 
 
 class ModeAskedError(Refusal):
@@ -29,7 +29,7 @@ class ModeAskedError(Refusal):
         )
 
 
-class Questions(fx.Tracer):
+class Guards(fx.Tracer):
     """The part of the tracer that answers.
 
     Attributes:
