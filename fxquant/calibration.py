@@ -33,7 +33,7 @@ __all__ = [
 
 
 def run_batches(
-    prepared: Any,
+    prepared: nn.Module,
     quantizers: dict[str, FakeQuantize],
     loader: Iterable[Any],
     forward: Callable[[Any, Any], Any] | None,
@@ -63,7 +63,7 @@ def run_batches(
     return runs[-1], runs[0]
 
 
-def _run(prepared: Any, forward: Callable[[Any, Any], Any] | None, batch: Any) -> None:
+def _run(prepared: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Any) -> None:
     if forward is not None:
         forward(prepared, batch)
     else:

@@ -79,7 +79,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     torch.save(content, path)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
 
     Args:
@@ -188,7 +188,7 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
     return ", ".join(f"{len(keys)} entries {kind} ({shown[kind]})" for kind, keys in kinds.items() if keys)
 
 
-def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
+def _rebuild(model: nn.Module, content: dict[str, Any]) -> nn.Module:
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     recipe = _recipe_from_plain(content["recipe"], model)
     inputs = make_inputs(content["inputs"], device)

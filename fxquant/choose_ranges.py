@@ -19,15 +19,15 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.numerics.affine import in_float32
 from fxquant.numerics.ranges import ESTIMATOR, Auto
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 
 __all__ = ["choose_ranges", "without_range"]
@@ -37,7 +37,7 @@ _AUTO = Auto()
 
 @torch.no_grad()
 def choose_ranges(
-    prepared: Any, run: Callable[[], Any], off: Callable[[], Any], fresh: Collection[WeightQuantize] = ()
+    prepared: nn.Module, run: Callable[[], Any], off: Callable[[], Any], fresh: Collection[WeightQuantize] = ()
 ) -> None:
     """Set the choice of every quantizer whose scheme says ``auto``, and its grid, or where the one that it learns starts.
 

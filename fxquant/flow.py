@@ -3,7 +3,7 @@
     captured ──canonical──▶ canonical ──ptq / qat──▶ prepared ──freeze──▶ frozen ──to_integer──▶ integer
      capture                            prepare       calibrate, train     freeze      convert
 
-From an integer graph ``to_exchange`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
+From an integer graph ``to_qdq`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
 
 Every pass is a pure function from graph module to graph module; after each, the laws of its level are checked.
 """
@@ -32,7 +32,7 @@ from fxquant.calibration import (
 )
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.capture import capture
-from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
+from fxquant.capture.islands import Model, graphs_of, islands_of, level_of, map_graphs
 from fxquant.capture.models import deep_copy, is_layer
 from fxquant.capture.values import unchanged
 from fxquant.choose_ranges import choose_ranges, without_range
@@ -108,7 +108,7 @@ def prepare(
     batch_norm: str = "late",
     verify: bool = False,
     leaves: Iterable[str | type] = (),
-) -> Any:
+) -> nn.Module:
     """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
 
     For post-training quantization, batch norms are folded and the result is in eval mode; calibrate it next. For
@@ -118,7 +118,7 @@ def prepare(
     Args:
         model: any ``nn.Module``, unmodified.
         example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
-            Optional; answers Python's questions about shapes, adds them to reports, tells integer tensors from real ones.
+            Optional; answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
         recipe: what is quantized how: a ``Recipe``, or the dict of selectors and settings that it is made of; by default,
             and where it leaves something open, as the target has it.
@@ -158,7 +158,7 @@ def prepare(
     return _ready_to_train(prepared, batch_norm, call) if qat else prepared.eval()
 
 
-def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
+def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> nn.Module:
     """``model`` after ``steps``, with the laws of every graph checked, and on request its outputs."""
     for step in steps:
         changed = map_graphs(model, partial(_checked, step))
@@ -188,13 +188,13 @@ def _name(step: Pass) -> str:
 
 
 def calibrate(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Run data through a prepared model and set every quantizer's range from what it saw.
 
     Args:
@@ -245,7 +245,7 @@ def calibrate(
     return prepared
 
 
-def freeze(prepared: Any) -> Any:
+def freeze(prepared: nn.Module) -> nn.Module:
     """A copy of a calibrated or trained model with every number final, still computing in floats.
 
     It shares nothing with ``prepared``: training on, or running either, leaves the other as it is.
@@ -273,7 +273,7 @@ def freeze(prepared: Any) -> Any:
     return deep_copy(run_passes(prepared, (settle_quantizers, freeze_graph), None))
 
 
-def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto") -> Any:
+def convert(prepared: nn.Module, *, rounding: str | None = None, kernels: str = "auto") -> nn.Module:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
 
     Args:
@@ -325,7 +325,7 @@ def quantize(
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> nn.Module:
     """``prepare``, ``calibrate`` and ``convert`` in one: the integer model, calibrated on ``loader``.
 
     The first batch serves as example inputs unless others are given. Arguments and errors as of the three verbs.

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeightedOp
 from fxquant.nn.processes import of_all
 from fxquant.numerics.pairs import reach_of
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 
 __all__ = ["keep_reach", "seen_by_all", "watching"]

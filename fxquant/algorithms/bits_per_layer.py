@@ -185,7 +185,7 @@ def _require(bits: Sequence[int], per_weight: float | None, operations: int | No
         Scheme.weight(each)
 
 
-def _groups(prepared: Any, globs: Sequence[str]) -> list[list[Member]]:
+def _groups(prepared: nn.Module, globs: Sequence[str]) -> list[list[Member]]:
     """The weighted layers of a prepared model, those together that share a decision."""
     found: dict[Any, list[Member]] = {}
     for path, graph in graphs_of(prepared).items():
@@ -217,7 +217,7 @@ def _macs(group: list[Member]) -> int:
 
 @torch.no_grad()
 def _losses(
-    prepared: Any,
+    prepared: nn.Module,
     kept: list[Any],
     forward: Callable[[Any, Any], Any] | None,
     members: list[list[Member]],

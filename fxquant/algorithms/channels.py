@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Clamping, Weighted
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.modules import QuantWeighted
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.fold_batchnorm import per_output_channel
 
@@ -116,11 +117,11 @@ def weighted_parts(graph: LeveledModule) -> dict[fx.Node, QuantWeighted]:
     return found
 
 
-def links_of(graph: LeveledModule, refused: dict[str, str]) -> Iterator[Link]:
+def links_of(graph: LeveledModule, refused: dict[str, Refusal]) -> Iterator[Link]:
     """Every link from one weighted module to the only other that reads it; run it with quantizers off.
 
     Args:
-        refused: gets the reason for each weighted module whose output is scaled otherwise on its way, by name.
+        refused: gets each weighted module whose output is scaled otherwise on its way, by name.
     """
     parts = weighted_parts(graph)
     for source, part in parts.items():
@@ -132,41 +133,41 @@ def links_of(graph: LeveledModule, refused: dict[str, str]) -> Iterator[Link]:
             (node,) = node.users
             if node in parts and node.args[0] is (between[-1] if between else source):
                 link = Link(source, tuple(between), (node,))
-                reason = _refusal(graph, link, part, parts[node])
-                if reason is None:
+                refusal = _refusal(graph, link, part, parts[node])
+                if refusal is None:
                     yield link
                 else:
-                    refused[str(source.target)] = reason
+                    refused[str(source.target)] = refusal
                 break
             if node.op == "output" or len(node.all_input_nodes) != 1:
                 break
             between.append(node)
 
 
-def _refusal(graph: LeveledModule, link: Link, part: Any, reader: Any) -> str | None:
+def _refusal(graph: LeveledModule, link: Link, part: Any, reader: Any) -> Refusal | None:
     """Why channels of ``link`` cannot be scaled, or None."""
     first, last = (behaviour_of(node) for node in (link.source, link.readers[0]))
     assert isinstance(first, Weighted) and isinstance(last, Weighted)
     channels = Channels(part, first).outputs
     if Channels(reader, last).inputs != channels:
-        return f"{link.readers[0].name} reads other channels than {link.source.name} has"
+        return Refusal(f"{link.readers[0].name} reads other channels than {link.source.name} has")
     factor, ndim = torch.rand(channels, generator=torch.Generator().manual_seed(0)) + 0.5, 0
     for node in link.between:
         found = _scaled_through(graph, node, channels, -1 if first.channels_last else 1, factor)
-        if isinstance(found, str):
+        if isinstance(found, Refusal):
             return found
         ndim = found
     if first.channels_last != last.channels_last and ndim != 2:
-        return f"{link.readers[0].name} reads channels along another axis than {link.source.name} has them"
+        return Refusal(f"{link.readers[0].name} reads channels along another axis than {link.source.name} has them")
     return None
 
 
-def _scaled_through(graph: LeveledModule, node: fx.Node, channels: int, axis: int, factor: Tensor) -> int | str:
+def _scaled_through(graph: LeveledModule, node: fx.Node, channels: int, axis: int, factor: Tensor) -> int | Refusal:
     """How many axes a node's result has, where it is homogeneous per channel on random numbers; or why it is not."""
     source = node.all_input_nodes[0]
     shape = list(source.meta.get("shape") or ((2, channels) if axis == -1 else (2, channels, 8, 8)))
     if len(shape) < 2 or shape[axis] != channels:
-        return f"{node.name} reads another shape than the channels of {source.name}"
+        return Refusal(f"{node.name} reads another shape than the channels of {source.name}")
     shape[0] = 1
     device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     x, factor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device), factor.to(device)
@@ -174,10 +175,10 @@ def _scaled_through(graph: LeveledModule, node: fx.Node, channels: int, axis: in
     for magnitude in _MAGNITUDES:
         plain, scaled = (_run(graph, node, x * magnitude * k) for k in (1.0, _along(factor, x.ndim, axis)))
         if not isinstance(plain, Tensor) or plain.ndim < 2 or plain.shape[axis] != channels:
-            return f"{node.name} gives other channels than it reads"
+            return Refusal(f"{node.name} gives other channels than it reads")
         wanted, ndim = plain * _along(factor, plain.ndim, axis), plain.ndim
         if not torch.allclose(scaled, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
-            return f"{node.name} is not positively homogeneous{_bounds_hint(graph, node)}"
+            return Refusal(f"{node.name} is not positively homogeneous{_bounds_hint(graph, node)}")
     return ndim
 
 
@@ -187,9 +188,9 @@ def _bounds_hint(graph: LeveledModule, node: fx.Node) -> str:
     if not isinstance(behaviour, Clamping) or node.op != "call_module":
         return ""
     bounds = behaviour.bounds(call_of(node, graph.get_submodule(str(node.target))))
-    return (
-        f": it clamps at {bounds[1]:g}; ReLU would be, where the float model's accuracy allows it" if bounds[1] else ""
-    )
+    if isinstance(bounds, Refusal) or not bounds[1]:
+        return ""
+    return f": it clamps at {bounds[1]:g}; ReLU would be, where the float model's accuracy allows it"
 
 
 def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:

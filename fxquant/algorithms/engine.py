@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from fxquant.algorithms.order import late_weights
 from fxquant.algorithms.store import Store
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 
@@ -91,7 +92,7 @@ class Sweep:
         progress: the label of a progress bar, or None for no bar.
 
     Attributes:
-        left_out: what was not visited, with the reason.
+        left_out: what was not visited, by its path.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Sweep:
     ) -> None:
         self.prepared, self.run, self.batches, self.refit, self.memory = prepared, run, batches, refit, memory
         self.progress = progress
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, Refusal] = {}
         self._quantizers = [part for part in prepared.modules() if isinstance(part, FakeQuantize)]
         self._visited: set[WeightQuantize] = set()
         self._bar: Any = None
@@ -109,6 +110,10 @@ class Sweep:
         total = sum(isinstance(part, (QuantWeighted, QuantWeightedOp)) for part in self.prepared.modules())
         with tqdm(total=total, desc=self.progress, unit="layer", disable=not self.progress or None) as self._bar:
             yield from self._inside(self.prepared, "", self.run, self.run, self.batches)
+
+    def leave_out(self, path: str, why: str) -> None:
+        """Note that what is at ``path`` is not visited."""
+        self.left_out[path] = Refusal(why, where=path)
 
     @contextmanager
     def in_float(self) -> Iterator[None]:
@@ -136,9 +141,9 @@ class Sweep:
             quantized = self._recorded([graph], run_quantized, range(batches))[graph]
             floats, quantized = [args for _, args in floats], [args for _, args in quantized]
             if not floats:
-                self.left_out[paths[graph]] = "no batch reaches it"
+                self.leave_out(paths[graph], "no batch reaches it")
             elif [_shapes(a) for a in floats] != [_shapes(a) for a in quantized]:
-                self.left_out[paths[graph]] = "the model's own code calls it otherwise when it is quantized"
+                self.leave_out(paths[graph], "the model's own code calls it otherwise when it is quantized")
             else:
                 yield from self._graph(graph, paths[graph], floats, quantized)
 
@@ -301,7 +306,7 @@ class GraphSweep:
             return
         self.sweep._visited.add(quantizer)
         if type(quantizer) is not WeightQuantize:
-            self.sweep.left_out[name] = f"its weight has a quantizer of its own, a {type(quantizer).__name__}"
+            self.sweep.leave_out(name, f"its weight has a quantizer of its own, a {type(quantizer).__name__}")
             return
         call, behaviour = call_of(node, part), behaviour_of(node)
         assert isinstance(behaviour, Weighted)

@@ -17,13 +17,13 @@ from torch import Tensor, fx, nn
 
 from fxquant.algorithms.channels import Channels, Link, links_of, weighted_parts
 from fxquant.algorithms.equalization import require_uncalibrated
+from fxquant.behaviour import Weighted
 from fxquant.calibration import run_batches
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.errors import InputError
 from fxquant.flow import quantizers_off
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 
 __all__ = ["smooth"]
@@ -32,14 +32,14 @@ _LEAST = 1e-5
 
 
 def smooth(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     alpha: float = 0.5,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Divide the input channels of linear layers by what makes them large, in the layer before; the float function stays.
 
     For transformers, whose norms give a few channels a hundred times the others' range. Call it between ``prepare`` and
@@ -131,7 +131,7 @@ def _divide(part: Any, factor: Tensor) -> None:
 
 
 def _largest(
-    prepared: Any,
+    prepared: Model,
     links: list[tuple[LeveledModule, Link]],
     loader: Iterable[Any],
     forward: Callable[[Any, Any], Any] | None,

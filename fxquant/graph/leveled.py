@@ -32,7 +32,7 @@ ISLAND_MARK = "_fxquant_island"
 RUNNER = "_fxquant_runner"
 """The attribute that runs the calls of a graph some other way, or declines; see ``kernels.runner``."""
 
-LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "exchange", "decomposed")
+LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "qdq", "decomposed")
 
 _NOT_CALLED = (
     "this part of a model is no module any more that is called: its ops stand in the graph of the whole model.\n"
@@ -234,7 +234,7 @@ class LeveledModule(Holder, fx.GraphModule):
         for step in above:
             if place._modules.get(step) is None:
                 place._modules[step] = nn.Module()
-            place = place._modules[step]  # type: ignore[assignment]
+            place = place.get_submodule(step)
         place._modules[name] = part
 
     def put_unused(self, source: LeveledModule) -> None:

@@ -77,7 +77,8 @@ class FakeQuantize(GridState):
     ) -> None:
         super().__init__()
         if fixed_grid is not None:
-            fixed_range = tuple((q - fixed_grid[1]) * fixed_grid[0] for q in (scheme.qmin, scheme.qmax))  # type: ignore[assignment]
+            step, zero = fixed_grid
+            fixed_range = (scheme.qmin - zero) * step, (scheme.qmax - zero) * step
         self.scheme, self.axis, self.channels, self.fixed_range = scheme, axis, channels, fixed_range
         shape = () if channels is None else (channels,)
         self.make_grid(shape)
@@ -228,7 +229,7 @@ class FakeQuantize(GridState):
         """Forget every observation, but not which estimator was chosen."""
         for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels).items():
             if name != "auto":
-                self._buffers[f"range_{name}"].copy_(value)  # type: ignore[union-attr]
+                self.get_buffer(f"range_{name}").copy_(value)
 
     def extra_repr(self) -> str:
         if not self.ready:

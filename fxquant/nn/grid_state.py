@@ -60,7 +60,7 @@ class GridState(Switched):
             raise InputError("a quantizer is ready when it has a range: calibrate, train, set_range or set_grid.")
         for name in ("scale", "known"):
             if name in self._buffers:
-                self._buffers[name].zero_()  # type: ignore[union-attr]
+                self.get_buffer(name).zero_()
         self._ready, self._version = False, _version(self.scale)
 
     @torch.no_grad()

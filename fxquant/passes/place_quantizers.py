@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Bounded, ChannelAffine, Passing, Weighted
 from fxquant.errors import RecipeError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
@@ -21,7 +22,6 @@ from fxquant.nn.modules import QuantInput, QuantOp, QuantWeighted, QuantWeighted
 from fxquant.nn.switch import Switched
 from fxquant.numerics.pairs import LIMIT, largest_byte
 from fxquant.numerics.scheme import OBSERVED, Scheme
-from fxquant.ops.behaviour import Bounded, ChannelAffine, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 from fxquant.ops.table import quant_op_class

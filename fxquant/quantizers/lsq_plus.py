@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxquant.errors import Refusal
 from fxquant.numerics.learned_rounding import GradientRule
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.learned import LearnedTensor, learned_parameter
@@ -47,9 +48,9 @@ class LSQPlusTensor(LearnedTensor):
         return self.beta.reshape(self.origin.shape)
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
     if kind == "tensor" and scheme.symmetric:
-        return "lsq+ learns a zero point: set symmetric=False, or quantizer='lsq'"
+        return Refusal("lsq+ learns a zero point: set symmetric=False, or quantizer='lsq'")
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.errors import Refusal
 from fxquant.numerics.affine import broadcast, in_float32, smallest_scale
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.learned import LearnedWeight, learned_parameter
@@ -73,8 +74,13 @@ class TTQWeight(LearnedWeight):
         self._ready = True
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
-    return None if scheme.bits == 2 else "it has three numbers: set bits=2"
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
+    return None if scheme.bits == 2 else Refusal("it has three numbers: set bits=2")
 
 
-register("ttq", weight=TTQWeight, refuses=_refuses, simulates="its numbers -W⁻, 0 and W⁺ are no multiples of one scale")
+register(
+    "ttq",
+    weight=TTQWeight,
+    refuses=_refuses,
+    simulates=Refusal("its numbers -W⁻, 0 and W⁺ are no multiples of one scale"),
+)
