@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fxquant
 from fxquant import Recipe, Scheme, Setting
 from fxquant.calibration import activation_quantizers
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, InputError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.quantizers import RULES
 
@@ -151,6 +151,22 @@ def test_a_half_precision_weight_has_the_grid_of_its_float32_copy(
     assert torch.equal(own.scale, other.scale) and torch.equal(own.zero_point, other.zero_point)
     integers = [fxquant.convert(p).get_submodule("0").weight for p in (ours, wanted)]
     assert torch.equal(*integers) and integers[0].dtype == torch.int8
+
+
+@pytest.mark.parametrize("rule", ["lsq", "lsq+", "ewgs", "tqt", "wrpn", "stochastic"])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_weights_of_up_to_sixteen_bits_convert_under_every_rule_that_has_them(rule: str, bits: int) -> None:
+    """A multiple of 2^15 steps is off by more than a thousandth of one in float32, and was refused."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 64, 3)), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():  # a scale that is no power of two, and weights at the ends of the grid
+        model[0].weight[:, 0, 0, 0] = model[0].weight.abs().amax((1, 2, 3)) * 1.3
+    prepared = calibrated(model, x, weight_scheme(rule, bits=bits))
+    integer = fxquant.convert(prepared, kernels="reference")
+    weight = integer.get_submodule("0").weight
+    assert weight.dtype == torch.int16 and int(weight.abs().max()) > 2 ** (bits - 4)
+    with torch.no_grad():
+        torch.testing.assert_close(integer(x), prepared(x), rtol=1e-4, atol=1e-4)  # float32 sums of 27 products
 
 
 class Net(nn.Module):
@@ -495,3 +511,35 @@ def test_sensitivity_rounds_by_the_rule_and_says_which_bits_it_cannot_hold() -> 
     assert sqnr == sorted(sqnr) and sqnr[-1] > 60 and not table.unheld
     binary = fxquant.sensitivity(calibrated(model, x, weight_scheme("xnor")), [x], bits=(8, 4), progress=False)
     assert binary.left_out["3"].startswith("its rule holds none") and all(layer.sqnr[4] > 0 for layer in binary.layers)
+
+
+@pytest.mark.parametrize("rule", ["observed", "lsq", "twn"])
+def test_transforms_of_torch_func_say_the_way_out_and_the_ways_out_are_right(rule: str) -> None:
+    """torch named a copy_ into a captured tensor, or a setup_context. Gradients of the ways out are those of backward."""
+    prepared = fxquant.freeze_batchnorm(trained_net(rule)[0].train())
+    for part in prepared.modules():
+        if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize):
+            part.tracking = False
+    x, parameters = inputs(6)[-1], {name: value.detach() for name, value in prepared.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(prepared, values, (x,)).square().mean()
+
+    def backward() -> dict[str, Tensor]:
+        prepared.zero_grad()
+        prepared(x).square().mean().backward()
+        return {name: value.grad for name, value in prepared.named_parameters() if value.grad is not None}
+
+    for transformed in (torch.func.grad(loss), torch.func.jacrev(loss)):
+        with pytest.raises(InputError, match="quantizers_off"):
+            transformed(parameters)
+    with pytest.raises(InputError, match=r"torch\.func transforms"):
+        torch.func.vmap(lambda image: prepared(image[None]))(x)
+    with fxquant.quantizers_off(prepared):
+        found, wanted = torch.func.grad(loss)(parameters), backward()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    gradients = dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values())), strict=True))
+    for name, gradient in backward().items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)

@@ -35,6 +35,8 @@ __all__ = ["is_plain", "settle_quantizers"]
 
 _NEAR = 1e-3
 """Real numbers that differ by less than this part of a step are the same."""
+_NOISE = 2.0**-22
+"""What float32 may add to a multiple of a scale, divided by the scale again, as a part of it: 16 bits are 2^15 steps."""
 _PROBED = 512
 """Levels that are tried at each end of a grid, and around its middle."""
 
@@ -196,7 +198,7 @@ def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
     scale = broadcast(grid.scale, weight.ndim, axis)
     steps = rounded.float() / scale
     off = torch.maximum((steps - steps.round()).abs(), torch.maximum(grid.qmin - steps, steps - grid.qmax))
-    if not bool((off <= _NEAR).all()):
+    if not bool((off <= _NEAR + _NOISE * steps.abs()).all()):
         what = f"makes numbers of its weight that lie {float(off.nan_to_num(torch.inf).max()):.3g} steps off its grid"
         raise _refusal(own, where, what, "let grid give the scale and the scheme whose multiples forward returns")
     plain = WeightQuantize(grid.scheme, axis=axis, channels=len(grid.scale) if grid.scale.ndim else None)
