@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fxquant
-from fxquant.export.sessions import Session, onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.installed import is_installed
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
+from fxquant.runtimes.runtime import Session
 
 BATCHES = (1, 8)
 TARGETS = ("x86", "openvino")

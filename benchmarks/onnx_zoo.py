@@ -35,9 +35,11 @@ from tqdm import tqdm
 
 import fxquant
 from fxquant.errors import ExportError, FxquantError
-from fxquant.export.sessions import Session, onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 from fxquant.installed import is_installed
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
+from fxquant.runtimes.runtime import Session
 
 BATCHES = (1, 2)
 RUNTIMES = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}

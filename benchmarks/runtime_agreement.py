@@ -53,10 +53,12 @@ from fxquant.capture.calls import Call
 from fxquant.errors import FxquantError
 from fxquant.export import export_executorch
 from fxquant.export.agreement import GOOD_SQNR, together
-from fxquant.export.sessions import onnxruntime_session, openvino_session, run_session
 from fxquant.export.signature import tensors_of
 from fxquant.export.to_executorch import executorch_session
 from fxquant.export.tolerance import least_sqnr
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
+from fxquant.runtimes.runtime import run_session
 
 CALIBRATION, BATCH, EVALUATION = 4, 16, 16
 """Batches and rows that calibration sees, and rows that runtimes are compared on."""

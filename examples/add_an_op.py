@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.behaviour import Rescaling
 from fxquant.nn.integer import IntegerTable
-from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.example import example
 

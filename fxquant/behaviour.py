@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fxquant.errors import Refusal
+
 __all__ = [
     "Behaviour",
     "Bounded",
@@ -70,9 +72,9 @@ class Passing(Behaviour):
 
 @dataclass(frozen=True)
 class Clamping(Behaviour):
-    """Args: ``bounds``: from a ``Call`` to its ``(lower, upper)``, None where open; or why it is none."""
+    """Args: ``bounds``: from a ``Call`` to its ``(lower, upper)``, None where open; or a ``Refusal``."""
 
-    bounds: Callable[[Any], tuple[float | None, float | None] | str]
+    bounds: Callable[[Any], tuple[float | None, float | None] | Refusal]
 
 
 @dataclass(frozen=True)

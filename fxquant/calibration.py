@@ -9,17 +9,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import CalibrationError, InputError
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.processes import merge_calibrations, of_all
+from fxquant.numerics.ranges import ESTIMATOR
 
 __all__ = [
     "Counted",
     "activation_quantizers",
+    "as_before_on_failure",
+    "begin_together",
+    "end_together",
     "length_of",
     "observing",
     "read_weights",
@@ -41,7 +46,7 @@ def require_batches(loader: Any, batches: Any, verb: str) -> None:
 
 
 def run_batches(
-    prepared: Any,
+    prepared: nn.Module,
     quantizers: dict[str, FakeQuantize],
     loader: Iterable[Any],
     forward: Callable[[Any, Any], Any] | None,
@@ -74,7 +79,7 @@ def run_batches(
     return runs[-1], runs[0]
 
 
-def _run(prepared: Any, forward: Callable[[Any, Any], Any] | None, batch: Any) -> None:
+def _run(prepared: nn.Module, forward: Callable[[Any, Any], Any] | None, batch: Any) -> None:
     if forward is not None:
         forward(prepared, batch)
     else:
@@ -97,6 +102,50 @@ def _require_finite(quantizers: dict[str, FakeQuantize], batch: int) -> None:
         f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Ranges are as they were before.\n"
         "  what to do: check this batch's inputs for NaN, and whether the float model gives finite outputs on it."
     )
+
+
+@contextmanager
+def as_before_on_failure(quantizers: dict[str, FakeQuantize]) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Inside, a copy of what each range's estimator knows by now, which it gets back where anything fails."""
+    saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
+    try:
+        yield saved
+    except BaseException:
+        for name, quantizer in quantizers.items():
+            for key, value in quantizer.range_state().items():
+                value.copy_(saved[name][key])
+        raise
+
+
+def begin_together(quantizers: dict[str, FakeQuantize]) -> None:
+    """Let those that follow what all processes see begin anew, so that what each process finds can be added up."""
+    for quantizer in _together(quantizers).values():
+        quantizer.reset()
+
+
+def end_together(quantizers: dict[str, FakeQuantize], saved: dict[str, dict[str, Tensor]]) -> bool:
+    """Give each of those its ``saved`` state and what all processes have found since.
+
+    Extrema and histograms are exact. A moving average runs over samples in their order, which there is none between
+    processes: it gets the widest range of all.
+
+    Returns:
+        Whether there were any.
+    """
+    together = _together(quantizers)
+    if not together:
+        return False
+    founds = of_all({path: {k: v.clone().cpu() for k, v in q.range_state().items()} for path, q in together.items()})
+    for path, quantizer in together.items():
+        state = quantizer.range_state()
+        for name, value in saved[path].items():
+            state[name].copy_(value)
+        merge_calibrations(ESTIMATOR[quantizer.scheme.estimator], state, [found[path] for found in founds])
+    return True
+
+
+def _together(quantizers: dict[str, FakeQuantize]) -> dict[str, FakeQuantize]:
+    return {path: one for path, one in quantizers.items() if one.synchronized and one.fixed_range is None}
 
 
 @contextmanager
@@ -129,7 +178,7 @@ def read_weights(module: nn.Module) -> None:
     for part in module.modules():
         quantizer = getattr(part, "weight_quantizer", None)
         weight = getattr(part, "weight", None)
-        if isinstance(quantizer, WeightQuantize) and isinstance(weight, torch.Tensor) and not quantizer.pinned:
+        if isinstance(quantizer, WeightQuantize) and isinstance(weight, Tensor) and not quantizer.pinned:
             quantizer.refresh(weight)
 
 

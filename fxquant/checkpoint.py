@@ -79,7 +79,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     torch.save(content, path)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
 
     Args:
@@ -104,6 +104,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
         _make_room(module, content["state"])
     except (InputError, RecipeError, SchemeError) as error:
         raise CheckpointError(f"{unfit}{error}\n  {remedy}") from error
+    content["state"] = _one_name_each(content["state"], module)
     if content["fxquant"] == 1:
         content["state"] = _from_format_1(content["state"], module)
     differences = _differences(content["state"], module.state_dict())
@@ -137,6 +138,8 @@ def _forget_statistics(module: nn.Module) -> None:
 def _make_room(module: nn.Module, state: dict[str, Any]) -> None:
     """Give weight quantizers the buffers of roundings that were pinned, where ``state`` has them."""
     for path, part in module.named_modules():
+        if isinstance(part, FakeQuantize):
+            part.upgrade_state(state, f"{path}.")
         if isinstance(part, WeightQuantize):
             part.make_room(state, f"{path}.")
 
@@ -154,13 +157,16 @@ def _pin_calls(prepared: nn.Module, state: dict[str, Any]) -> None:
                 part.weight_quantizer.pin(torch.zeros_like(weight), torch.ones_like(part.weight_quantizer.scale), bias)
 
 
+def _one_name_each(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A state without the other names of what the rebuilt ``module`` shares, and older versions did not."""
+    own, every = module.state_dict(), (module.named_parameters, module.named_buffers)
+    names = {name for named in every for name, _ in named(remove_duplicate=False)}
+    return {key: value for key, value in saved.items() if key in own or key not in names}
+
+
 def _from_format_1(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """An old file's state with one name for each tensor, and with what the rebuilt ``module`` has for what it lacks."""
-    own = module.state_dict()
-    names = {
-        n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    }
-    state = {key: value for key, value in saved.items() if key in own or key not in names}
+    """An old file's state with what the rebuilt ``module`` has for what it lacks."""
+    own, state = module.state_dict(), dict(saved)
     for key, value in own.items():
         before, _, name = key.rpartition(".")
         if name in _SINCE_2 and key not in state:
@@ -182,7 +188,7 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
     return ", ".join(f"{len(keys)} entries {kind} ({shown[kind]})" for kind, keys in kinds.items() if keys)
 
 
-def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
+def _rebuild(model: nn.Module, content: dict[str, Any]) -> nn.Module:
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     recipe = _recipe_from_plain(content["recipe"], model)
     inputs = make_inputs(content["inputs"], device)
@@ -192,6 +198,9 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> Any:
     prepared = prepare(model, inputs, qat=content["qat"], batch_norm=mode, recipe=recipe, leaves=leaves, **where)
     if content["level"] == "prepared":
         return prepared
+    with torch.no_grad():  # the float model's weights may be anything, NaN too, and none of them stays
+        for value in (*prepared.parameters(), *prepared.buffers()):
+            value.nan_to_num_(0.0, 0.0, 0.0) if value.is_floating_point() else None
     for part in prepared.modules():
         if isinstance(part, FakeQuantize) and not part.ready:
             part.set_range(torch.full_like(part.scale, -1.0), torch.full_like(part.scale, 1.0))

@@ -13,6 +13,8 @@
     └── MissingPackageError   a package that an extra of fxquant brings   (also an ImportError)
 
 Each message says what happened, where, why, and what to do about it.
+
+A ``Refusal`` is no error: it is how any part says that it does not do something, and what asked decides what follows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "LevelError",
     "MissingPackageError",
     "RecipeError",
+    "Refusal",
     "SchemeError",
     "SpecializationError",
 ]
@@ -74,3 +77,29 @@ class ExportError(FxquantError):
 
 class MissingPackageError(FxquantError, ImportError):
     """A package that is not installed, and which extra of fxquant brings it."""
+
+
+class Refusal(Exception):  # noqa: N818 - an answer, not a failure
+    """The one way to say no: where, why and what to do. Everything else is a yes.
+
+    It is returned where what asked goes on another way, as ``A | Refusal``, or as ``Refusal | None`` of a check; raised
+    where the answer is found deep inside a call; and held where it is known beforehand, as the face that a form does not
+    have. A node's ``reason`` and a report hold its ``why``; a verb that cannot go on raises an error of the tree above.
+
+    Args:
+        why: a clause in words for the user, which can follow "because".
+        what_to_do: a clause too; empty where what asked knows better.
+        where: the node, op, layer or setting; empty where what asked knows it.
+    """
+
+    def __init__(self, why: str, what_to_do: str = "", where: str = "") -> None:
+        super().__init__(why, what_to_do, where)
+        self.why, self.what_to_do, self.where = why, what_to_do, where
+
+    def at(self, where: str) -> Refusal:
+        """The same, within ``where``."""
+        return Refusal(self.why, self.what_to_do, f"{where}: {self.where}" if self.where else where)
+
+    def __str__(self) -> str:
+        advice = f".\n  what to do: {self.what_to_do}." if self.what_to_do else ""
+        return f"{self.where}: {self.why}{advice}" if self.where else f"{self.why}{advice}"

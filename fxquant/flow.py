@@ -3,7 +3,7 @@
     captured ──canonical──▶ canonical ──ptq / qat──▶ prepared ──freeze──▶ frozen ──to_integer──▶ integer
      capture                            prepare       calibrate, train     freeze      convert
 
-From an integer graph ``to_exchange`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
+From an integer graph ``to_qdq`` and ``to_decomposed`` make the forms that ``export`` writes for other runtimes.
 
 Every pass is a pure function from graph module to graph module; after each, the laws of its level are checked.
 """
@@ -19,25 +19,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.calibration import Counted, activation_quantizers, length_of, observing, read_weights, run_batches
+from fxquant.calibration import (
+    Counted,
+    activation_quantizers,
+    as_before_on_failure,
+    begin_together,
+    end_together,
+    length_of,
+    observing,
+    read_weights,
+    run_batches,
+)
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.capture import capture
-from fxquant.capture.islands import graphs_of, islands_of, level_of, map_graphs
+from fxquant.capture.islands import Model, graphs_of, islands_of, level_of, map_graphs
 from fxquant.capture.models import deep_copy, is_layer
 from fxquant.capture.values import unchanged
-from fxquant.choose_ranges import choose_ranges
+from fxquant.choose_ranges import choose_ranges, without_range
 from fxquant.collapse import warn_of_collapse
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.processes import broadcast_state
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.ops.table import TABLE
 from fxquant.passes.apply_recipe import apply_recipe, require_fit
 from fxquant.passes.canonicalize import canonicalize
 from fxquant.passes.choose_regions import choose_regions
 from fxquant.passes.drop_noops import drop_noops
+from fxquant.passes.finite import require_finite
 from fxquant.passes.fold_batchnorm import fold_batchnorm
 from fxquant.passes.freeze import freeze as freeze_graph
 from fxquant.passes.keep_accumulators import keep_accumulators
@@ -50,7 +62,7 @@ from fxquant.passes.settle_quantizers import settle_quantizers
 from fxquant.passes.to_integer import to_integer
 from fxquant.passes.verification import verify_against
 from fxquant.quantizers import RULES
-from fxquant.reach import keep_reach, watching
+from fxquant.reach import keep_reach, seen_by_all, watching
 from fxquant.recipe import Recipe
 from fxquant.targets import X86, Target
 from fxquant.targets.fitting import fit_target
@@ -96,7 +108,7 @@ def prepare(
     batch_norm: str = "late",
     verify: bool = False,
     leaves: Iterable[str | type] = (),
-) -> Any:
+) -> nn.Module:
     """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
 
     For post-training quantization, batch norms are folded and the result is in eval mode; calibrate it next. For
@@ -106,7 +118,7 @@ def prepare(
     Args:
         model: any ``nn.Module``, unmodified.
         example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
-            Optional; answers Python's questions about shapes, adds them to reports, tells integer tensors from real ones.
+            Optional; answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
         recipe: what is quantized how: a ``Recipe``, or the dict of selectors and settings that it is made of; by default,
             and where it leaves something open, as the target has it.
@@ -146,7 +158,7 @@ def prepare(
     return _ready_to_train(prepared, batch_norm, call) if qat else prepared.eval()
 
 
-def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> Any:
+def run_passes(model: nn.Module, steps: Iterable[Pass], verify_on: Call | None) -> nn.Module:
     """``model`` after ``steps``, with the laws of every graph checked, and on request its outputs."""
     for step in steps:
         changed = map_graphs(model, partial(_checked, step))
@@ -176,20 +188,20 @@ def _name(step: Pass) -> str:
 
 
 def calibrate(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Run data through a prepared model and set every quantizer's range from what it saw.
 
     Args:
         prepared: what ``prepare`` returned; its ranges are changed in place, and it is returned. The model's own state
             (streams, caches, counters) is afterwards what it was before.
         loader: any iterable of batches: tensors, or tuples, lists or dicts that start with the model's inputs (labels
-            behind them are ignored).
+            behind them are ignored). Of several processes each its own share, after ``fxquant.training.synchronize``.
         forward: how to run one batch, as ``forward(model, batch)``, for batches of another form.
         batches: stop after that many.
         progress: show a progress bar.
@@ -198,41 +210,42 @@ def calibrate(
         UserWarning: 8 bits leave next to nothing of an output on the last batch or the first; says at which op it is lost.
 
     Raises:
-        CalibrationError: the loader is empty, or NaN or infinity was seen; then all ranges are as they were before.
+        CalibrationError: the loader is empty, or NaN or infinity was seen, in a batch or in a weight; then all ranges are
+            as they were before.
         LevelError: the model is not a prepared one.
     """
     require_level(prepared, ("prepared",), "calibrate")
+    for graph in graphs_of(prepared).values():
+        require_finite(graph)
     if loader is None:
         raise CalibrationError(
             "calibrate was given no data.\n  what to do: give some batches, without labels; or, for a model with batch "
             "norms, those that fxquant.algorithms.synthesize(model, example_inputs) makes of their statistics."
         )
-    quantizers = activation_quantizers(prepared)
-    saved = {name: {k: v.clone() for k, v in q.range_state().items()} for name, q in quantizers.items()}
-    try:
-        with (
-            unchanged(prepared, but=FakeQuantize),
-            observing(quantizers.values()),
-            watching(prepared) as seen,
-            torch.no_grad(),
-        ):
-            prepared.eval()
-            runs = run_batches(prepared, quantizers, loader, forward, batches, progress)
-    except BaseException:
-        for name, quantizer in quantizers.items():
-            for key, value in quantizer.range_state().items():
-                value.copy_(saved[name][key])
-        raise
+    quantizers, fresh = activation_quantizers(prepared), without_range(prepared)
+    with (
+        as_before_on_failure(quantizers) as saved,
+        unchanged(prepared, but=FakeQuantize),
+        observing(quantizers.values()),
+        watching(prepared) as seen,
+        torch.no_grad(),
+    ):
+        prepared.eval()
+        begin_together(quantizers)
+        runs = run_batches(prepared, quantizers, loader, forward, batches, progress)
+        if end_together(quantizers, saved):
+            seen = seen_by_all(prepared, seen)
     for quantizer in quantizers.values():
         quantizer.update_scale()
-    choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared))
+    choose_ranges(prepared, runs[0], lambda: quantizers_off(prepared), fresh)
+    broadcast_state(quantizer for quantizer in quantizers.values() if quantizer.synchronized)
     keep_reach(prepared, seen)
     read_weights(prepared)
     warn_of_collapse(prepared, runs, lambda: quantizers_off(prepared))
     return prepared
 
 
-def freeze(prepared: Any) -> Any:
+def freeze(prepared: nn.Module) -> nn.Module:
     """A copy of a calibrated or trained model with every number final, still computing in floats.
 
     It shares nothing with ``prepared``: training on, or running either, leaves the other as it is.
@@ -260,7 +273,7 @@ def freeze(prepared: Any) -> Any:
     return deep_copy(run_passes(prepared, (settle_quantizers, freeze_graph), None))
 
 
-def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto") -> Any:
+def convert(prepared: nn.Module, *, rounding: str | None = None, kernels: str = "auto") -> nn.Module:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
 
     Args:
@@ -312,7 +325,7 @@ def quantize(
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> nn.Module:
     """``prepare``, ``calibrate`` and ``convert`` in one: the integer model, calibrated on ``loader``.
 
     The first batch serves as example inputs unless others are given. Arguments and errors as of the three verbs.
@@ -344,9 +357,16 @@ def quantizers_off(prepared: nn.Module) -> Iterator[None]:
 
 
 def require_level(module: Any, levels: tuple[str, ...], verb: str) -> None:
-    """Raise ``LevelError`` unless ``module`` is at one of ``levels``; ``verb`` is who asks."""
+    """Raise ``LevelError`` unless ``module`` is whole and at one of ``levels``; ``verb`` is who asks."""
     level = level_of(module) if isinstance(module, nn.Module) else None
     if level in levels:
+        parts = next((name for name, one in module.named_parameters() if hasattr(one, "full_tensor")), None)
+        if parts is not None:
+            raise LevelError(
+                f"{verb} takes whole parameters, and {parts!r} is spread over processes (fully_shard).\n"
+                "  what to do: calibrate before fully_shard; afterwards load torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a model prepared alike."
+            )
         return
     what = f"a {type(module).__name__}" if level is None else f"a model at level {level!r}"
     raise LevelError(

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeightedOp
+from fxquant.nn.processes import of_all
 from fxquant.numerics.pairs import reach_of
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 
-__all__ = ["keep_reach", "watching"]
+__all__ = ["keep_reach", "seen_by_all", "watching"]
 
 
 @dataclass
@@ -74,6 +75,18 @@ def _keeper(seen: Seen, behaviour: Any) -> Any:
     return keep
 
 
+def seen_by_all(prepared: nn.Module, seen: Seen) -> Seen:
+    """The largest numbers that any process has seen, and the samples of all."""
+    names = {part: name for name, part in prepared.named_modules()}
+    together: Seen = {}
+    for found in of_all({names[part]: (watched.high.cpu(), watched.samples) for part, watched in seen.items()}):
+        for name, (high, samples) in found.items():
+            part = prepared.get_submodule(name)
+            before = together.get(part, Watched(high, 0))
+            together[part] = Watched(torch.maximum(before.high, high), before.samples + samples)
+    return together
+
+
 @torch.no_grad()
 def keep_reach(prepared: nn.Module, seen: Seen) -> None:
     """Set the bounds of weight quantizers from what was seen now and at earlier calibrations, on the grids of now.
@@ -85,7 +98,7 @@ def keep_reach(prepared: nn.Module, seen: Seen) -> None:
         own, entering, watched = part.weight_quantizer, _input_quantizer(graph, node), seen.get(part)
         bound = own.reach.clone()
         if watched is not None and entering is not None and entering.ready:
-            own.seen.copy_(torch.maximum(own.seen, _shaped(watched.high, own)))
+            own.seen.copy_(torch.maximum(own.seen, _shaped(watched.high, own).to(own.seen.device)))
             grid = entering.grid
             bound = reach_of(own.seen, watched.samples, grid.scale, grid.zero_point, grid.scheme)
         found.setdefault(own, []).append(bound)

@@ -13,7 +13,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize
 
-__all__ = ["freeze_batchnorm", "parameter_groups", "reestimate_batchnorm"]
+__all__ = ["freeze_batchnorm", "parameter_groups", "reestimate_batchnorm", "synchronize"]
 
 
 def freeze_batchnorm(prepared: nn.Module, frozen: bool = True) -> nn.Module:
@@ -75,6 +75,31 @@ def reestimate_batchnorm(
             part.training = mode
     if not count:
         raise CalibrationError("reestimate_batchnorm was given an empty loader; the statistics are as they were.")
+    return prepared
+
+
+def synchronize(prepared: nn.Module, synchronized: bool = True) -> nn.Module:
+    """Let every range follow what all processes of the default group see, in training and in ``calibrate``.
+
+    Call it in every process, before or after ``DistributedDataParallel`` or ``fully_shard``; it holds for this run and is
+    not saved. Ranges are then those of one process that trains on the global batch (samples in the order of
+    ``DistributedSampler``), and ``calibrate`` of a loader's shares gives the ranges of the whole loader; with
+    ``estimator="moving_average"`` the widest of the processes' ranges. Each quantizer asks the others twice a step, so every
+    process has to run every forward pass in training mode, as with ``torch.nn.SyncBatchNorm``, which does the same for the
+    statistics of batch norms: ``SyncBatchNorm.convert_sync_batchnorm(prepared)``.
+
+    Args:
+        prepared: what ``prepare`` returned, wrapped or not; it is changed and returned.
+        synchronized: False takes it back.
+
+    Raises:
+        InputError: nothing in it has a range.
+    """
+    quantizers = [part for part in prepared.modules() if isinstance(part, FakeQuantize)]
+    if not quantizers:
+        raise InputError(f"synchronize was given a {type(prepared).__name__} without quantizers: prepare it first.")
+    for quantizer in quantizers:
+        quantizer.synchronized = synchronized
     return prepared
 
 

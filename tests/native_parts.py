@@ -12,7 +12,7 @@ from native_oracle import Function, require_same
 from torch import Tensor, nn
 
 from fxquant import Recipe, Scheme, Setting
-from fxquant.kernels.native.model import Unfit
+from fxquant.errors import Refusal
 from fxquant.nn.accumulating import IntegerWeighted
 
 __all__ = [
@@ -57,7 +57,7 @@ def require_same_or_reason(integer: Any, *calls: tuple[Any, ...]) -> str | None:
     """The reason why there is no native form, which has to name a node; None where the bits were the same."""
     try:
         require_same(integer, *calls)
-    except Unfit as reason:
+    except Refusal as reason:
         assert REFUSED.match(str(reason)), reason
         return str(reason)
     return None

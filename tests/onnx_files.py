@@ -9,8 +9,8 @@ import pytest
 import torch
 from comparisons import tensors_of
 
-from fxquant.export.sessions import onnxruntime_session
 from fxquant.export.to_onnx import OnnxFile
+from fxquant.runtimes.onnxruntime import onnxruntime_session
 
 ELEMENTS = 4_000
 INEXACT = {"softmax": 0.8}

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import Op, Recipe, Scheme, Setting
+from fxquant.behaviour import FloatOnly, Measuring
 from fxquant.capture.capture import capture
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
-from fxquant.ops.behaviour import FloatOnly, Measuring
 from fxquant.ops.calls import call_of
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import Example

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,7 +179,7 @@ FIELDS = ("args", "kwargs", "target", "op")
 MAKERS = {
     "graph/edit.py",
     "graph/leveled.py",
-    *(f"capture/{name}.py" for name in ("tracing", "attributes", "questions", "modes", "one_graph")),
+    *(f"capture/{name}.py" for name in ("tracing", "attributes", "guards", "modes", "one_graph")),
     *(f"onnx/{name}.py" for name in ("batch_axis", "default_attributes", "integer_moves", "qoperators")),
     *(f"onnx/{name}.py" for name in ("repeated_roundings", "per_head_scales")),
 }
@@ -350,9 +351,19 @@ def test_what_is_public_is_told(path):
 
 def test_checks_are_switched_off_rarely():
     text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
-    assert len(re.findall(r"type: ignore", text)) <= 40
+    assert len(re.findall(r"type: ignore", text)) <= 20
     assert len(re.findall(r"\bnoqa\b", text)) <= 12
     assert not re.findall(r"type: ignore(?!\[)", text), "say which check is ignored"
+
+
+def test_verbs_are_typed():
+    """What takes a model, or gives one, says so; a call's inputs, a batch and a result may be anything."""
+    for name in fxquant.__all__:
+        verb = getattr(fxquant, name)
+        if inspect.isfunction(verb):
+            told = verb.__annotations__
+            models = {told[word] for word in ("model", "module", "prepared", "float_model") if word in told}
+            assert "Any" not in models | {told["return"]}, name
 
 
 def test_every_error_is_ours_or_pythons_own():
@@ -366,28 +377,92 @@ def test_every_error_is_ours_or_pythons_own():
                 )
 
 
+NO_REFUSAL = {"_wrong", "_wrong_with", "readable", "_rounded_before_joining", "_rounding_of"}
+"""What gives a text or None that is no refusal: what was found in numbers or in an object, a file, a name."""
+REFUSING = (
+    "algorithms",
+    "flow",
+    "forms",
+    "kernels",
+    "nn",
+    "ops",
+    "passes",
+    "quantizers",
+    "runtimes",
+    "targets",
+    "tuning",
+)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) in REFUSING], ids=module_name)
+def test_there_is_one_way_to_refuse(path):
+    """``Refusal``: no reason as a bare text, and no exception for an answer of a file's own."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef) and node.returns is not None and node.name not in NO_REFUSAL:
+            assert "str" not in ast.unparse(node.returns).split(" | ")[1:], f"{node.name} gives a text where it refuses"
+            assert not ast.unparse(node.returns).startswith("str |"), f"{node.name} gives a text where it refuses"
+        if isinstance(node, ast.ClassDef):
+            assert not {ast.unparse(base) for base in node.bases} & {"Exception", "BaseException"}, node.name
+
+
 RENAMED = {
+    "QDQ": r"exchange(?!d\b)",
+    "PT2E, quantized_decomposed": r"\bdecomposed (model|graph|level)\b",
     "eager recorder": r"\bwitness",
+    "guards": r"\bquestions?\b",
+    "guard validation": r"\btrials\b",
     "MACs inside islands": r"\bown[_ ]work\b",
-    "epilogue": r"\b(its|their|layer's) way out\b",
-    "quantize and dequantize at the border": r"\bdoors?\b",
-    "output slice": r"\bhomes?\b(?!\(\))",
+    "default attributes": r"\bimplied\b",
+    "Q/DQ at Concat inputs": r"\bthe joins\b|round(s|ings?)? (of|at|the) joins\b",
     "interleaved": r"woven|\bin turns\b(?! (to|of))",
-    "packing tiles": r"\bbundles?\b|\bquads?\b",
+    "quantize and dequantize at the border": r"\bdoors?\b",
+    "epilogue": r"\b(its|their|layer's) way out\b",
+    "output slice": r"\bhomes?\b(?!\(\))",
+    "taps": r"\b(window|kernel)s?'s? points?\b|\bpoints? (of|in) (a|the|its|their) (window|kernel)s?\b",
+    "KR, NR, packing tiles": r"\bbundles?\b|\bquads?\b",
     "padding regions": r"\bzones?\b",
+    "storage, layout": r"\bhow (it|they|a tensor|a tensor of integers) (is|are) held\b",
     "per channel, per row, per node": r"\b(one|scale|number|entry|line|factor|row) an? (in|out)?(put )?"
     r"(channel|row|node|head|slice|column|axis|layer|tensor)\b",
 }
-"""The field's words, and what stood in their place."""
+"""The field's words, and what stood in their place; every line of the glossary."""
+OLD_STEMS = {
+    "exchange",
+    "witness",
+    "questions",
+    "trials",
+    "own_work",
+    "implied",
+    "joins",
+    "turns",
+    "door",
+    "home",
+    "zones",
+}
+KEPT_PATHS = {"passes/to_exchange.py": "scripts written before the word have it"}
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".h", ".cpp", ".js", ".css")]
+    for path in [*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        name = str(path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT))
+        if name not in KEPT_PATHS:
+            yield name, path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("word", RENAMED)
 def test_the_fields_words_are_used(word):
-    files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".h", ".cpp")]
     found = [
-        f"{p.name}:{i}"
-        for p in files
-        for i, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1)
+        f"{name}:{i}"
+        for name, text in texts()
+        for i, line in enumerate(text.splitlines(), 1)
         if re.search(RENAMED[word], line, re.IGNORECASE) and "belongs to" not in line
     ]
     assert not found, f"write {word!r} in {', '.join(found[:8])}"
+
+
+def test_files_and_levels_have_the_fields_names():
+    from fxquant.graph.leveled import LEVELS
+
+    stems = {p.stem for p in PACKAGE.rglob("*.py") if str(p.relative_to(PACKAGE)) not in KEPT_PATHS}
+    assert not [name for name in (*stems, *LEVELS) if OLD_STEMS & {name, *name.split("_")}]

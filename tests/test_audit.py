@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import Recipe, Scheme, Setting
 from fxquant.kernels.audit import AuditFinding, LayerAudit
-from fxquant.kernels.saturation import largest_sum, weight_rows
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.kernels.saturation import largest_sum
+from fxquant.nn.accumulating import IntegerWeighted, weight_rows
 from fxquant.nn.integer import Quantize
 
 SEVEN_BITS = Scheme(bits=7, symmetric=True, signed=True, per_channel=True, narrow_range=True)

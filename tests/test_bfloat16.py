@@ -18,11 +18,11 @@ from fxquant import Op, Recipe
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError, RecipeError
 from fxquant.export.interleaved_timing import InterleavedTimes
-from fxquant.export.sessions import has_bfloat16, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.graph.text import graph_text
 from fxquant.runtimes import RUNTIMES
 from fxquant.runtimes import openvino as sessions
+from fxquant.runtimes.openvino import has_bfloat16, openvino_session
 from fxquant.tuning import placement
 from fxquant.tuning.regions import HALF, Region, half_regions, regions_of
 from fxquant.tuning.search import INT8, Kept, Search

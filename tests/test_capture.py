@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import traps
+from size_traps import IfHeight, SizeAsKernel
+from state_traps import PythonCounter
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from traps import TRAPS, Trap, images, normal, rows
+from trap_inputs import ConvNet, Perceptron, Trap, images, normal, rows
+from traps import TRAPS
+from value_traps import ValueGate, ValueGateInside
 
 import fxquant
 from fxquant.capture.islands import graphs_of, islands_of, specializations_of
@@ -296,7 +299,7 @@ def test_the_model_given_is_left_as_it_was(name):
 
 
 def test_a_later_input_may_not_contradict_a_specialization():
-    model = traps.IfHeight().eval()
+    model = IfHeight().eval()
     prepared = fxquant.prepare(model, images(2), qat=True)
     found = specializations_of(prepared)
     assert found and all(s.text for s in found)
@@ -309,12 +312,12 @@ def test_a_later_input_may_not_contradict_a_specialization():
 
 
 def test_what_holds_for_every_input_is_no_specialization():
-    prepared = fxquant.prepare(traps.ConvNet().eval(), images(2), qat=True)
+    prepared = fxquant.prepare(ConvNet().eval(), images(2), qat=True)
     assert specializations_of(prepared) == () and islands_of(prepared) == ()
 
 
 def test_a_size_given_to_torch_stays_a_size():
-    model = traps.SizeAsKernel().eval()
+    model = SizeAsKernel().eval()
     prepared = fxquant.prepare(model, images(2), qat=True).eval()
     assert specializations_of(prepared) == () and islands_of(prepared) == ()
     with fxquant.quantizers_off(prepared):
@@ -340,7 +343,7 @@ def test_what_a_layer_of_torch_asks_is_found_in_that_layer_and_costs_no_float_op
 def test_a_scripted_model_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted = torch.jit.script(traps.Perceptron())
+        scripted = torch.jit.script(Perceptron())
     with pytest.raises(InputError, match="TorchScript"):
         fxquant.prepare(scripted, rows(2), qat=True)
 
@@ -366,12 +369,12 @@ def test_an_example_that_does_not_fit_is_refused(name):
 # Leaves and islands.
 
 
-@pytest.mark.parametrize("leaf", ["gate", traps.ValueGate, "stem", traps.ConvNet], ids=str)
+@pytest.mark.parametrize("leaf", ["gate", ValueGate, "stem", ConvNet], ids=str)
 def test_leaves_stay_untouched(leaf):
     torch.manual_seed(3)
-    model = traps.ValueGateInside().eval()
+    model = ValueGateInside().eval()
     prepared = fxquant.prepare(model, images(4), qat=True, leaves=(leaf,))
-    path = leaf if isinstance(leaf, str) else {traps.ValueGate: "gate", traps.ConvNet: "stem"}[leaf]
+    path = leaf if isinstance(leaf, str) else {ValueGate: "gate", ConvNet: "stem"}[leaf]
     part, given = prepared.get_submodule(path), model.get_submodule(path)
     assert type(part) is type(given)
     assert [(n, type(m)) for n, m in part.named_modules()] == [(n, type(m)) for n, m in given.named_modules()]
@@ -381,7 +384,7 @@ def test_leaves_stay_untouched(leaf):
 
 def test_leaves_that_match_nothing_are_refused():
     with pytest.raises(FxquantError, match="nowhere"):
-        fxquant.prepare(traps.ConvNet().eval(), images(2), qat=True, leaves=("nowhere",))
+        fxquant.prepare(ConvNet().eval(), images(2), qat=True, leaves=("nowhere",))
 
 
 @pytest.mark.parametrize(
@@ -414,12 +417,12 @@ def test_an_island_keeps_the_users_class_and_attributes():
     fresh = copy.deepcopy(prepared)
     assert fresh.calls == 0
     fresh(*rows(4)), fresh(*rows(4))
-    assert fresh.calls == 2 and isinstance(fresh, traps.PythonCounter)
+    assert fresh.calls == 2 and isinstance(fresh, PythonCounter)
 
 
 def test_a_recording_hook_records_each_call():
     seen: list[Tensor] = []
-    model = traps.ConvNet().eval()
+    model = ConvNet().eval()
     handle: RemovableHandle = model.conv.register_forward_hook(lambda module, args, output: seen.append(output))
     prepared = fxquant.prepare(model, images(2), qat=True)
     assert all(type(t) is Tensor for t in seen), "the hook was given something other than a tensor"

@@ -13,13 +13,13 @@ from op_cases import mostly_long
 from PIL import Image
 
 import fxquant
+from fxquant.behaviour import FloatOnly, Measuring
 from fxquant.cli import main
-from fxquant.export.sessions import onnxruntime_session
 from fxquant.export.to_executorch import executorch_session
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
-from fxquant.ops.behaviour import FloatOnly, Measuring
 from fxquant.ops.table import TABLE
+from fxquant.runtimes.onnxruntime import onnxruntime_session
 
 SPEC = f"{Path(__file__).parent / 'golden' / 'model.py'}:Sample"
 SIZE = ["--resize", "8", "--crop", "8"]

@@ -14,9 +14,10 @@ from torchvision.models import swin_transformer as swin
 
 import fxquant
 from fxquant import Recipe, Scheme, Setting
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.nn.integer import Quantize
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 PER_TENSOR = Setting(weight=Scheme(bits=8, symmetric=True, signed=True, per_channel=False, narrow_range=True))
 RECIPES = {"per channel": Recipe(), "per tensor": Recipe([(nn.Linear, PER_TENSOR)])}

@@ -82,14 +82,14 @@ model, x = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.
 prepared = fxquant.calibrate(fxquant.prepare(model, x, target="onnx_reference"), [x], progress=False)
 compiled, exact = fxquant.compile(prepared, x, runtime="onnx_reference"), fxquant.convert(prepared, kernels="reference")
 assert (compiled(x) - exact(x)).abs().max() < 1e-5 * exact(x).abs().max(), (compiled(x) - exact(x)).abs().max()
-from fxquant.export.runtimes import RUNTIMES
+from fxquant.runtimes import RUNNABLE as RUNTIMES
 print(*RUNTIMES)
 """,
     "Add a form": """
 import torch, fxquant
 from fxquant.export import export_program
 from fxquant.passes.to_decomposed import to_decomposed
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ assert (on_torch(x) - exact(x)).abs().max() <= step
 (kernel,) = (k for p, k in fxquant.coverage(on_torch).kernels.items() if "maximum" in p)
 assert kernel == "float32 inside", kernel
 done.append("torch")
-for write in (to_exchange, to_decomposed):
+for write in (to_qdq, to_decomposed):
     assert (write(exact)(x) - exact(x)).abs().max() <= step
     done.append(write.__name__.removeprefix("to_"))
 assert (fxquant.compile(exact, x, runtime="onnxruntime")(x) - exact(x)).abs().max() <= step
@@ -141,7 +141,7 @@ print(fxquant.diff(model, prepared))
 }
 SAYS = {
     "Add a runtime": "onnx_reference",
-    "Add a form": "reference, torch, exchange, decomposed, onnxruntime",
+    "Add a form": "reference, torch, qdq, decomposed, onnxruntime",
     "Add a quantizer": "s4 per-channel log_lsq",
 }
 

@@ -10,6 +10,7 @@ import torch
 
 from fxquant import processor
 from fxquant.cli import main
+from fxquant.errors import Refusal
 from fxquant.export import doctor as doctor_module
 from fxquant.export.doctor import doctor
 from fxquant.installed import is_installed
@@ -33,7 +34,7 @@ def test_this_machine():
 
 def test_what_is_not_here_is_named_with_its_cure(monkeypatch):
     for module in (doctor_module, native):
-        monkeypatch.setattr(module, "missing", lambda: "no C++ compiler was found")
+        monkeypatch.setattr(module, "missing", lambda: Refusal("no C++ compiler was found"))
     monkeypatch.setattr(pytorch, "operators", lambda: None)
 
     def absent(name: str) -> str:

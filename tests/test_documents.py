@@ -45,7 +45,7 @@ def test_the_first_screen_shows_how_to_run_the_demo_and_the_tests():
     assert len(blocks("python")[0].strip().splitlines()) <= 9
 
 
-TRAINERS = ("accelerate_loop", "hf_trainer", "lightning_trainer", "timm_ema")
+TRAINERS = ("accelerate_loop", "ddp", "hf_trainer", "lightning_trainer", "timm_ema")
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,9 @@ def test_the_choice_is_saved(spiky, tmp_path):
         assert torch.equal(fxquant.load(model, tmp_path / "auto.pt")(batches[0]), before)
         assert torch.equal(copy.deepcopy(prepared)(batches[0]), before)
     for own in (part for part in prepared.modules() if isinstance(part, FakeQuantize)):
-        choice = own.range_state()["choice"].clone()
+        choice = own.range_state()["auto"].clone()
         own.reset()
-        assert torch.equal(own.range_state()["choice"], choice)
+        assert torch.equal(own.range_state()["auto"], choice)
     named = fxquant.Setting(activation=Scheme(estimator="percentile:99.5"))
     other = fxquant.calibrate(fxquant.prepare(model, batches[0], recipe=named), batches, progress=False)
     fxquant.save(other, tmp_path / "percentile.pt")

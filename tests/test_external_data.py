@@ -20,9 +20,10 @@ import fxquant
 from fxquant import Recipe, Scheme, Setting
 from fxquant.demo import DigitNet
 from fxquant.errors import ExportError, InputError
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.onnx import files
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -15,24 +15,26 @@ from torch import Tensor, nn
 import fxquant
 import fxquant.nn
 from fxquant import Recipe
-from fxquant.errors import ExportError, LevelError
+from fxquant.capture.islands import graphs_of
+from fxquant.errors import ExportError, LevelError, Refusal
+from fxquant.export import finding
 from fxquant.export.qdq_model import QdqModel
 from fxquant.export.to_onnx import make_onnx
-from fxquant.forms import FORMS, Form, Lacking, RealForm, TorchKernel, register_form
+from fxquant.forms import FORMS, Form, RealForm, TorchKernel, register_form
+from fxquant.kernels.audit import audit
 from fxquant.kernels.native import library
 from fxquant.kernels.native.lines import tabulated
 from fxquant.kernels.native.model import NativeModel
-from fxquant.kernels.native.weights import Unfit
 from fxquant.kernels.place import Step
 from fxquant.kernels.quantized import in_float32, taken_by
 from fxquant.kernels.quantized import rounded as rounded_on_torch
 from fxquant.nn.form import FACES, Computation, own_function
-from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerOp, Quantize, Site
+from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerOp, Multipliers, Quantize, Site
 from fxquant.numerics.requantize import requantize
 from fxquant.ops.table import TABLE
 from fxquant.passes.levels import check
 from fxquant.passes.to_decomposed import to_decomposed
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
 
 needs_native = pytest.mark.skipif(library.missing() is not None, reason=f"no native kernels: {library.missing()}")
 
@@ -90,11 +92,9 @@ class Squares(IntegerOp):
         return self.emit(requantize(self.centred(q) ** 2, self.multiplier, self.shift, rounding=self.rounding))
 
 
-def squares_step(place: Any) -> Step | None:
+def squares_step(place: Any) -> Step:
     """torch has no square of quint8: in float32, which holds it exactly."""
     taken, given = place.input_form(0), place.output_form()
-    if taken is None or given is None:
-        return None
     run = rounded_on_torch(place, lambda q, **_: q.dequantize() ** 2, given)
     return Step(run, given, "squares in float32", taken_by(place, taken))
 
@@ -104,7 +104,7 @@ SQUARES = Form(
     real=RealForm(own_function, ("multiplier", "shift")),
     torch=TorchKernel(squares_step, in_float32),
     native=tabulated,
-    operators=Lacking("the standard has no square of integers"),
+    operators=Refusal("the standard has no square of integers"),
 )
 
 
@@ -164,7 +164,7 @@ def test_a_form_from_outside_runs_natively_and_on_torch(monkeypatch):
 def test_a_form_from_outside_is_written(monkeypatch):
     exact = converted(monkeypatch, "square", Squares, SQUARES, Net(), kernels="reference")
     largest = exact(X).abs().max()
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         made = check(write(exact), by=write.__name__)
         assert (made(X) - exact(X)).abs().max() < 1e-2 * largest, write.__name__
     program = fxquant.export.export_program(exact, X, form="decomposed").module()
@@ -177,9 +177,9 @@ def test_a_form_from_outside_is_written(monkeypatch):
 @pytest.mark.parametrize("lacking", ["torch", "native", "real"])
 def test_a_face_that_a_form_lacks_is_said(monkeypatch, lacking):
     reason = "nobody has written it so far, sorry"
-    integer = converted(monkeypatch, "square", Squares, replace(SQUARES, **{lacking: Lacking(reason)}), Net())
+    integer = converted(monkeypatch, "square", Squares, replace(SQUARES, **{lacking: Refusal(reason)}), Net())
     if lacking == "real":
-        for write in (to_exchange, to_decomposed, QdqModel):
+        for write in (to_qdq, to_decomposed, QdqModel):
             with pytest.raises(ExportError, match=rf"Squares of op 'square' cannot be written(.|\n)*{reason}"):
                 write(integer)
     else:
@@ -192,8 +192,34 @@ def test_a_face_that_a_form_lacks_is_said(monkeypatch, lacking):
             "reference"
         )
     if lacking == "native" and library.missing() is None:
-        with pytest.raises(Unfit):
+        with pytest.raises(Refusal):
             NativeModel(reference)(X)
+
+
+class Halved(Squares):
+    """A square that says of its multiplier what becomes of the result without it."""
+
+    multiplies = "tensors"
+
+    def requantized_by(self) -> Multipliers:
+        own = super().requantized_by()
+        assert own is not None
+        return replace(own, without="it is dark")
+
+
+def test_an_audit_and_a_finding_ask_the_form_itself(monkeypatch):
+    """A form from outside is audited as it says; one that sums products of tensors is named where those saturate."""
+    for form, repair in ((Squares, "its result is the zero point"), (Halved, "it is dark")):
+        integer = converted(monkeypatch, "square", form, None, Net(), kernels="reference")
+        assert not audit(graphs_of(integer).values()).findings
+        (path,) = [path for path, part in integer.named_modules() if type(part) is form]
+        integer.get_submodule(path).multiplier.zero_()
+        (found,) = audit(graphs_of(integer).values()).findings
+        assert (found.path, found.kind, found.repair) == (path, "scale", repair)
+        for part in integer.modules():
+            if isinstance(part, Quantize):
+                part.scheme = replace(part.scheme, signed=True)
+        assert finding._signed_products(integer) == ([path] if form is Halved else [])
 
 
 # --- what would be lost ------------------------------------------------------------------------------------------------
@@ -242,7 +268,7 @@ def norm_net() -> nn.Module:
 @pytest.mark.parametrize("form", LOST)
 def test_what_an_unknown_form_holds_is_never_lost(monkeypatch, form):
     integer = converted(monkeypatch, "layer_norm", form, None, norm_net())
-    for write in (to_exchange, to_decomposed, QdqModel):
+    for write in (to_qdq, to_decomposed, QdqModel):
         with pytest.raises(ExportError, match=f"{form.__name__} of op 'layer_norm' cannot be written"):
             write(integer)
 
@@ -266,7 +292,7 @@ def test_a_face_that_takes_all_over_is_right(monkeypatch):
 
     form = Form(arithmetic=Gained, real=RealForm(computation, ("gain", "input_scale", "output_scale")))
     integer = converted(monkeypatch, "layer_norm", Gained, form, norm_net(), kernels="reference")
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         made = check(write(integer), by=write.__name__)
         assert (made(X) - integer(X)).abs().max() < 0.05 * integer(X).abs().max(), write.__name__
 

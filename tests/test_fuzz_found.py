@@ -63,7 +63,7 @@ FOUND: dict[str, tuple[str, str, str]] = {
         "g = torch.linspace(-1, 1, x.shape[2]); g = torch.stack(torch.meshgrid(g, g, indexing='ij'));"
         " return self.c(torch.cat([x, g.expand(x.shape[0], -1, -1, -1)], 1))",
     ),
-    # torch's ONNX exporter refuses attention without an axis for heads (ops/exchange_forms.py).
+    # torch's ONNX exporter refuses attention without an axis for heads (ops/exported_forms.py).
     "attention without heads": (
         TOKENS,
         "self.q = nn.Linear(8, 24)",
@@ -194,7 +194,7 @@ FOUND: dict[str, tuple[str, str, str]] = {
         "self.b = Branch(6); self.f = nn.Linear(6, 4)",
         "y = x.max(-2).values; z = self.b(y); v = y[:, :1]; v.mul_(2); return z, self.f(y * 1.5)",
     ),
-    # ONNX has no squeeze of an axis of more than one element, which torch lets be (ops/exchange_forms.py).
+    # ONNX has no squeeze of an axis of more than one element, which torch lets be (ops/exported_forms.py).
     "a squeeze of what is not one": (
         IMAGE,
         "self.c = nn.Conv2d(4, 4, 1)",

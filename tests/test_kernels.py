@@ -452,6 +452,18 @@ def test_what_the_native_kernels_lack_is_called_in_torch():
     assert fxquant.coverage(integer).kernels["fc"] in [engine.name for engine in operators().engines]
 
 
+def test_an_op_without_a_kernel_of_torchs_says_why():
+    """Those that run by the reference are exactly those that are refused, each with the op, and the reason in words."""
+    recipe = fxquant.Recipe([("point", fxquant.Setting(activation=Scheme(bits=12)))])
+    integer, x = converted(Mixed(), signal(4, 3, 32, 32), recipe=recipe, kernels="torch"), signal(2, 3, 24, 40)
+    integer(x)
+    (program,) = runner_of(integer).programs.values()
+    plain = {name for name, kernel in program.kernels.items() if kernel.startswith("reference")}
+    assert plain and plain == set(program.refusals)
+    assert all(refusal.where == name for name, refusal in program.refusals.items())
+    assert str(program.refusals["point"]) == "point: its result is torch.int16"
+
+
 @needs_native
 def test_what_a_model_refuses_it_refuses_with_its_own_words():
     integer = converted(Mixed(), signal(4, 3, 32, 32), kernels="auto")

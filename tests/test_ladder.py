@@ -206,6 +206,7 @@ def test_a_run_goes_on_with_the_same_model_and_settings_alone(kind, tmp_path):
         fxquant.auto(tiny(**other)[0], data, **{**settings, **given})
 
 
+@pytest.mark.long
 def test_a_key_is_the_same_in_every_process():
     """Sets of strings have another order in each, and functions another address."""
     code = (

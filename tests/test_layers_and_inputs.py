@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from traps import normal
+from trap_inputs import normal
 
 import fxquant
 from fxquant.errors import SpecializationError

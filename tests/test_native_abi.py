@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native import library
 from fxquant.kernels.native.abi import differences, layout_of
 
@@ -82,5 +83,5 @@ def test_numbers_of_kinds_and_flags_are_held_too(handle):
 
 def test_a_library_that_differs_is_not_loaded(handle, monkeypatch):
     monkeypatch.setitem(library._STRUCTURES, "Step", swapped(library.Step, "weight", "bias"))
-    with pytest.raises(library._UnusableError, match=r"reads other structures than fxquant fills: .*Step\.weight is"):
+    with pytest.raises(Refusal, match=r"reads other structures than fxquant fills: .*Step\.weight is"):
         library._open(library.chosen_set())

@@ -15,8 +15,9 @@ from native_parts import SIGNED, conv, linear_parts, of_kind, require_same_or_re
 from torch import Tensor, nn
 
 from fxquant import Recipe
+from fxquant.errors import Refusal
 from fxquant.kernels.native import library
-from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.native.model import NativeModel
 from fxquant.nn.integer import IntegerEvaluate, IntegerLinearMap
 
 REASON = library.missing()
@@ -304,7 +305,7 @@ def test_what_is_unusual_is_right_or_refused(name):
     integer = integers_of(model, x)
     try:
         found = NativeModel(integer)(x)
-    except Unfit as reason:
+    except Refusal as reason:
         assert str(reason).count(" ") > 3, reason
         covered(f"shape: {name}", integer, {str(reason)})
         return

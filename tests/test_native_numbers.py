@@ -12,8 +12,9 @@ from native_parts import FORMS, SIGNED, mixed, of_kind, require_same_or_reason, 
 from torch import Tensor, nn
 
 from fxquant import Recipe, Scheme, Setting
+from fxquant.errors import Refusal
 from fxquant.kernels.native import library
-from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.nn.accumulating import IntegerProduct, IntegerSum
 
@@ -190,7 +191,7 @@ def test_scales_far_apart_are_right_or_refused():
                 part.shift.fill_(shift)
             try:
                 native = NativeModel(integer)
-            except Unfit as reason:
+            except Refusal as reason:
                 assert "too far apart" in str(reason) or "vanishes" in str(reason), reason
                 continue
             assert torch.equal(native(x), integer(x)), form

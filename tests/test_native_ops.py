@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Scheme
+from fxquant.errors import Refusal
 from fxquant.kernels.native import library
-from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.native.model import NativeModel
 
 REASON = library.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels here: {REASON}")
@@ -37,7 +38,7 @@ def test_every_op_is_right_or_refused(name, signed):
         call = inputs_like(example, rows, seed=5)
         try:
             found = NativeModel(integer)(*call)
-        except Unfit as reason:
+        except Refusal as reason:
             assert REFUSED.match(str(reason)), reason
             reasons.add(str(reason))
             continue
@@ -106,7 +107,7 @@ def test_views_are_right_or_refused(name, recipe):
     for call in (x, signal(3, 5, 4, 9), signal(2, 5, 5, 3)):
         try:
             require_same(integer, (call,))
-        except Unfit as reason:
+        except Refusal as reason:
             assert REFUSED.match(str(reason)), reason
             reasons.add(str(reason))
     covered(f"view: {name}, {'signed' if recipe is SIGNED else 'unsigned'}", integer, reasons)
@@ -170,7 +171,7 @@ def test_models(name):
     try:
         native = NativeModel(integer)
         native(x)
-    except Unfit as reason:
+    except Refusal as reason:
         assert name not in NATIVE_MODELS and REFUSED.match(str(reason)), reason
         return
     for call in (x, zoo.images(1, seed=5), zoo.images(3, seed=6)[:, :, :40, :56]):

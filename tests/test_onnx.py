@@ -34,27 +34,28 @@ import fxquant
 from fxquant import FxquantError, Op, Recipe, Scheme, installed
 from fxquant.capture.islands import islands_of, map_graphs, specializations_of
 from fxquant.errors import CalibrationError, ExportError, InputError, LevelError, MissingPackageError
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.nn.qdq import Rounding
 from fxquant.onnx import files
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-def exchange_of(frozen: Any) -> Any:
-    return map_graphs(fxquant.convert(frozen), to_exchange).eval()
+def qdq_of(frozen: Any) -> Any:
+    return map_graphs(fxquant.convert(frozen), to_qdq).eval()
 
 
 @pytest.mark.parametrize("name", COMPUTING)
-def test_the_exchange_form_is_the_frozen_model_bit_for_bit(name):
+def test_the_qdq_form_is_the_frozen_model_bit_for_bit(name):
     example, frozen = example_of(name), frozen_example(name)
     for rows, gain in ((2, 1.0), (5, 1.7)):
         inputs = inputs_like(example, rows, 51, gain)
-        assert_same_bits(run(exchange_of(frozen), inputs), run(frozen, inputs), name)
+        assert_same_bits(run(qdq_of(frozen), inputs), run(frozen, inputs), name)
 
 
 QUICK = (

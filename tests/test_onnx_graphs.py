@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import installed
 from fxquant.export import program
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

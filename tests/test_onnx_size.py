@@ -16,10 +16,10 @@ from op_cases import prepared_of, run
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.export.sessions import onnxruntime_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 from fxquant.onnx.default_attributes import drop_copies, drop_defaults, drop_zero_points
 from fxquant.onnx.names import integers_name
+from fxquant.runtimes.onnxruntime import onnxruntime_session
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import installed
 from fxquant.errors import ExportError, InputError
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 from fxquant.onnx.concat_inputs import round_before_joining
 from fxquant.onnx.fixed_sizes import takes_fixed_sizes
 from fxquant.runtimes import openvino as sessions
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -200,7 +201,7 @@ JOINED = {
 RUN = """
 import sys
 import torch
-from fxquant.export.sessions import openvino_session
+from fxquant.runtimes.openvino import openvino_session
 for path in sys.argv[1:]:
     with open(path, "rb") as file:
         session = openvino_session(file.read(), 1)

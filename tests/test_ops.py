@@ -29,9 +29,9 @@ from torch import fx, nn
 
 import fxquant
 from fxquant import Op, Recipe, Scheme, Setting
+from fxquant.behaviour import Weighted
 from fxquant.nn.integer import IntegerOp
 from fxquant.numerics.requantize import ROUNDINGS
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.example import Example
 from fxquant.ops.table import TABLE

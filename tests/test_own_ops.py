@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.behaviour import Passing, Rescaling, Weighted
 from fxquant.capture.kept import _FUNCTIONS, KEPT_CLASSES, KEPT_WHOLE
+from fxquant.errors import InputError, Refusal
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, IntegerTable
 from fxquant.ops import entry as entries
-from fxquant.ops.behaviour import Passing, Rescaling, Weighted
 from fxquant.ops.entry import ENTRIES, OpEntry
 from fxquant.ops.example import example
 from fxquant.ops.table import _index
@@ -198,8 +199,11 @@ def test_what_cannot_be_used_says_why():
     assert "called with beta=3" in reasons(Net(Keyed()))
     enter("formless", formless, integer=None)
     assert "the entry of formless has no integer form" in reasons(Net(formless))
-    enter("picky", picky, check=lambda call: "it is too warm")
+    enter("picky", picky, check=lambda call: Refusal("it is too warm"))
     assert "it is too warm" in reasons(Net(picky))
+    enter("curt", curt, check=lambda call: "it is too warm")
+    with pytest.raises(InputError, match=r"the check of op 'curt' gave 'it is too warm'(.|\n)*Refusal\(why\)"):
+        reasons(Net(curt))
 
 
 def formless(input: Tensor) -> Tensor:
@@ -208,6 +212,10 @@ def formless(input: Tensor) -> Tensor:
 
 def picky(input: Tensor) -> Tensor:
     return torch.cos(input) * 0.9
+
+
+def curt(input: Tensor) -> Tensor:
+    return torch.cos(input) * 0.8
 
 
 class Keyed(nn.Module):

@@ -26,7 +26,6 @@ from fxquant.export import runtimes, to_onnx
 from fxquant.export.agreement import together
 from fxquant.export.finding import finding
 from fxquant.export.interleaved_timing import InterleavedTimes
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
 from fxquant.export.tolerance import exact_outputs, least_sqnr
 from fxquant.installed import is_installed
@@ -34,6 +33,8 @@ from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.pairs import LIMIT, channel_pairs, scale_factor, two_largest
 from fxquant.runtimes import runtime
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 from fxquant.targets import PROCESSORS, TARGETS, X86, Target
 
 WEIGHT = {"symmetric": True, "signed": True, "narrow_range": True}

@@ -28,7 +28,7 @@ from fxquant.nn.integer import IntegerOp, Site
 from fxquant.passes import levels
 from fxquant.recipe import Recipe
 
-NOT_PASSES = ("facts", "levels", "real_forms", "verification")
+NOT_PASSES = ("facts", "finite", "levels", "to_exchange", "verification")
 FILES = [m.name for m in pkgutil.iter_modules(fxquant.passes.__path__) if m.name not in NOT_PASSES]
 
 
@@ -95,13 +95,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "drop_quantizers": (partial(Classifier, pools=True), IMAGE, False),
     "freeze": (Normalized, IMAGE, True),
     "to_integer": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
-    "to_exchange": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
+    "to_qdq": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
     "to_decomposed": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
 }
 """For each pass that changes the graph: the model of its docstring, its input, and whether it is trained."""
 
 
-LAST = ("to_exchange", "to_decomposed")
+LAST = ("to_qdq", "to_decomposed")
 """The passes that each take an integer graph."""
 
 
@@ -250,7 +250,7 @@ def node_named(module: LeveledModule, name: str) -> Any:
 def given(level: str) -> LeveledModule:
     way = way_of(Lawful().eval(), IMAGE, qat=False)
     takes = {"captured": "canonicalize", "canonical": "drop_noops", "prepared": "freeze", "frozen": "to_integer"}
-    takes["integer"] = "to_exchange"
+    takes["integer"] = "to_qdq"
     module = way[takes[level]][0] if level in takes else way[f"to_{level}"][1]
     assert module.level == level
     return copy.deepcopy(module)
@@ -346,7 +346,7 @@ BROKEN = [
     ("integer", "integers_between", reads_float, "conv"),
     ("integer", "integers_between", leaves_integers, "output"),
     ("integer", "state_can_be_written", holds_more, "conv"),
-    ("exchange", "nothing_integer", still_integer, "conv"),
+    ("qdq", "nothing_integer", still_integer, "conv"),
     ("decomposed", "nothing_integer", still_integer, "conv"),
 ]
 

@@ -31,10 +31,11 @@ from torch.nn import functional as F
 import fxquant
 from fxquant import Scheme, installed, processor
 from fxquant.errors import InputError
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import OnnxFile, make_onnx
 from fxquant.onnx.integer_moves import move_integers
 from fxquant.onnx.qoperators import to_qoperators
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Recipe, Scheme, Setting
-from fxquant.errors import CheckpointError, LevelError, RecipeError, SchemeError
+from fxquant.errors import CheckpointError, LevelError, RecipeError, Refusal, SchemeError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.gradients import fake_quantize
 from fxquant.numerics.ranges import ESTIMATOR, MinMax
@@ -299,16 +299,23 @@ def test_a_rule_without_a_class_for_it_or_that_refuses_the_scheme_is_refused_at_
         RecipeError, match=r"first has the weight scheme s4 .* pact, and pact is a rule for tensors only"
     ):
         fxquant.prepare(user, X, qat=True, recipe=recipe("pact", "pact", bits=4))
-    register("even", weight=RoundedUp, refuses=lambda scheme, kind: "it has even bits" if scheme.bits % 2 else None)
+    register(
+        "even", weight=RoundedUp, refuses=lambda scheme, kind: Refusal("it has even bits") if scheme.bits % 2 else None
+    )
     with pytest.raises(RecipeError, match=r"scheme s5 .* even, and it has even bits(.|\n)*another weight scheme"):
         fxquant.prepare(user, X, qat=True, recipe=recipe("observed", "even", bits=5))
     with pytest.raises(RecipeError, match=r"x has the activation scheme .* even is a rule for weights only"):
         fxquant.prepare(user, X, qat=True, recipe=recipe("even", "even", bits=4))
     assert all(torch.equal(before[k], v) for k, v in user.state_dict().items())
+    register("curt", weight=RoundedUp, refuses=lambda scheme, kind: "it has even bits")
+    with pytest.raises(SchemeError, match=r"'curt': refuses\(s5 .*, 'weight'\) gave 'it has(.|\n)*Refusal\(why\)"):
+        fxquant.prepare(user, X, qat=True, recipe=recipe("observed", "curt", bits=5))
+    with pytest.raises(SchemeError, match=r"'dull': simulates='it is'. Give fxquant.errors.Refusal\(why\)"):
+        register("dull", weight=RoundedUp, simulates="it is")
 
 
 def test_a_rule_that_is_simulated_trains_and_is_refused_where_integers_are_made(tmp_path):
-    register("soft", weight=RoundedUp, simulates="its levels are no multiples of one number")
+    register("soft", weight=RoundedUp, simulates=Refusal("its levels are no multiples of one number"))
     prepared = fxquant.prepare(model(), X, qat=True, recipe=recipe("observed", "soft"))
     train(prepared)
     assert "weight simulated by soft, no integers: its levels" in str(fxquant.diff(model(), prepared))

@@ -13,13 +13,15 @@ import fxquant
 from fxquant import Op, Recipe
 from fxquant.errors import ExportError, LevelError
 from fxquant.export.qdq_model import QdqModel
+from fxquant.forms.weighted import real_scales
 from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.form import FORMS as ENTERED
+from fxquant.nn.form import Computation, Form, RealForm, computation_of, lost_state
 from fxquant.nn.integer import IntegerEvaluate, IntegerLinearMap, IntegerOp, IntegerPass, IntegerTable, Site
 from fxquant.ops.table import TABLE
 from fxquant.passes.levels import check
-from fxquant.passes.real_forms import REAL_FORMS, Computation, RealForm, computation_of, lost_state, real_scales
 from fxquant.passes.to_decomposed import to_decomposed
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
 
 
 class Inside(IntegerOp):
@@ -106,7 +108,7 @@ def integer(monkeypatch: pytest.MonkeyPatch, op: str, form: Any, module: nn.Modu
 def test_an_unknown_form_is_refused_wherever_it_would_be_written(monkeypatch, tmp_path, name):
     op, form, module = FORMS[name]
     converted, x = integer(monkeypatch, op, form, module())
-    for write in (to_exchange, to_decomposed, QdqModel):
+    for write in (to_qdq, to_decomposed, QdqModel):
         with pytest.raises(ExportError, match=rf"{form.__name__} of op '{op}' cannot be written") as caught:
             write(converted)
         assert "what to do: register it" in str(caught.value)
@@ -125,11 +127,11 @@ def test_a_registered_form_is_written_with_its_parameters(monkeypatch):
     def computation(part: Inside, input_scale: float) -> Computation:
         return computation_of(part.inside, input_scale)
 
-    monkeypatch.setitem(REAL_FORMS, Inside, RealForm(computation, ("inside",)))
+    monkeypatch.setitem(ENTERED, Inside, Form(arithmetic=Inside, real=RealForm(computation, ("inside",))))
     converted, x = integer(monkeypatch, "layer_norm", Inside, nn.LayerNorm(8))
     step = float(next(p for p in converted.modules() if type(p) is Inside).scale)
     expected = converted(x)
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         made = check(write(converted), by=write.__name__)
         assert (made(x) - expected).abs().max() < 3 * step, write.__name__
 
@@ -142,7 +144,7 @@ def test_a_known_form_with_more_state_breaks_the_law(monkeypatch, op, form, modu
 
 def test_a_table_of_another_function_is_not_written_as_its_op(monkeypatch):
     converted, _ = integer(monkeypatch, "gelu", retabulated, nn.GELU())
-    for write in (to_exchange, to_decomposed):
+    for write in (to_qdq, to_decomposed):
         with pytest.raises(ExportError, match="'gelu' does not hold the values of its function"):
             write(converted)
 
@@ -158,7 +160,7 @@ def test_every_form_of_the_table_holds_what_it_is_written_with(name):
     prepared = fxquant.prepare(example.module.eval(), example.inputs, recipe=rounded(name))
     made = fxquant.convert(fxquant.calibrate(prepared, [example.inputs], progress=False))
     forms = [part for part in made.modules() if isinstance(part, IntegerOp)]
-    assert forms and all(type(part) in REAL_FORMS and not lost_state(part) for part in forms)
+    assert forms and all(isinstance(ENTERED[type(part)].real, RealForm) and not lost_state(part) for part in forms)
 
 
 @pytest.mark.parametrize(("rounding", "off"), [("single", 1.5 * 2**-23), ("double", 0.0), ("float", 0.0)])

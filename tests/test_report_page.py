@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_errors_by_layer import Sorting, batches, deep, prepared_small
 from torch import nn
+from trap_inputs import ConvNet
 
 import fxquant
 from fxquant.errors import InputError, LevelError
@@ -213,7 +214,7 @@ def test_a_model_of_another_class_is_refused_and_one_that_cannot_be_captured_aga
     data = batches()
     _, prepared = prepared_small(data, deep())
     with pytest.raises(InputError, match="not made from the first"):
-        fxquant.report(traps.ConvNet().eval(), prepared, data, progress=False)
+        fxquant.report(ConvNet().eval(), prepared, data, progress=False)
     trap = traps.TRAPS["split by list"]  # its code does not run on the zeros that stand for the example
     torch.manual_seed(0)
     model, inputs = trap.model().eval(), trap.inputs(2)

@@ -22,9 +22,9 @@ from fxquant import flow
 from fxquant.errors import ExportError, InputError, MissingPackageError, SchemeError
 from fxquant.export import qdq_model
 from fxquant.export.doctor import doctor
-from fxquant.export.runtimes import RUNTIMES as RUN_BY_COMPILE
 from fxquant.export.to_onnx import deployed, make_onnx
 from fxquant.runtimes import RUNNABLE, RUNTIMES, Runtime, register
+from fxquant.runtimes import RUNNABLE as RUN_BY_COMPILE
 from fxquant.targets import TARGETS, get
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -195,7 +195,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    for owner, name in ((flow, "freeze_graph"), (flow, "to_integer"), (qdq_model, "to_exchange")):
+    for owner, name in ((flow, "freeze_graph"), (flow, "to_integer"), (qdq_model, "to_qdq")):
         count(owner, name)
     return counts
 
@@ -216,4 +216,4 @@ def test_a_model_is_made_ready_once(digits, counted, runtime, level):
     assert all(count == 1 for count in counted.values()), counted
     once = {"prepared": (1, 1), "frozen": (0, 1), "integer": (0, 0)}[level]
     assert (counted["freeze"], counted["to_integer"]) == once
-    assert counted["to_exchange"] == (runtime != "torch")
+    assert counted["to_qdq"] == (runtime != "torch")

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import installed
 from fxquant.benchmark.memory import peak_memory
-from fxquant.errors import ExportError, InputError, SpecializationError
+from fxquant.errors import ExportError, InputError, Refusal, SpecializationError
 from fxquant.export import runtimes
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
-from fxquant.export.runtimes import RUNTIMES, native_model
 from fxquant.kernels.native import library
 from fxquant.kernels.native import model as native_kernels
+from fxquant.runtimes import RUNNABLE as RUNTIMES
+from fxquant.runtimes.native import native_model
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = library.missing()
@@ -37,7 +38,7 @@ elsewhere = "no compiler was found"
 @pytest.fixture
 def no_native(monkeypatch):
     """A machine that the native kernels are not for."""
-    monkeypatch.setattr(native_kernels, "missing", lambda: elsewhere)
+    monkeypatch.setattr(native_kernels, "missing", lambda: Refusal(elsewhere))
 
 
 @pytest.fixture

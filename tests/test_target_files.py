@@ -17,8 +17,9 @@ from torch import nn
 import fxquant
 from fxquant import Recipe, installed, processor
 from fxquant.errors import ExportError, InputError
-from fxquant.export.sessions import onnxruntime_session, openvino_session
 from fxquant.export.to_onnx import make_onnx
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.openvino import openvino_session
 from fxquant.runtimes.tensorrt_rules import FUSION_RULES, PARSER_RULES, tensorrt_violations
 from fxquant.targets import TARGETS, get
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import Op, Recipe, Scheme, Setting
+from fxquant.behaviour import Passing, Rescaling, Weighted
 from fxquant.cli import main
 from fxquant.errors import InputError, RecipeError, SchemeError
 from fxquant.graph.leveled import LeveledModule
@@ -23,7 +24,6 @@ from fxquant.graph.text import graph_text
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.integer import Quantize
-from fxquant.ops.behaviour import Passing, Rescaling, Weighted
 from fxquant.ops.table import TABLE
 from fxquant.runtimes.op_groups import MAX_POOLS, MOVES
 from fxquant.targets import TARGETS, X86, Target, get

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import Op, Recipe, Scheme, Setting
 from fxquant.capture.islands import graphs_of
-from fxquant.errors import CalibrationError, ExportError, InputError, LevelError
+from fxquant.errors import CalibrationError, ExportError, InputError, LevelError, Refusal
 from fxquant.export.interleaved_timing import InterleavedTimes
 from fxquant.graph.text import graph_text
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.tuning import placement
 from fxquant.tuning.placing import canonical_of, place_again
 from fxquant.tuning.regions import Region, regions_of
-from fxquant.tuning.search import INT8, Kept, Search, UnbuildableError
+from fxquant.tuning.search import INT8, Kept, Search
 
 ALL = frozenset("abcd")
 REGIONS = [*(Region(name, frozenset(name)) for name in "abcd"), Region("everything", ALL)]
@@ -42,7 +42,7 @@ class Runtime:
         costs = {kept: self.cost(kept) for kept in placements}
         for value in costs.values():
             if value is None:
-                raise UnbuildableError("no kernel")
+                raise Refusal("no kernel")
         jitter = lambda: 1 + self.noise * self.random.uniform(-1, 1)  # noqa: E731
         return {kept: InterleavedTimes(tuple(1e-3 * v * jitter() for _ in range(9))) for kept, v in costs.items() if v}
 

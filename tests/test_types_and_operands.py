@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from traps import normal
+from trap_inputs import normal
 
 import fxquant
 

@@ -14,7 +14,8 @@ import zoo
 from awkward import AWKWARD
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from traps import TRAPS, images, normal, rows, tokens
+from trap_inputs import images, normal, rows, tokens
+from traps import TRAPS
 
 import fxquant
 from fxquant.errors import FxquantError

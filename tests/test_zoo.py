@@ -21,11 +21,11 @@ QUICK = {"BertForSequenceClassification", "convnext_zepto_rms"}
 LIMIT = 280.0
 
 
-def zoo() -> Any:
-    """``benchmarks/capture_zoo.py``, which is no package."""
+def zoo(name: str = "capture_zoo") -> Any:
+    """A file of ``benchmarks``, which is no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        return importlib.import_module("capture_zoo")
+        return importlib.import_module(name)
 
 
 def cases() -> list[Any]:
@@ -39,7 +39,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("entry", cases())
 def test_a_network_is_captured_bit_for_bit(entry, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    study = zoo().Study(entry, {"limit": LIMIT, "peers": False, "largest": 1.5}, lambda row: None)
+    study = zoo("capture_study").Study(entry, {"limit": LIMIT, "peers": False, "largest": 1.5}, lambda row: None)
     row = study.measure()
     if row["verdict"].startswith("too large"):
         pytest.skip(row["verdict"])

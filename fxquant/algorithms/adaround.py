@@ -20,7 +20,8 @@ from fxquant.algorithms.columns import Matrices
 from fxquant.algorithms.engine import Layer
 from fxquant.algorithms.moments import positions_of
 from fxquant.algorithms.soft_rounding import SoftRounding, annealed
-from fxquant.ops.behaviour import Clamping
+from fxquant.behaviour import Clamping
+from fxquant.errors import Refusal
 from fxquant.ops.calls import behaviour_of, call_of
 
 __all__ = ["STEPS", "adaround"]
@@ -37,7 +38,7 @@ _BATCH = 1024
 """Positions of one step."""
 
 
-def adaround(layer: Layer, generator: torch.Generator, *, steps: int = STEPS) -> str | None:
+def adaround(layer: Layer, generator: torch.Generator, *, steps: int = STEPS) -> Refusal | None:
     """Pin the learned rounding of one layer; or why there is none.
 
     An output channel keeps the rounding that it had where its error on all samples is not larger.
@@ -48,15 +49,15 @@ def adaround(layer: Layer, generator: torch.Generator, *, steps: int = STEPS) ->
     Source: Nagel et al., AdaRound, 2004.10568, §3.2–3.3.
     """
     if any(isinstance(value, fx.Node) for value in layer.call.attributes.values()):
-        return "an attribute of it is computed in the graph"
+        return Refusal("an attribute of it is computed in the graph")
     matrices = Matrices(layer.call, layer.behaviour, layer.weight)
     parts = list(positions_of(layer, matrices, generator, _POSITIONS))
     if not parts:
-        return "no batch reaches it"
+        return Refusal("no batch reaches it")
     inputs = torch.cat([x for x, _, _ in parts], -1)
     targets = torch.cat([target for _, target, _ in parts], -1)
     if not bool(torch.isfinite(inputs).all() and torch.isfinite(targets).all()):
-        return "what it reads or gives is not finite"
+        return Refusal("what it reads or gives is not finite")
     own, bounds = layer.quantizer, _bounds(layer)
     rounding = SoftRounding(own, layer.weight)
     bias = None if layer.bias is None else own.bias_for(layer.bias)
@@ -106,7 +107,7 @@ def _bounds(layer: Layer) -> tuple[float | None, float | None]:
         return None, None
     part: Any = layer.call.node.graph.owning_module
     bounds = behaviour.bounds(call_of(user, part.get_submodule(str(user.target)) if user.op == "call_module" else None))
-    return (None, None) if isinstance(bounds, str) else bounds
+    return (None, None) if isinstance(bounds, Refusal) else bounds
 
 
 def _clamped(x: Tensor, bounds: tuple[float | None, float | None]) -> Tensor:

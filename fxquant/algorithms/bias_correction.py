@@ -21,14 +21,14 @@ from torch import Tensor, fx
 
 from fxquant.algorithms.channels import Channels, weighted_parts
 from fxquant.algorithms.engine import Layer
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.calibration import activation_quantizers
-from fxquant.capture.islands import graphs_of
-from fxquant.errors import CalibrationError, LevelError
+from fxquant.capture.islands import Model, graphs_of
+from fxquant.errors import CalibrationError, LevelError, Refusal
 from fxquant.flow import require_level
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import quantize
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Folded
 
@@ -47,15 +47,15 @@ def pinned_integers(quantizer: WeightQuantize, weight: Tensor) -> Tensor:
     return quantize(weight, quantizer.scale, quantizer.zero_point, scheme.qmin, scheme.qmax, axis=quantizer.axis)
 
 
-def bias_correction(layer: Layer, generator: torch.Generator) -> str | None:
+def bias_correction(layer: Layer, generator: torch.Generator) -> Refusal | None:
     """Pin the roundings that a layer has, with the bias that gives each output channel its float mean; or why not.
 
     Source: Nagel et al., 1906.04721, §4.2 (empirical bias correction).
     """
     if layer.bias is None:
-        return "it has no bias to correct"
+        return Refusal("it has no bias to correct")
     if any(isinstance(value, fx.Node) for value in layer.call.attributes.values()):
-        return "an attribute of it is computed in the graph"
+        return Refusal("an attribute of it is computed in the graph")
     own = layer.quantizer
     integers = pinned_integers(own, layer.weight)
     shape = [1] * integers.ndim
@@ -70,15 +70,15 @@ def bias_correction(layer: Layer, generator: torch.Generator) -> str | None:
         lost = lost.movedim(axis, 0).reshape(len(layer.bias), -1)
         total, count = total + lost.sum(1), count + lost.shape[1]
     if not count:
-        return "no batch reaches it"
+        return Refusal("no batch reaches it")
     if not bool(torch.isfinite(total).all()):
-        return "what it reads or gives is not finite"
+        return Refusal("what it reads or gives is not finite")
     own.pin(integers, own.scale, (layer.bias.double() + total / count).to(layer.bias.dtype))
     return None
 
 
 @torch.no_grad()
-def correct_biases(prepared: Any) -> Any:
+def correct_biases(prepared: Model) -> Model:
     """Correct the bias of every layer whose input's mean follows from batch norms, without data.
 
     Args:
@@ -150,7 +150,7 @@ def _spread_of(graph: LeveledModule, node: fx.Node) -> Spread | None:
     if isinstance(behaviour, Clamping) and part is not None:
         before = _spread_of(graph, node.all_input_nodes[0])
         bounds = behaviour.bounds(call_of(node, part))
-        return None if before is None or isinstance(bounds, str) else clipped_normal(*before, *bounds)
+        return None if before is None or isinstance(bounds, Refusal) else clipped_normal(*before, *bounds)
     plain = len(node.args) == 2 and not node.kwargs and not getattr(part, "attributes", None)
     if entry is not None and plain and entry.additive and entry.function(torch.ones(()), torch.ones(())) == 2:
         each = [_spread_of(graph, operand) if isinstance(operand, fx.Node) else None for operand in node.args]

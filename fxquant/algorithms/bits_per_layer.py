@@ -186,12 +186,12 @@ def _require(bits: Any, per_weight: Any, operations: Any, measure: str, target: 
     if not isinstance(bits, Sequence) or not bits or len(set(bits)) != len(bits):
         raise InputError(f"bits={bits!r}: give different numbers of bits to choose from, such as (2, 4, 8).")
     for each in bits:
-        reason = target.refuses_weight(target.kept_narrow(replace(target.weight, bits=each)))
-        if reason is not None:
-            raise InputError(f"bits={tuple(bits)!r}: {reason}.")
+        refusal = target.refuses_weight(target.kept_narrow(replace(target.weight, bits=each)))
+        if refusal is not None:
+            raise InputError(f"bits={tuple(bits)!r}: {refusal}.")
 
 
-def _groups(prepared: Any, globs: Sequence[str]) -> list[list[WeightedCall]]:
+def _groups(prepared: nn.Module, globs: Sequence[str]) -> list[list[WeightedCall]]:
     """The calls with weights, those together that share a decision: a weight, a path or quantizer, or a glob's word."""
     groups: list[tuple[set[Any], list[WeightedCall]]] = []
     unused = set(globs)
@@ -223,7 +223,7 @@ def _macs(group: list[WeightedCall]) -> int:
 
 @torch.no_grad()
 def _losses(
-    prepared: Any,
+    prepared: nn.Module,
     kept: list[Any],
     forward: Callable[[Any, Any], Any] | None,
     members: list[list[WeightedCall]],

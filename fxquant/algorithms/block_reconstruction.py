@@ -24,6 +24,7 @@ from torch import Tensor
 from fxquant.algorithms.blocks import Block, BlockSweep
 from fxquant.algorithms.recover import buffers_of, kept_batches, learning, require_ready, restore, run_batch, tell
 from fxquant.algorithms.soft_rounding import SoftRounding, annealed
+from fxquant.capture.islands import Model
 from fxquant.capture.values import unchanged
 from fxquant.errors import InputError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
@@ -38,7 +39,7 @@ _LAMBDA = 1.0
 
 
 def reconstruct(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     steps: int = 500,
@@ -50,7 +51,7 @@ def reconstruct(
     memory: float = 2.0,
     seed: int = 0,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Learn the roundings of each residual unit together, without labels; what ``recover`` has pinned is where it starts.
 
     A unit stays as it was unless its error is less afterwards, on the last quarter of the batches, which it does not

@@ -119,13 +119,13 @@ class _GraphBlocks(GraphSweep):
             part: Any = self.parts.get(node)
             name = f"{self.path}.{node.target}".strip(".")
             if part is not None and graphs_of(part):
-                self.sweep.left_out[name] = "it runs code of its own, with graphs inside"
+                self.sweep.leave_out(name, "it runs code of its own, with graphs inside")
             if not isinstance(part, (QuantWeighted, QuantWeightedOp)):
                 continue
             self.sweep.advance()
             own = part.weight_quantizer
             if len(self.calls[own]) > 1 or type(own) is not WeightQuantize:
-                self.sweep.left_out[name] = "other calls read the same weight, or it has a quantizer of its own"
+                self.sweep.leave_out(name, "other calls read the same weight, or it has a quantizer of its own")
                 continue
             weights[own] = self.parameters(node, part)
             names.append(name)
@@ -135,7 +135,7 @@ class _GraphBlocks(GraphSweep):
         if not weights or not isinstance(target, Tensor) or not target.is_floating_point():
             return None
         if any(may_write(node) for node in nodes):
-            self.sweep.left_out[", ".join(names)] = "an op in its block may write into what it reads"
+            self.sweep.leave_out(", ".join(names), "an op in its block may write into what it reads")
             return None
         held: list[Any] = [self.parts[node].output_quantizer for node in nodes if self.sets_range(node)]
         steps = tuple(dict.fromkeys(held))

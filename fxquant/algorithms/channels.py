@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 
 from fxquant.algorithms.own_code import names_read
 from fxquant.algorithms.weights import attribute
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.capture.islands import graphs_of
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.modules import QuantWeighted
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.fold_batchnorm import per_output_channel
 
@@ -139,15 +140,17 @@ class Uses:
             if reading:
                 self._code[graph] = type(reading[0]).__name__
 
-    def elsewhere(self, graph: LeveledModule, part: nn.Module) -> str | None:
-        """Who else reads the parameters of ``part``, a module of ``graph``, in words; None where nobody does."""
+    def elsewhere(self, graph: LeveledModule, part: nn.Module) -> Refusal | None:
+        """That something else reads the parameters of ``part``, a module of ``graph``; None where nothing does."""
         for name, value in part.named_parameters(recurse=False):
             if id(value) in self._read:
-                return f"{self._read[id(value)]} reads its {name} too"
+                return Refusal(f"{self._read[id(value)]} reads its {name} too")
             if self._held[id(value)] > 1:
-                return f"its {name} is another layer's too"
+                return Refusal(f"its {name} is another layer's too")
         code = self._code.get(graph)
-        return None if code is None else f"the code of {code}, which runs around it, may read its parameters"
+        if code is None:
+            return None
+        return Refusal(f"the code of {code}, which runs around it, may read its parameters")
 
 
 def weighted_parts(graph: LeveledModule) -> dict[fx.Node, QuantWeighted]:
@@ -163,14 +166,14 @@ def weighted_parts(graph: LeveledModule) -> dict[fx.Node, QuantWeighted]:
 
 
 def links_of(
-    graph: LeveledModule, uses: Uses, refused: dict[str, str], unfitting: dict[str, str] | None = None
+    graph: LeveledModule, uses: Uses, refused: dict[str, Refusal], unfitting: dict[str, Refusal] | None = None
 ) -> Iterator[Link]:
     """Every link from one weighted module to the only other that reads it; run it with quantizers off.
 
     Args:
         uses: of the model that ``graph`` is part of.
-        refused: gets the reason for each weighted module whose output is scaled otherwise on its way, by name.
-        unfitting: gets the reason for each whose parameters, or whose reader's, have to stay; None for ``refused``.
+        refused: gets each weighted module whose output is scaled otherwise on its way, by name.
+        unfitting: gets each whose parameters, or whose reader's, have to stay; None for ``refused``.
     """
     unfitting = refused if unfitting is None else unfitting
     parts = weighted_parts(graph)
@@ -183,10 +186,10 @@ def links_of(
             (node,) = node.users
             if node in parts and node.args[0] is (between[-1] if between else source):
                 link = Link(source, tuple(between), (node,))
-                if (reason := unfit(graph, uses, part, parts[node])) is not None:
-                    unfitting[str(source.target)] = reason
-                elif (reason := _refusal(graph, link, part, parts[node])) is not None:
-                    refused[str(source.target)] = reason
+                if (refusal := unfit(graph, uses, part, parts[node])) is not None:
+                    unfitting[str(source.target)] = refusal
+                elif (refusal := _refusal(graph, link, part, parts[node])) is not None:
+                    refused[str(source.target)] = refusal
                 else:
                     yield link
                 break
@@ -195,11 +198,11 @@ def links_of(
             between.append(node)
 
 
-def listed(refused: dict[str, str], verb: str) -> str:
-    """``refused`` as the end of a sentence: how many, and the first with their reasons."""
+def listed(refused: list[Refusal], verb: str) -> str:
+    """``refused`` as the end of a sentence: how many, and the first of them."""
     if not refused:
         return ""
-    shown = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:4])
+    shown = "; ".join(map(str, refused[:4]))
     more = f"; and {len(refused) - 4} more" if len(refused) > 4 else ""
     return f", {len(refused)} {verb} not: {shown}{more}"
 
@@ -209,45 +212,43 @@ def exact_in(dtype: torch.dtype, factor: Tensor) -> Tensor:
     return factor if torch.finfo(dtype).bits > 16 else torch.exp2(factor.log2().round())
 
 
-def unfit(graph: LeveledModule, uses: Uses, *parts: nn.Module) -> str | None:
+def unfit(graph: LeveledModule, uses: Uses, *parts: nn.Module) -> Refusal | None:
     """Why the parameters of ``parts`` have to stay, or None."""
-    return next(
-        (reason for part in parts if (reason := uses.elsewhere(graph, part)) or (reason := _not_finite(part))), None
-    )
+    return next((refusal for part in parts if (refusal := uses.elsewhere(graph, part) or _not_finite(part))), None)
 
 
-def _not_finite(part: nn.Module) -> str | None:
-    """That a parameter of ``part`` has no range, in words; or None."""
+def _not_finite(part: nn.Module) -> Refusal | None:
+    """That a parameter of ``part`` has no range; or None."""
     for name, value in part.named_parameters(recurse=False):
         if not bool(torch.isfinite(value).all()):
-            return f"its {name} holds NaN or infinity"
+            return Refusal(f"its {name} holds NaN or infinity")
     return None
 
 
-def _refusal(graph: LeveledModule, link: Link, part: Any, reader: Any) -> str | None:
+def _refusal(graph: LeveledModule, link: Link, part: Any, reader: Any) -> Refusal | None:
     """Why channels of ``link`` cannot be scaled, or None."""
     first, last = (behaviour_of(node) for node in (link.source, link.readers[0]))
     assert isinstance(first, Weighted) and isinstance(last, Weighted)
     channels = Channels(part, first).outputs
     if Channels(reader, last).inputs != channels:
-        return f"{link.readers[0].name} reads other channels than {link.source.name} has"
+        return Refusal(f"{link.readers[0].name} reads other channels than {link.source.name} has")
     factor = torch.rand(channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
     axis = -1 if first.channels_last else 1
     shape = [2, channels] if axis == -1 else [2, channels, *[8] * (part.weight.ndim - 2)]
     with torch.random.fork_rng(devices=[]):
         for node in link.between:
             found = _scaled_through(graph, node, shape, channels, axis, factor)
-            if isinstance(found, str):
+            if isinstance(found, Refusal):
                 return found
             shape = found
     if first.channels_last != last.channels_last and (not link.between or len(shape) != 2):
-        return f"{link.readers[0].name} reads channels along another axis than {link.source.name} has them"
+        return Refusal(f"{link.readers[0].name} reads channels along another axis than {link.source.name} has them")
     return None
 
 
 def _scaled_through(
     graph: LeveledModule, node: fx.Node, usual: list[int], channels: int, axis: int, factor: Tensor
-) -> list[int] | str:
+) -> list[int] | Refusal:
     """The shape of a node's result, where it is homogeneous per channel on random numbers; or why it is not.
 
     Args:
@@ -256,9 +257,9 @@ def _scaled_through(
     source = node.all_input_nodes[0]
     shape = list(source.meta.get("shape") or usual)
     if len(shape) < 2 or shape[axis] != channels:
-        return f"{node.name} reads another shape than the channels of {source.name}"
+        return Refusal(f"{node.name} reads another shape than the channels of {source.name}")
     if (bounds := _bounds(graph, node)) is not None and any(bounds):  # None is open, and zero does no harm
-        return f"{node.name} is not positively homogeneous{_bounds_hint(bounds)}"
+        return Refusal(f"{node.name} is not positively homogeneous{_bounds_hint(bounds)}")
     shape[0] = 1
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     given = shape
@@ -267,12 +268,12 @@ def _scaled_through(
         for magnitude in _MAGNITUDES:
             plain, scaled = (run(x * magnitude * k) for k in (1.0, _along(factor, x.ndim, axis)))
             if not isinstance(plain, Tensor) or plain.ndim < 2 or plain.shape[axis] != channels:
-                return f"{node.name} gives other channels than it reads"
+                return Refusal(f"{node.name} gives other channels than it reads")
             wanted, given = plain * _along(factor, plain.ndim, axis), list(plain.shape)
             if not torch.allclose(scaled, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
-                return f"{node.name} is not positively homogeneous"
+                return Refusal(f"{node.name} is not positively homogeneous")
     except Exception as error:  # whatever the user's own code raises on numbers that it was not made for
-        return f"{node.name} does not run on random numbers ({type(error).__name__})"
+        return Refusal(f"{node.name} does not run on random numbers ({type(error).__name__})")
     return given
 
 
@@ -282,7 +283,7 @@ def _bounds(graph: LeveledModule, node: fx.Node) -> tuple[float | None, float | 
     if not isinstance(behaviour, Clamping) or node.op != "call_module":
         return None
     bounds = behaviour.bounds(call_of(node, graph.get_submodule(str(node.target))))
-    return None if isinstance(bounds, str) else bounds
+    return None if isinstance(bounds, Refusal) else bounds
 
 
 def _bounds_hint(bounds: tuple[float | None, float | None]) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor
 from fxquant.algorithms.columns import Matrices
 from fxquant.algorithms.engine import Layer
 from fxquant.algorithms.moments import Moments, moments_of
+from fxquant.errors import Refusal
 from fxquant.numerics.affine import smallest_scale
 from fxquant.numerics.pairs import reach_of, scale_factor
 from fxquant.numerics.scheme import Scheme
@@ -99,20 +100,20 @@ class Scales:
         return top.amax(0) if self.count == self.rows else top.amax().reshape(1)
 
 
-def closed_form(layer: Layer, generator: torch.Generator) -> str | None:
+def closed_form(layer: Layer, generator: torch.Generator) -> Refusal | None:
     """Pin the rounding of one layer; or why there is none.
 
     Source: see the head of this file.
     """
     scheme, quantizer = layer.quantizer.scheme, layer.quantizer
     if any(isinstance(value, torch.fx.Node) for value in layer.call.attributes.values()):
-        return "an attribute of it is computed in the graph"
+        return Refusal("an attribute of it is computed in the graph")
     matrices = Matrices(layer.call, layer.behaviour, layer.weight)
     moments = moments_of(layer, matrices, generator)
     if moments is None:
-        return "no batch reaches it"
+        return Refusal("no batch reaches it")
     if not bool(torch.isfinite(moments.inputs).all() and torch.isfinite(moments.crossed).all()):
-        return "what it reads or gives is not finite"
+        return Refusal("what it reads or gives is not finite")
     rows = matrices.rows(layer.weight).double()
     scales = Scales(rows.shape[0], rows.shape[1], max(quantizer.scale.numel(), 1))
     goal = rows if layer.is_shared else least_squares(rows, moments, RIDGE)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.ops.behaviour import Weighted
+from fxquant.behaviour import Weighted
 from fxquant.ops.entry import Call
 
 __all__ = ["Matrices"]

@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 from fxquant.algorithms.order import late_weights
 from fxquant.algorithms.store import Store
+from fxquant.algorithms.weights import attribute
+from fxquant.behaviour import Weighted
 from fxquant.capture.islands import graphs_of
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 
@@ -37,6 +39,7 @@ __all__ = ["GraphSweep", "Layer", "Sample", "Sweep"]
 _OFF_TIES = 1.0 + 1 / 3449
 """Ranges that are taken of sums of integers end on one of them: a share of the others would lie halfway between two steps of
 the grid, where float and fixed-point rounding part. A grid that is wider by this has no such ties."""
+
 Run = Callable[[int], Any]
 """Runs the model, or a part of it, on the batch of a number."""
 
@@ -94,7 +97,7 @@ class Sweep:
         progress: the label of a progress bar, or None for no bar.
 
     Attributes:
-        left_out: what was not visited, with the reason.
+        left_out: what was not visited, by its path.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class Sweep:
     ) -> None:
         self.prepared, self.run, self.batches, self.refit, self.memory = prepared, run, batches, refit, memory
         self.progress = progress
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, Refusal] = {}
         self._quantizers = [part for part in prepared.modules() if isinstance(part, FakeQuantize)]
         self._visited: set[WeightQuantize] = set()
         self._bar: Any = None
@@ -112,6 +115,10 @@ class Sweep:
         total = sum(isinstance(part, (QuantWeighted, QuantWeightedOp)) for part in self.prepared.modules())
         with tqdm(total=total, desc=self.progress, unit="layer", disable=not self.progress or None) as self._bar:
             yield from self._inside(self.prepared, "", self.run, self.run, self.batches)
+
+    def leave_out(self, path: str, why: str) -> None:
+        """Note that what is at ``path`` is not visited."""
+        self.left_out[path] = Refusal(why, where=path)
 
     @contextmanager
     def in_float(self) -> Iterator[None]:
@@ -139,9 +146,9 @@ class Sweep:
             quantized = self._recorded([graph], run_quantized, range(batches))[graph]
             floats, quantized = [args for _, args in floats], [args for _, args in quantized]
             if not floats:
-                self.left_out[paths[graph]] = "no batch reaches it"
+                self.leave_out(paths[graph], "no batch reaches it")
             elif [_shapes(a) for a in floats] != [_shapes(a) for a in quantized]:
-                self.left_out[paths[graph]] = "the model's own code calls it otherwise when it is quantized"
+                self.leave_out(paths[graph], "the model's own code calls it otherwise when it is quantized")
             else:
                 yield from self._graph(graph, paths[graph], floats, quantized)
 
@@ -239,10 +246,7 @@ class GraphSweep:
     def _put_constants(self, store: Store) -> None:
         for node in self.nodes:
             if node.op == "get_attr":
-                value: Any = self.graph
-                for name in str(node.target).split("."):
-                    value = getattr(value, name)
-                store.put_constant(node, value)
+                store.put_constant(node, attribute(self.graph, str(node.target)))
 
     def _runner(self, node: fx.Node, store: Store) -> Run:
         return partial(self._value, node, store)
@@ -305,7 +309,7 @@ class GraphSweep:
             return
         self.sweep._visited.add(quantizer)
         if type(quantizer) is not WeightQuantize:
-            self.sweep.left_out[name] = f"its weight has a quantizer of its own, a {type(quantizer).__name__}"
+            self.sweep.leave_out(name, f"its weight has a quantizer of its own, a {type(quantizer).__name__}")
             return
         call, behaviour = call_of(node, part), behaviour_of(node)
         assert isinstance(behaviour, Weighted)
@@ -330,15 +334,21 @@ class GraphSweep:
         weight: Any
         bias: Any
         if isinstance(part, QuantWeightedOp):
-            weight, bias = (
-                self.floats.get(n, 0) if n is not None else None for n in _parameters_of(call_of(node, part))
-            )
-            calls = self.calls[part.weight_quantizer]
-            if len({call_of(other, self.parts[other]).operand("bias") for other in calls}) > 1:
-                bias = None  # each call has its own, and the quantizer is one
+            read = (call_of(node, part).operand(name) for name in ("weight", "bias"))
+            weight, bias = (None if held is None else self.floats.get(held, 0) for held in read)
         else:
             weight, bias = part.weight, part.bias
+        if len({self._name_of_bias(other) for other in self.calls[part.weight_quantizer]}) > 1:
+            bias = None  # each call has its own, and the quantizer is one
         return weight.detach(), None if bias is None else bias.detach()
+
+    def _name_of_bias(self, node: fx.Node) -> str:
+        """The bias that a call of a weighted op reads; empty where it reads none."""
+        part = self.parts[node]
+        if isinstance(part, QuantWeightedOp):
+            held = call_of(node, part).operand("bias")
+            return "" if held is None else str(held.target)
+        return "" if part.bias is None else f"{node.target}.bias"
 
     def _samples(self, node: fx.Node, quantizer: Any) -> Iterator[Sample]:
         source: Any = node.args[0]
@@ -382,10 +392,6 @@ class GraphSweep:
                 for read in step.all_input_nodes:
                     if self.last_reader.get(read) is step:
                         values.drop(read)
-
-
-def _parameters_of(call: Call) -> tuple[fx.Node | None, fx.Node | None]:
-    return call.operand("weight"), call.operand("bias")
 
 
 def _shapes(tree: Any) -> list[Any]:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.algorithms.channels import Channels, Link, Uses, exact_in, links_of, listed, weighted_parts
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.calibration import activation_quantizers
-from fxquant.capture.islands import graphs_of
-from fxquant.errors import InputError, LevelError
+from fxquant.capture.islands import Model, graphs_of
+from fxquant.errors import InputError, LevelError, Refusal
 from fxquant.flow import quantizers_off, require_level
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import WeightQuantize
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Folded
 
@@ -41,7 +41,7 @@ _DEVIATIONS = 3.0
 
 
 @torch.no_grad()
-def equalize(prepared: Any, *, absorb: bool = True) -> Any:
+def equalize(prepared: Model, *, absorb: bool = True) -> Model:
     """Give the channels between two layers equal ranges; the float network computes what it did.
 
     What one scale for a whole weight cannot hold becomes what it can: for runtimes with one scale per tensor, and for
@@ -67,13 +67,12 @@ def equalize(prepared: Any, *, absorb: bool = True) -> Any:
     Source: Nagel et al., Data-Free Quantization, 1906.04721, §4.1.
     """
     require_uncalibrated(prepared, "equalize")
-    refused: dict[str, str] = {}
-    count, uses = 0, Uses(prepared)
+    refused, count, uses = list[Refusal](), 0, Uses(prepared)
     with quantizers_off(prepared):
         for path, graph in graphs_of(prepared).items():
-            own: dict[str, str] = {}
+            own: dict[str, Refusal] = {}
             links = list(links_of(graph, uses, own))
-            refused.update({f"{path}.{name}".strip("."): reason for name, reason in own.items()})
+            refused += [refusal.at(f"{path}.{name}".strip(".")) for name, refusal in own.items()]
             _equalize(graph, links, absorb)
             count += len(links)
     if refused or not count:

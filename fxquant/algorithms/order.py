@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxquant.behaviour import Weighted
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 
 __all__ = ["late_weights", "may_write", "units"]

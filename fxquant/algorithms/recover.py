@@ -18,9 +18,9 @@ from fxquant.algorithms.bias_correction import bias_correction
 from fxquant.algorithms.closed_form import closed_form
 from fxquant.algorithms.engine import Layer, Sweep
 from fxquant.calibration import activation_quantizers, require_batches
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.capture.values import unchanged
-from fxquant.errors import CalibrationError, InputError, LevelError
+from fxquant.errors import CalibrationError, InputError, LevelError, Refusal
 from fxquant.flow import require_level
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize
@@ -37,7 +37,7 @@ __all__ = [
     "tell",
 ]
 
-Algorithm = Callable[[Layer, torch.Generator], str | None]
+Algorithm = Callable[[Layer, torch.Generator], Refusal | None]
 
 METHODS: dict[str, Algorithm] = {
     "closed_form": closed_form,
@@ -48,7 +48,7 @@ METHODS: dict[str, Algorithm] = {
 
 
 def recover(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     method: str = "closed_form",
@@ -58,7 +58,7 @@ def recover(
     memory: float = 2.0,
     seed: int = 0,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Choose the rounding of every weight so that each layer gives what it gave in float, without training.
 
     Each layer in turn gets the integers, the scales and the bias with which it gives its float output best, reading what the
@@ -114,8 +114,8 @@ def _choose(sweep: Sweep, algorithm: Algorithm, generator: torch.Generator) -> N
         sweep.prepared.eval()
         with closing(iter(sweep)) as layers:
             for layer in layers:
-                if (reason := algorithm(layer, generator)) is not None:
-                    sweep.left_out[layer.name] = reason
+                if (refusal := algorithm(layer, generator)) is not None:
+                    sweep.left_out[layer.name] = refusal.at(layer.name)
 
 
 def _algorithm(method: str, steps: int | None) -> Algorithm:
@@ -175,7 +175,7 @@ def kept_batches(loader: Iterable[Any], batches: int | None, verb: str) -> list[
     return kept
 
 
-def run_batch(prepared: Any, kept: list[Any], forward: Callable[[Any, Any], Any] | None, number: int) -> None:
+def run_batch(prepared: nn.Module, kept: list[Any], forward: Callable[[Any, Any], Any] | None, number: int) -> None:
     """Send one of ``kept`` through the model."""
     batch = move_to(prepared, kept[number])
     if forward is not None:
@@ -211,9 +211,9 @@ def restore(before: dict[FakeQuantize, dict[str, Tensor]]) -> None:
         part.read_state()
 
 
-def tell(left_out: dict[str, str]) -> None:
+def tell(left_out: dict[str, Refusal]) -> None:
     """Warn of what was left out, at the line that called a verb."""
     if left_out:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in itertools.islice(left_out.items(), 4))
+        shown = "; ".join(map(str, itertools.islice(left_out.values(), 4)))
         more = f"; and {len(left_out) - 4} more" if len(left_out) > 4 else ""
         warnings.warn(f"{len(left_out)} parts of the model are rounded as before: {shown}{more}.", stacklevel=3)

@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 
 from fxquant.algorithms.channels import Channels, Link, Uses, exact_in, links_of, listed, unfit, weighted_parts
 from fxquant.algorithms.equalization import require_uncalibrated
+from fxquant.behaviour import Weighted
 from fxquant.calibration import run_batches
-from fxquant.capture.islands import graphs_of
+from fxquant.capture.islands import Model, graphs_of
 from fxquant.capture.values import unchanged
-from fxquant.errors import CalibrationError, InputError
+from fxquant.errors import CalibrationError, InputError, Refusal
 from fxquant.flow import quantizers_off
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.modules import QuantInput
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.facts import Folded
 
@@ -36,14 +36,14 @@ _NOTHING = "no norm or linear layer of the model is read by linear layers alone"
 
 
 def smooth(
-    prepared: Any,
+    prepared: Model,
     loader: Iterable[Any],
     *,
     alpha: float = 0.5,
     forward: Callable[[Any, Any], Any] | None = None,
     batches: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Divide the input channels of linear layers by what makes them large, in the layer before; the float function stays.
 
     For transformers, whose norms give a few channels a hundred times the others' range. Call it between ``prepare`` and
@@ -69,15 +69,14 @@ def smooth(
     require_uncalibrated(prepared, "smooth")
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha={alpha!r}: the share of the range that weights take lies between 0 and 1.")
-    refused: dict[str, str] = {}
-    uses = Uses(prepared)
+    refused, uses = list[Refusal](), Uses(prepared)
     with torch.no_grad(), quantizers_off(prepared), unchanged(prepared):
         prepared.eval()
         links = []
         for path, graph in graphs_of(prepared).items():
-            own: dict[str, str] = {}
+            own: dict[str, Refusal] = {}
             links += [(graph, link) for link in _links(graph, uses, own)]
-            refused.update({f"{path}.{name}".strip("."): reason for name, reason in own.items()})
+            refused += [refusal.at(f"{path}.{name}".strip(".")) for name, refusal in own.items()]
         largest = _largest(prepared, links, loader, forward, batches, progress)
     for graph, link in links:
         if link in largest:
@@ -88,8 +87,8 @@ def smooth(
     return prepared
 
 
-def _links(graph: LeveledModule, uses: Uses, refused: dict[str, str]) -> Iterator[Link]:
-    """Norms with all their readers, and linear layers with the only one; ``refused`` gets the others, with the reason."""
+def _links(graph: LeveledModule, uses: Uses, refused: dict[str, Refusal]) -> Iterator[Link]:
+    """Norms with all their readers, and linear layers with the only one; ``refused`` gets the others."""
     parts = weighted_parts(graph)
     for node in graph.graph.nodes:
         readers = tuple(_readers_of(graph, node))
@@ -97,17 +96,17 @@ def _links(graph: LeveledModule, uses: Uses, refused: dict[str, str]) -> Iterato
             continue
         if not all(user in parts and _is_channels_last(user) for user in readers) or not _is_norm(graph, node):
             continue
-        reason = unfit(graph, uses, graph.get_submodule(str(node.target)), *(parts[user] for user in readers))
-        if reason is None:
+        refusal = unfit(graph, uses, graph.get_submodule(str(node.target)), *(parts[user] for user in readers))
+        if refusal is None:
             yield Link(node, (), readers)
         else:
-            refused[str(node.target)] = reason
-    own: dict[str, str] = {}
+            refused[str(node.target)] = refusal
+    own: dict[str, Refusal] = {}
     for link in links_of(graph, uses, {}, own):
         if _is_channels_last(link.source) and _is_channels_last(link.readers[0]):
             yield link
     linear = {str(node.target) for node in parts if _is_channels_last(node)}
-    refused.update({name: reason for name, reason in own.items() if name in linear})
+    refused.update({name: refusal for name, refusal in own.items() if name in linear})
 
 
 def _is_channels_last(node: fx.Node) -> bool:
@@ -162,7 +161,7 @@ def _divide(part: Any, factor: Tensor) -> None:
 
 
 def _largest(
-    prepared: Any,
+    prepared: Model,
     links: list[tuple[LeveledModule, Link]],
     loader: Iterable[Any],
     forward: Callable[[Any, Any], Any] | None,

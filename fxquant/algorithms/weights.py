@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
@@ -39,7 +39,7 @@ class WeightedCall:
     quantizer: WeightQuantize
 
 
-def weighted_calls(prepared: Any) -> Iterator[WeightedCall]:
+def weighted_calls(prepared: nn.Module) -> Iterator[WeightedCall]:
     """Every call of a prepared model whose weight is a parameter with a quantizer that rounds to whole numbers of a grid."""
     for path, graph in graphs_of(prepared).items():
         for node in graph.graph.nodes:

@@ -99,7 +99,7 @@ class LayerErrors(Tabled):
 
 
 def errors_by_layer(
-    model: Any,
+    model: nn.Module | str | os.PathLike[str],
     data: Any,
     *,
     reference: Any = None,

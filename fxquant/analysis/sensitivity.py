@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from fxquant.errors import InputError
 from fxquant.flow import calibrate, prepare, quantizers_off, require_level
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.quantizers import rule_of
 from fxquant.recipe import Recipe
 from fxquant.report.tabled import Tabled, decibels
 from fxquant.targets import X86, Target
@@ -41,8 +42,8 @@ class LayerSensitivity:
 
     Attributes:
         path, op: the layer: its weighted op, or the op that rounds.
-        sqnr: of the model's output in dB, by bits; of several outputs the least.
-        kl: in nats, by bits; None where no output is logits (two axes, several classes).
+        sqnr: of the model's output in dB, by bits; of several outputs the least. Bits that its rule cannot hold lack.
+        kl: in nats, likewise; None where no output is logits (two axes, several classes).
         weights: how many numbers its weight has.
     """
 
@@ -62,6 +63,7 @@ class Sensitivity(Tabled):
         bits: what was tried.
         layers: one entry per layer, by the least bits, worst first.
         left_out: what was not measured, by path, and why.
+        unheld: the bits that a layer's rule cannot hold, by path, and why.
         batches: how many were run for each.
     """
 
@@ -70,6 +72,7 @@ class Sensitivity(Tabled):
     layers: tuple[LayerSensitivity, ...]
     left_out: dict[str, str]
     batches: int
+    unheld: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def __getitem__(self, path: str) -> LayerSensitivity:
         """The entry of the layer at ``path``."""
@@ -87,10 +90,9 @@ class Sensitivity(Tabled):
         has_kl = any(layer.kl is not None for layer in self.layers)
         rows = []
         for layer in self.layers:
-            kl = [f"{layer.kl[bits]:.2g}" if layer.kl else "" for bits in self.bits] if has_kl else []
-            rows.append(
-                [layer.path, layer.op, f"{layer.weights or ''}", *(decibels(layer.sqnr[b]) for b in self.bits), *kl]
-            )
+            kl = [f"{layer.kl[b]:.2g}" if layer.kl and b in layer.kl else "" for b in self.bits] if has_kl else []
+            sqnr = [decibels(layer.sqnr[b]) if b in layer.sqnr else "" for b in self.bits]
+            rows.append([layer.path, layer.op, f"{layer.weights or ''}", *sqnr, *kl])
         return rows
 
     def title(self) -> str:
@@ -101,6 +103,9 @@ class Sensitivity(Tabled):
         reasons: dict[str, list[str]] = {}
         for path, reason in self.left_out.items():
             reasons.setdefault(reason, []).append(path)
+        for path, refused in self.unheld.items():
+            for bits, reason in refused.items():
+                reasons.setdefault(f"at {bits} bits {reason}", []).append(path)
         more = {reason: f" and {len(paths) - 4} more" if len(paths) > 4 else "" for reason, paths in reasons.items()}
         return [f"not measured: {', '.join(paths[:4])}{more[reason]}: {reason}" for reason, paths in reasons.items()]
 
@@ -108,14 +113,14 @@ class Sensitivity(Tabled):
         rows = []
         for layer in self.layers:
             row: dict[str, Any] = {"layer": layer.path, "op": layer.op, "weights": layer.weights}
-            row |= {f"sqnr_{bits}": layer.sqnr[bits] for bits in self.bits}
-            row |= {f"kl_{bits}": layer.kl[bits] if layer.kl else None for bits in self.bits}
+            row |= {f"sqnr_{bits}": layer.sqnr.get(bits) for bits in self.bits}
+            row |= {f"kl_{bits}": layer.kl.get(bits) if layer.kl else None for bits in self.bits}
             rows.append(row)
         return rows
 
 
 def sensitivity(
-    model: Any,
+    model: nn.Module,
     data: Any,
     *,
     bits: Sequence[int] = (8, 4),
@@ -129,8 +134,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Round one layer alone, everything else in float, and measure the model's output: which layers need their bits.
 
-    Ranges are those of the calibrated model; at each number of bits the grid covers the same range. Roundings that an
-    algorithm has pinned count at their own bits.
+    Ranges are those of the calibrated model; at each number of bits the grid covers the same range. A weight is rounded by
+    the rule that its scheme names, a learned range of other bits starting from the weight; where the rule has no such bits
+    (``xnor`` has 2), the table says so. Roundings that an algorithm has pinned count at their own bits.
 
     Example:
         >>> print(fxquant.sensitivity(prepared, loader, bits=(8, 4), batches=2))
@@ -163,8 +169,9 @@ def sensitivity(
     bar = tqdm(units, desc="sensitivity", unit="layer", disable=not progress or None)
     with left_alone(model), quantizers_off(model):
         found, left_out = session.measure_all(bar, tried, seconds)
-    order = sorted(found, key=lambda layer: layer.sqnr[min(tried)])
-    return Sensitivity(type(model).__name__, tried, tuple(order), left_out, len(kept))
+    order = sorted(found, key=lambda layer: layer.sqnr[min(layer.sqnr)])
+    unheld = {unit.path: refused for unit in units if (refused := _refused(unit, tried))}
+    return Sensitivity(type(model).__name__, tried, tuple(order), left_out, len(kept), unheld)
 
 
 def _checked(bits: Sequence[int]) -> tuple[int, ...]:
@@ -240,9 +247,12 @@ class _Session:
         left_out: dict[str, str] = {}
         self.run_in_float()
         for unit in units:
-            if seconds is not None and time.perf_counter() - began > seconds:
+            held = [width for width in bits if width not in _refused(unit, bits)]
+            if not held:
+                left_out[unit.path] = "its rule holds none of these bits"
+            elif seconds is not None and time.perf_counter() - began > seconds:
                 left_out[unit.path] = f"the {seconds:.3g} seconds were used up"
-            elif (measured := self.measure(unit, bits)) is None:
+            elif (measured := self.measure(unit, held)) is None:
                 left_out[unit.path] = "outputs have other shapes than in float, and cannot be compared one by one"
             else:
                 found.append(measured)
@@ -289,6 +299,21 @@ def _count(spot: Spot) -> int:
     return 0 if weight is None else weight.numel()
 
 
+def _refused(unit: _Unit, bits: Sequence[int]) -> dict[int, str]:
+    """Of ``bits`` those that a rule of ``unit`` cannot hold, and why."""
+    own = [(spot.weight, "weight") for spot in unit.weighted]
+    own += [] if unit.rounding is None else [(unit.rounding.grid, "tensor")]
+    found = dict[int, str]()
+    for quantizer, kind in own:
+        rule = None if quantizer is None else rule_of(quantizer)
+        for width in bits:
+            if rule is not None and quantizer is not None and width != quantizer.scheme.bits:
+                refusal = rule.refusal(replace(quantizer.scheme, bits=width), kind)
+                if refusal is not None:
+                    found.setdefault(width, f"{rule.name} cannot hold them: {refusal}")
+    return found
+
+
 @contextmanager
 def _rounded(unit: _Unit, bits: int) -> Iterator[None]:
     """Inside, the weights and the result of ``unit`` are rounded to ``bits``."""
@@ -310,8 +335,10 @@ def _weight_at(spot: Spot, bits: int) -> Iterator[None]:
     assert own is not None
     quantizer: FakeQuantize = own
     if own.scheme.bits != bits:
-        quantizer = WeightQuantize(replace(own.scheme, bits=bits), axis=own.axis, channels=own.channels)
-        quantizer.to(own.scale.device)
+        rule = rule_of(own)
+        cls = WeightQuantize if rule is None or rule.weight is None else rule.weight
+        quantizer = cls(replace(own.scheme, bits=bits), axis=own.axis, channels=own.channels)
+        quantizer.to(own.scale.device).train(own.training)
     before, quantizer.enabled = quantizer.enabled, True
     spot.part.weight_quantizer = quantizer
     try:

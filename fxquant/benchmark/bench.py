@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from fxquant.benchmark.contenders import Contender, UnavailableError, contenders_of
+from fxquant.benchmark.contenders import Contender, contenders_of
 from fxquant.benchmark.memory import peak_memory
 from fxquant.benchmark.table import Benchmark, Row
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.islands import level_of
-from fxquant.errors import CalibrationError, FxquantError, InputError
+from fxquant.errors import CalibrationError, FxquantError, InputError, Refusal
 from fxquant.export.agreement import GOOD_SQNR, together
 from fxquant.export.deployment import example_call
 from fxquant.export.finding import finding
@@ -161,7 +161,7 @@ def _made_ready(
     return float_model, int8, example, notes
 
 
-def _is_calibrated(prepared: Any) -> bool:
+def _is_calibrated(prepared: nn.Module) -> bool:
     try:
         freeze(prepared)
     except CalibrationError:
@@ -169,7 +169,7 @@ def _is_calibrated(prepared: Any) -> bool:
     return True
 
 
-def _without_quantizers(prepared: Any) -> nn.Module:
+def _without_quantizers(prepared: nn.Module) -> nn.Module:
     twin: nn.Module = copy.deepcopy(prepared)
     for part in twin.modules():
         if isinstance(part, FakeQuantize):
@@ -206,7 +206,7 @@ def _case(
         try:
             runs[key] = partial(contender.build(call, threads), *call.args, **call.kwargs)
             runs[key]()
-        except (UnavailableError, FxquantError) as error:
+        except (Refusal, FxquantError) as error:
             runs.pop(key, None)
             notes[key] = str(error).splitlines()[0]
             bar.update(rounds)
@@ -221,7 +221,7 @@ def _case(
             row |= {} if base is None else {"speedup": base.median / own.median}
             carried = contender.carried(call) if memory else None
             peak = None if carried is None else peak_memory(carried, threads)
-            row |= {"note": peak} if isinstance(peak, str) else {"memory": peak}
+            row |= {"note": peak.why} if isinstance(peak, Refusal) else {"memory": peak}
         rows.append((contender, Row(contender.name, contender.runtime, **row)))
     return rows
 
@@ -254,7 +254,7 @@ def _qualities(
             continue
         try:
             result = tensors_of(contender.build(call, threads)(*call.args, **call.kwargs))
-        except (UnavailableError, FxquantError):
+        except (Refusal, FxquantError):
             continue
         agreement = together(result, exact)
         qualities[key] = {"sqnr": _sqnr(result, expected), "agreement": agreement}

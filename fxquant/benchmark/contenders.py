@@ -17,19 +17,15 @@ from fxquant.benchmark.memory import Carried
 from fxquant.benchmark.time_limit import OutOfTimeError, time_limit
 from fxquant.capture.calls import Call
 from fxquant.checkpoint import save
-from fxquant.errors import FxquantError, MissingPackageError
+from fxquant.errors import FxquantError, MissingPackageError, Refusal
 from fxquant.export.deployment import Deployment
 from fxquant.export.to_onnx import OnnxFile, deployed
 from fxquant.runtimes import RUNNABLE, Runtime
 from fxquant.runtimes.pytorch import torch_threads
 
-__all__ = ["Contender", "UnavailableError", "contenders_of"]
+__all__ = ["Contender", "contenders_of"]
 
 Run = Callable[..., Any]
-
-
-class UnavailableError(Exception):
-    """A contender that cannot run here; the message is its note. Never leaves this package."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Contender:
         name: ``float``, ``float compiled`` or ``int8``.
         runtime: what computes it.
         build: from a call and a number of threads to a callable with the model's signature; may raise
-            ``UnavailableError``.
+            a ``Refusal``, which is its note.
         size: bytes on disk, where it can be written.
         carried: what a process of its own needs to run a call, None where there is none.
     """
@@ -104,9 +100,9 @@ def _compiled(model: nn.Module, limit: float, call: Call, threads: int | None) -
         with time_limit(limit):
             run(*call.args, **call.kwargs)
     except OutOfTimeError:
-        raise UnavailableError(f"torch.compile took more than {limit:g} s") from None
+        raise Refusal(f"torch.compile took more than {limit:g} s") from None
     except Exception as error:  # compilers raise what they like
-        raise UnavailableError(f"torch.compile fails: {_first_line(error)}") from error
+        raise Refusal(f"torch.compile fails: {_first_line(error)}") from error
     return run
 
 
@@ -120,19 +116,19 @@ class _File:
         try:
             made: OnnxFile = self.model.file()
         except MissingPackageError:
-            raise UnavailableError(_missing("pip install 'fxquant[onnx]'")) from None
+            raise Refusal(_missing("pip install 'fxquant[onnx]'")) from None
         except FxquantError as error:
-            raise UnavailableError(f"no ONNX file: {_first_line(error)}") from error
+            raise Refusal(f"no ONNX file: {_first_line(error)}") from error
         return made
 
     def build(self, runtime: Runtime, call: Call, threads: int | None) -> Run:
         if not runtime.is_installed():
-            raise UnavailableError(_missing(runtime.how_to_install))
+            raise Refusal(_missing(runtime.how_to_install))
         self.content()
         try:
             return runtime.compiled(self.model, threads)
         except FxquantError as error:
-            raise UnavailableError(_first_line(error)) from error
+            raise Refusal(_first_line(error)) from error
 
     def size(self) -> int | None:
         return self.content().size

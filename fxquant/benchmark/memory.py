@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.runtimes import Runtime, runtime_of
 
 __all__ = ["Carried", "peak_memory"]
@@ -28,15 +29,15 @@ or its path) with ``tensors``."""
 _LIMIT = 600
 
 
-def peak_memory(carried: Carried, threads: int | None) -> int | str:
-    """Bytes, or why they could not be had."""
+def peak_memory(carried: Carried, threads: int | None) -> int | Refusal:
+    """Bytes; refused where they could not be had."""
     if not os.path.exists("/proc/self/clear_refs"):
-        return "memory is read from /proc, which this system lacks"
+        return Refusal("memory is read from /proc, which this system lacks")
     with tempfile.TemporaryDirectory() as folder:
         try:
             torch.save({**carried, "threads": threads}, Path(folder) / "carried.pt")
         except Exception as error:  # whatever pickling the user's module raises
-            return f"no memory: it cannot be sent to a process of its own ({type(error).__name__})"
+            return Refusal(f"no memory: it cannot be sent to a process of its own ({type(error).__name__})")
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         command = [sys.executable, "-W", "ignore", "-m", "fxquant.benchmark.memory", folder]
         try:
@@ -49,10 +50,10 @@ def peak_memory(carried: Carried, threads: int | None) -> int | str:
                 env={**os.environ, "PYTHONPATH": paths},
             )
         except subprocess.TimeoutExpired:
-            return f"no memory: its process took more than {_LIMIT} s"
+            return Refusal(f"no memory: its process took more than {_LIMIT} s")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"no memory: a process of its own cannot run it ({last[:120]})"
+        return Refusal(f"no memory: a process of its own cannot run it ({last[:120]})")
     return int(done.stdout.split()[-1])
 
 

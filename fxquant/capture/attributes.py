@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.capture.guards import Guards
 from fxquant.capture.memory import Memory
-from fxquant.capture.proxies import ParameterProxy, UntraceableError, ValueProxy, find_proxy
-from fxquant.capture.questions import Questions
+from fxquant.capture.proxies import ParameterProxy, ValueProxy, find_proxy
+from fxquant.errors import Refusal
 
 __all__ = ["Attributes"]
 
 
-class Attributes(Questions):
+class Attributes(Guards):
     """The part of the tracer that reads and guards attributes.
 
     Attributes:
@@ -48,7 +49,7 @@ class Attributes(Questions):
         if path is None:
             path = next((name for name, kept in self.constants.items() if kept is tensor), None)
         if path is None and self.hooked:
-            raise UntraceableError("it reads a tensor that a hook may have put there", "return what the hook keeps")
+            raise Refusal("it reads a tensor that a hook may have put there", "return what the hook keeps")
         if path is None:
             path = f"_tensor_constant{len(self.constants)}"
             self.constants[path] = tensor
@@ -77,7 +78,7 @@ class Attributes(Questions):
         old = _stored(module, name, missing)
         if find_proxy(value) is None and (old is value or (type(old) is type(value) and _equal(old, value))):
             return
-        raise UntraceableError(
+        raise Refusal(
             f"its forward changes {type(module).__name__}.{name}", "return the value, or write into a buffer in place"
         )
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from fxquant.capture.proxies import UntraceableError, ValueProxy
+from fxquant.capture.proxies import ValueProxy
 from fxquant.capture.values import UNKNOWN
-from fxquant.errors import InputError, SpecializationError
+from fxquant.errors import InputError, Refusal, SpecializationError
 
 __all__ = ["CallSpec", "put_together", "take_apart"]
 
@@ -41,7 +41,7 @@ def take_apart(value: Any, name: str, leaf: Callable[[str, Any], Any]) -> tuple[
     """The structure of ``value``, and ``value`` with each tensor and number replaced by what ``leaf(name, it)`` gives.
 
     Raises:
-        UntraceableError: it holds an object of a class that has no known structure.
+        Refusal: it holds an object of a class that has no known structure.
     """
     is_proxy = issubclass(type(value), ValueProxy)
     if value is UNKNOWN or is_proxy or isinstance(value, torch.Tensor):
@@ -68,7 +68,7 @@ def _parts(value: Any) -> tuple[str, list[tuple[Any, Any]]]:
         return "dict", list(value.items())
     if isinstance(value, tuple):
         return "items", list(enumerate(value))
-    raise UntraceableError(
+    raise Refusal(
         f"it takes or returns a {type(value).__name__}, whose parts are not known",
         "use tensors, numbers, lists, tuples, dicts or dataclasses at the borders of a module",
     )
@@ -181,7 +181,7 @@ def _flatten(value: Any, tree: Tree, name: str, flat: list[Any]) -> None:
         _, cls, items = tree
         try:
             found = dict(_parts(value)[1])
-        except UntraceableError:
+        except Refusal:
             raise _contradiction(name, f"a {cls.__name__}", _short(value)) from None
         if set(found) != {key for key, _ in items}:
             raise _other_keys(name, [key for key, _ in items], list(found))

@@ -15,12 +15,12 @@ from torch import nn
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.eager_recorder import EagerRecorder
 from fxquant.capture.findings import Island
+from fxquant.capture.guard_validation import contradicted
 from fxquant.capture.islands import graphs_of, mark_island
 from fxquant.capture.models import check_model, has_weights, nearest, own_copy, same_random_numbers, unwrapped
 from fxquant.capture.one_graph import multiplies, trace_module
 from fxquant.capture.seen_types import note_seen_types
 from fxquant.capture.tracing import Tracer
-from fxquant.capture.trials import contradicted
 from fxquant.capture.values import FakeRun
 from fxquant.errors import CaptureError, InputError
 from fxquant.graph.leveled import LeveledModule
@@ -38,8 +38,8 @@ def capture(
 
     Args:
         model: any eager module. ``DataParallel``, DDP and ``torch.compile`` wrappers are taken off.
-        example_inputs: what one call takes, see `as_call`; without it Python's questions about shapes have no answer.
-        for_training: keep the mode a question asked at run time; otherwise trace what eval mode does.
+        example_inputs: what one call takes, see `as_call`; without it what Python asks about shapes has no answer.
+        for_training: ask for the mode at run time; otherwise trace what eval mode does.
         leaves: paths or classes of modules to leave as they are.
 
     Returns:
@@ -260,5 +260,5 @@ class _Capture:
 def _replace(island: nn.Module, graphs: dict[nn.Module, LeveledModule]) -> None:
     for parent in list(island.modules()):
         for name, child in list(parent._modules.items()):
-            if child in graphs and not isinstance(parent, LeveledModule):
-                parent._modules[name] = graphs[child]  # type: ignore[index]
+            if child is not None and child in graphs and not isinstance(parent, LeveledModule):
+                parent._modules[name] = graphs[child]

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxquant.errors import SpecializationError
+from fxquant.errors import Refusal, SpecializationError
 
 __all__ = ["Island", "Specialization", "expression", "is_users", "require", "unproven", "user_line"]
 
@@ -70,9 +71,10 @@ class Island:
                 source = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
             trace = trace.tb_next
         line = str(error).splitlines()[0] if str(error) else ""
-        cause = getattr(error, "cause", None) or f"{type(error).__name__}: {line or 'no message'}"
-        advice = getattr(error, "advice", None) or "make that line independent of tensor values"
-        return cls(path, cause, source, advice)
+        if not isinstance(error, Refusal):
+            why = f"{type(error).__name__}: {line or 'no message'}"
+            error = Refusal(why, "make that line independent of tensor values")
+        return cls(path, error.why, source, error.what_to_do)
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,13 @@ def expression(value: Any, depth: int = 6) -> str:
 
 def user_line() -> str | None:
     """``file:line`` of the innermost frame that is neither torch's nor ours; in a layer of torch where there is none."""
-    frame, layer = sys._getframe(1), None
+    frame: FrameType | None = sys._getframe(1)
+    layer = None
     while frame is not None and frame.f_code.co_filename != _ENTRY:
         name = frame.f_code.co_filename
         if is_users(name):
             return f"{name}:{frame.f_lineno}"
         if layer is None and name.startswith(_LAYERS) and name != _CALLING:
             layer = f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return layer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.capture.proxies import UntraceableError
+from fxquant.errors import Refusal
 
 __all__ = ["HOOKS", "refuse_hooks"]
 
@@ -19,13 +19,13 @@ def refuse_hooks(m: nn.Module) -> None:
     """Raise where a module has hooks that have to run as they are: backward hooks, and those that may keep what they see.
 
     Raises:
-        UntraceableError: names the hooks.
+        Refusal: names the hooks.
     """
     for kind in HOOKS:
         hooks = [hook for hook in getattr(m, kind).values() if kind.startswith("_backward") or not _keeps_nothing(hook)]
         if hooks:
             names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
-            raise UntraceableError(f"it has hooks ({names}), which run as they are", "remove the hooks before prepare")
+            raise Refusal(f"it has hooks ({names}), which run as they are", "remove the hooks before prepare")
 
 
 def _keeps_nothing(hook: Any) -> bool:

@@ -7,7 +7,7 @@ A graph may call islands, which may hold graphs again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from fxquant.graph.leveled import ISLAND_MARK, LeveledModule, is_container
 
 __all__ = [
     "Island",
+    "Model",
     "Specialization",
     "graphs_of",
     "islands_of",
@@ -25,6 +26,9 @@ __all__ = [
     "mark_island",
     "specializations_of",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
+"""A captured model, or one made of it: what a verb takes and gives back."""
 
 
 def mark_island(module: nn.Module, island: Island) -> None:
@@ -57,7 +61,7 @@ def specializations_of(module: nn.Module) -> tuple[Specialization, ...]:
     )
 
 
-def map_graphs(module: nn.Module, change: Callable[[LeveledModule], LeveledModule]) -> Any:
+def map_graphs(module: nn.Module, change: Callable[[LeveledModule], LeveledModule]) -> nn.Module:
     """A model like ``module`` with ``change`` applied to each of its graphs; nothing of ``module`` is touched."""
     done: dict[nn.Module, nn.Module] = {}
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.capture.proxies import UntraceableError, find_proxy
+from fxquant.capture.proxies import find_proxy
 from fxquant.capture.tracer_type import Tracing
+from fxquant.errors import Refusal
 
 __all__ = ["KEPT_CLASSES", "KEPT_WHOLE", "keep", "kept_functions", "seen_when_called"]
 
@@ -80,7 +81,7 @@ def _call(tracer: Tracing, function: FunctionType) -> Callable[..., Any]:
         if tracer.paused or find_proxy((args, kwargs)) is None:
             return itself(*args, **kwargs)
         if any(isinstance(value, nn.Module) for value in (*args, *kwargs.values())):
-            raise UntraceableError(
+            raise Refusal(
                 f"it gives a module to {function.__qualname__}, which is an op of the table and takes tensors and numbers",
                 "enter a function that takes the module's tensors, or the module's class",
             )

@@ -51,7 +51,7 @@ def _asks(op: str, target: Any, args: tuple[Any, ...], methods: frozenset[str], 
 
 
 def answer(op: str, target: Any, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
-    """What a question about the type of a tensor (see `asks_type`) gives for one of ``dtype``."""
+    """What asking for the type of a tensor (see `asks_type`) gives for one of ``dtype``."""
     asked = torch.empty(0, dtype=dtype)
     function = getattr(torch.Tensor, target) if op == "call_method" else target
     return function(asked, *args[1:])

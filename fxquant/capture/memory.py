@@ -19,8 +19,9 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from fxquant.capture.proxies import UntraceableError, ValueProxy
+from fxquant.capture.proxies import ValueProxy
 from fxquant.capture.values import UNKNOWN, versions
+from fxquant.errors import Refusal
 
 __all__ = ["Memory", "shares_memory"]
 
@@ -83,12 +84,12 @@ class Memory:
         """``node``, whose first argument is ``target``, has written into ``written``.
 
         Raises:
-            UntraceableError: it wrote into something else than its first argument.
+            Refusal: it wrote into something else than its first argument.
         """
         if not written:
             return
         if target is None or any(_storage(tensor) != _storage(target) for tensor in written):
-            raise UntraceableError(f"{node.target} writes into one of its arguments", "return the result instead")
+            raise Refusal(f"{node.target} writes into one of its arguments", "return the result instead")
         key = self._key(target)
         self._name_anew(key, node)
         node.meta["writes"] = "attribute" if key in self._attributes else "input" if key in self._inputs else "value"
@@ -150,7 +151,7 @@ class Memory:
                 continue
             if target is operator.setitem and proxy is proxies[0] and self._is_written_back(args, names):
                 continue
-            raise UntraceableError(
+            raise Refusal(
                 f"{proxy.node.name} is read after its memory was written in place under another name",
                 "write out of place, as y = f(x) instead of an in-place call",
             )

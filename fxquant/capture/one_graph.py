@@ -13,9 +13,10 @@ from torch import fx, nn
 
 from fxquant.capture.call_spec import CallSpec, bind_example, put_together, take_apart
 from fxquant.capture.calls import Call
-from fxquant.capture.proxies import UntraceableError, find_proxy
+from fxquant.capture.proxies import find_proxy
 from fxquant.capture.tracing import Tracer, TrainingFlag
 from fxquant.capture.values import UNKNOWN, unchanged
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule, is_container
 
 __all__ = ["multiplies", "trace_module"]
@@ -60,7 +61,7 @@ def trace_module(
         spec.ranks = ranks if tracer.uses_ranks and calls else None
         spec.asks_mode = tracer.asked_mode
         if not may_overwrite and any(node.meta.get("writes") == "input" for node in graph.nodes):
-            raise UntraceableError("it writes in place into its input", "write out of place, as y = f(x)")
+            raise Refusal("it writes in place into its input", "write out of place, as y = f(x)")
     _note_values(tracer, graph)
     _prune(tracer, graph)
     return _leveled(tracer, module, graph, spec, follows_memory=bool(calls), keep_unused=keep_unused)

@@ -19,12 +19,12 @@ from torch import fx
 
 from fxquant.capture.tracer_type import Tracing
 from fxquant.capture.values import UNKNOWN
+from fxquant.errors import Refusal
 
 __all__ = [
     "ModeFlag",
     "ParameterProxy",
     "Spoilt",
-    "UntraceableError",
     "ValueProxy",
     "find_proxy",
     "is_callable",
@@ -35,16 +35,8 @@ _RANK_METHODS = ("dim", "ndimension")
 _GRADIENT_FACTS = ("requires_grad", "grad_fn", "is_leaf", "grad")
 
 
-class UntraceableError(Exception):
-    """Why a module cannot be traced, in a sentence, and what the user could change."""
-
-    def __init__(self, cause: str, advice: str) -> None:
-        super().__init__(cause)
-        self.cause, self.advice = cause, advice
-
-
 class ModeFlag(int):
-    """The value of ``self.training`` while a model is traced: as an argument it stays a question asked at run time."""
+    """The value of ``self.training`` while a model is traced: as an argument it is asked for at run time."""
 
     tracer: Tracing
 
@@ -66,7 +58,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         value = self.value
         if name in _GRADIENT_FACTS:
-            raise UntraceableError(f"it asks for {name} of a tensor", "let the caller decide whether gradients flow")
+            raise Refusal(f"it asks for {name} of a tensor", "let the caller decide whether gradients flow")
         if value is not UNKNOWN:
             with self.tracer.pausing():
                 known = hasattr(value, name)
@@ -81,7 +73,7 @@ class ValueProxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "_node", "root", "attr"):
-            raise UntraceableError(f"it sets the attribute {name!r} of a tensor", "keep such facts beside the tensor")
+            raise Refusal(f"it sets the attribute {name!r} of a tensor", "keep such facts beside the tensor")
         object.__setattr__(self, name, value)
 
     def __bool__(self) -> bool:
@@ -115,7 +107,7 @@ class ValueProxy(fx.Proxy):
 
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.value, torch.Tensor) or self.value is UNKNOWN:
-            raise UntraceableError("it asks whether a tensor contains a value", "compute it with torch.isin")
+            raise Refusal("it asks whether a tensor contains a value", "compute it with torch.isin")
         return any(bool(element == item) for element in self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -125,16 +117,14 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __delitem__(self, key: Any) -> None:
-        raise UntraceableError("it deletes an element of a traced container", "build a new container")
+        raise Refusal("it deletes an element of a traced container", "build a new container")
 
     def __iter__(self) -> Iterator[Any]:
         count = _unpacked_into(_calling_frame())
         value = self.value
         if value is UNKNOWN:
             if count is None:
-                raise UntraceableError(
-                    "it loops over something whose length depends on data", "loop over a fixed number"
-                )
+                raise Refusal("it loops over something whose length depends on data", "loop over a fixed number")
             return iter([self[i] for i in range(count)])
         if isinstance(value, torch.Size):
             return iter([self[i] for i in range(self.tracer.rank(value))])
@@ -238,7 +228,7 @@ class Spoilt:
     """What an island left in a list that it was given: not known here, and not to be read."""
 
     def __getattr__(self, name: str) -> Any:
-        raise UntraceableError("it reads a list that a submodule has changed", "return what is new instead")
+        raise Refusal("it reads a list that a submodule has changed", "return what is new instead")
 
 
 def find_proxy(tree: Any) -> ValueProxy | None:

@@ -2,7 +2,7 @@
 
 Differences from ``torch.fx.Tracer``:
 
-- proxies carry fake-tensor values, so that Python's questions about shapes get answers (`proxies`, `questions`);
+- proxies carry fake-tensor values, so that what Python asks about shapes gets an answer (`proxies`, `guards`);
 - a submodule that cannot be traced is called as it is, and becomes an *island*; what was traced of it is taken back;
 - functions marked with ``torch.fx.wrap``, attention and checkpointed functions are looked into;
 - writes in place are followed through views, by the version counters of the fake tensors.
@@ -24,6 +24,7 @@ from fxquant.capture.calls import Call
 from fxquant.capture.evaluation import containers_in, contains_unknown, in_eval_mode, run_as_it_is, value_of
 from fxquant.capture.findings import Island, user_line
 from fxquant.capture.functions import Functions
+from fxquant.capture.guards import ModeAskedError
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.kept import KEPT_CLASSES
 from fxquant.capture.memory import Memory, shares_memory
@@ -31,9 +32,9 @@ from fxquant.capture.models import COMPOSED
 from fxquant.capture.modes import merge_modes, record_of
 from fxquant.capture.patches import patched
 from fxquant.capture.plain_norms import counting_nodes
-from fxquant.capture.proxies import ModeFlag, Spoilt, UntraceableError, ValueProxy
-from fxquant.capture.questions import ModeAskedError
+from fxquant.capture.proxies import ModeFlag, Spoilt, ValueProxy
 from fxquant.capture.values import UNKNOWN, FakeRun, containers_of, differs, put_back, versions
+from fxquant.errors import Refusal
 
 __all__ = ["Tracer", "TrainingFlag"]
 
@@ -53,7 +54,7 @@ class Tracer(Functions):
     Args:
         fake: runs values along; None traces without values.
         leaves: modules that are called as they are, and why. Grows with every submodule that cannot be traced.
-        for_training: keep ``self.training`` a question; otherwise it is answered, and the answer recorded.
+        for_training: leave ``self.training`` open; otherwise it is answered, and the answer recorded.
         prefix: the module's path in the model, for messages.
     """
 
@@ -131,11 +132,11 @@ class Tracer(Functions):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() is not self._starts_with_grad:
-            raise UntraceableError(
+            raise Refusal(
                 "it switches gradients on or off for a part of its forward", "let the caller switch gradients"
             )
         if _autocast() != self._starts_with_autocast:
-            raise UntraceableError("it opens an autocast block", "open autocast around the whole model")
+            raise Refusal("it opens an autocast block", "open autocast around the whole model")
         node = super().create_node(kind, *args, **kwargs)
         node.meta["module_path"] = self.scope.module_path
         node.meta["source"] = user_line()
@@ -386,7 +387,7 @@ class Tracer(Functions):
     def _refuse_changed(self, m: nn.Module, before: list[tuple[Any, Any]]) -> None:
         if any(differs(container, items) for container, items in before):
             put_back(before)
-            raise UntraceableError(
+            raise Refusal(
                 f"its forward changes a list or dict that {type(m).__name__} keeps", "build a new one in each call"
             )
 

@@ -31,13 +31,13 @@ from fxquant.cli.arguments import (
 )
 from fxquant.errors import InputError
 from fxquant.export.by_ending import FORMATS, TARGET_OF, require_format, write_as
-from fxquant.export.runtimes import RUNTIMES
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.model_spec import build_model
 from fxquant.onnx.files import replacing
 from fxquant.report.coverage import coverage
 from fxquant.report.diff import diff
 from fxquant.report.tabled import plain
+from fxquant.runtimes import RUNNABLE as RUNTIMES
 from fxquant.targets import X86
 
 __all__ = ["add_commands"]

@@ -30,12 +30,13 @@ from fxquant.cli.arguments import (
     where,
 )
 from fxquant.errors import InputError
-from fxquant.export.sessions import onnxruntime_session, run_session
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
 from fxquant.page.report import FORMATS, Report, report
 from fxquant.report.tabled import Tabled
+from fxquant.runtimes.onnxruntime import onnxruntime_session
+from fxquant.runtimes.runtime import run_session
 
 __all__ = ["add_commands"]
 

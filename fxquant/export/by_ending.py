@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxquant.export.to_executorch import export_executorch
 from fxquant.export.to_onnx import export_onnx, make_onnx
@@ -40,7 +41,7 @@ def require_format(path: str) -> None:
         require(package, f"writing {ending} files", extra)
 
 
-def write_as(integer: Any, path: str, example_inputs: Any) -> str:
+def write_as(integer: nn.Module, path: str, example_inputs: Any) -> str:
     """Write an integer model to ``path`` in the format of its ending, and what there is to say of it.
 
     Raises:
@@ -49,26 +50,26 @@ def write_as(integer: Any, path: str, example_inputs: Any) -> str:
     return FORMATS[os.path.splitext(path)[1]](integer, path, example_inputs)
 
 
-def _onnx(integer: Any, path: str, example_inputs: Any) -> str:
+def _onnx(integer: nn.Module, path: str, example_inputs: Any) -> str:
     return str(export_onnx(integer, path, example_inputs))
 
 
-def _executorch(integer: Any, path: str, example_inputs: Any) -> str:
+def _executorch(integer: nn.Module, path: str, example_inputs: Any) -> str:
     return str(export_executorch(integer, path, example_inputs))
 
 
-def _tflite(integer: Any, path: str, example_inputs: Any) -> str:
+def _tflite(integer: nn.Module, path: str, example_inputs: Any) -> str:
     return str(export_tflite(integer, path, example_inputs))
 
 
-def _program(integer: Any, path: str, example_inputs: Any) -> str:
+def _program(integer: nn.Module, path: str, example_inputs: Any) -> str:
     program = export_program(integer, example_inputs)
     with replacing(path) as new:
         torch.export.save(program, new)
     return f"{path}: a torch.export program; torch.export.load({path!r}).module() is the model"
 
 
-def _openvino(integer: Any, path: str, example_inputs: Any) -> str:
+def _openvino(integer: nn.Module, path: str, example_inputs: Any) -> str:
     openvino: Any = require("openvino", "writing .xml files", "openvino")
     made = make_onnx(integer, example_inputs)
     source = made.content if made.pair is None else os.fspath(made.pair)

@@ -36,7 +36,7 @@ class Deployment:
     """
 
     def __init__(
-        self, model: Any, example_inputs: Any = None, write: Callable[[Deployment], Any] | None = None
+        self, model: nn.Module, example_inputs: Any = None, write: Callable[[Deployment], Any] | None = None
     ) -> None:
         self._model, self._example, self._write = _at_rest(model), example_inputs, write
         self._files: list[Any] = []
@@ -47,7 +47,7 @@ class Deployment:
         return model if isinstance(model, cls) and example_inputs is None else cls(model, example_inputs)
 
     @cached_property
-    def frozen(self) -> Any:
+    def frozen(self) -> nn.Module:
         """The frozen model; the integer model where that was given.
 
         Raises:
@@ -56,7 +56,7 @@ class Deployment:
         return freeze(self._model) if level_of(self._model) == "prepared" else self._model
 
     @cached_property
-    def integer(self) -> Any:
+    def integer(self) -> nn.Module:
         """The integer model.
 
         Raises:
@@ -111,7 +111,7 @@ class Deployment:
         return self._files[0]
 
 
-def integer_model(model: Any) -> Any:
+def integer_model(model: nn.Module) -> nn.Module:
     """``model`` converted, if it is not yet.
 
     Raises:
@@ -120,7 +120,7 @@ def integer_model(model: Any) -> Any:
     return Deployment(model).integer
 
 
-def _at_rest(model: Any) -> Any:
+def _at_rest(model: Any) -> nn.Module:
     """``model`` in eval mode: a copy where it is being trained, since parts of it are shared with what is made of it."""
     level = level_of(model) if isinstance(model, nn.Module) else None
     if level in ("prepared", "frozen", "integer"):
@@ -132,7 +132,7 @@ def _at_rest(model: Any) -> Any:
     )
 
 
-def example_call(model: Any, example_inputs: Any) -> Call:
+def example_call(model: nn.Module, example_inputs: Any) -> Call:
     """The call that ``example_inputs`` stand for; None for noise of the shapes that ``model`` was prepared with.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fxquant import processor
+from fxquant.errors import Refusal
 from fxquant.kernels.native.library import missing
 from fxquant.runtimes import RUNTIMES
 from fxquant.runtimes import Runtime as Place
@@ -79,7 +80,6 @@ def doctor() -> Diagnosis:
     Raises:
         InputError: ``FXQUANT_ISA`` names no instruction set of this processor.
     """
-    reason = missing()
     saturates = processor.adds_pairs_in_16_bits()
     runtimes = [_found(own, saturates) for own in RUNTIMES.values() if own.status is not None]
     return Diagnosis(
@@ -89,11 +89,11 @@ def doctor() -> Diagnosis:
         saturates,
         os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "",
         tuple(runtimes),
-        tuple(_notes(reason, saturates)),
+        tuple(_notes(missing(), saturates)),
     )
 
 
-def _notes(native: str | None, saturates: bool) -> list[str]:
+def _notes(native: Refusal | None, saturates: bool) -> list[str]:
     notes = []
     if native is not None:
         notes.append(

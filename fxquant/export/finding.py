@@ -8,8 +8,7 @@ from fxquant import processor
 from fxquant.capture.islands import graphs_of
 from fxquant.export.agreement import GOOD_SQNR
 from fxquant.kernels.audit import audit
-from fxquant.nn.accumulating import IntegerMatmul
-from fxquant.nn.integer import Quantize
+from fxquant.nn.integer import Quantize, multiplies
 
 __all__ = ["finding"]
 
@@ -70,4 +69,4 @@ def _signed_products(int8: Any) -> list[str]:
     parts = dict(int8.named_modules())
     if not any(isinstance(part, Quantize) and part.scheme.signed for part in parts.values()):
         return []
-    return [path for path, part in parts.items() if isinstance(part, IntegerMatmul)]
+    return [path for path, part in parts.items() if multiplies(part) == "tensors"]

@@ -17,9 +17,9 @@ from fxquant.export.deployment import Deployment
 from fxquant.export.signature import FlatModel, Signature
 from fxquant.export.tolerance import exact_outputs, least_sqnr
 from fxquant.graph.leveled import LeveledModule
-from fxquant.nn.qdq import Exchanged, Rounding, Stored
+from fxquant.nn.qdq import RealOp, Rounding, Stored
 from fxquant.passes.levels import check
-from fxquant.passes.to_exchange import to_exchange
+from fxquant.passes.to_qdq import to_qdq
 from fxquant.targets import X86, Target
 
 __all__ = ["QdqModel", "narrow_weights", "needed_bits"]
@@ -54,8 +54,8 @@ class QdqModel:
         self.integer, self._call = _on_cpu(integer), _on_cpu(deployment.example)
         self.target: Target = settings.get("target", X86)
         self.float_dtype: str = settings["recipe"].float_dtype
-        into = partial(to_exchange, integer_biases=self.target.integer_biases)
-        qdq = map_graphs(integer, lambda graph: check(into(graph), by="to_exchange")).eval()
+        into = partial(to_qdq, integer_biases=self.target.integer_biases)
+        qdq = map_graphs(integer, lambda graph: check(into(graph), by="to_qdq")).eval()
         if not self.target.packs_weights:
             for part in qdq.modules():
                 if isinstance(part, Stored):
@@ -121,7 +121,7 @@ class QdqModel:
     @staticmethod
     def _scale(graph: LeveledModule, node: Any) -> float | None:
         part: Any = graph.get_submodule(str(node.target)) if getattr(node, "op", "") == "call_module" else None
-        rounding = part.rounding if isinstance(part, Exchanged) else part
+        rounding = part.rounding if isinstance(part, RealOp) else part
         return rounding.spot.scale if isinstance(rounding, Rounding) else None
 
 

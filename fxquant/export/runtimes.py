@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from fxquant.capture.calls import Call
 from fxquant.errors import FxquantError, InputError
 from fxquant.export.agreement import GOOD_SQNR, together
@@ -21,12 +23,10 @@ from fxquant.export.interleaved_timing import time_interleaved
 from fxquant.export.signature import tensors_of
 from fxquant.export.to_onnx import deployed
 from fxquant.export.tolerance import exact_outputs, least_sqnr
-from fxquant.runtimes import RUNNABLE as RUNTIMES
-from fxquant.runtimes import runtime_of
-from fxquant.runtimes.native import native_model
+from fxquant.runtimes import RUNNABLE, runtime_of
 from fxquant.runtimes.pytorch import exact
 
-__all__ = ["RUNTIMES", "Compiled", "Timing", "compile", "native_model"]
+__all__ = ["Compiled", "Timing", "compile"]
 
 _ROUNDS, _SECONDS = 25, 2.5
 """For ``auto``: rounds of each runtime, of which fewer are taken once that much time has gone."""
@@ -76,7 +76,9 @@ class Compiled:
         return f"<compiled for {self.runtime}{compared}>"
 
 
-def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", threads: int | None = None) -> Compiled:
+def compile(
+    model: nn.Module, example_inputs: Any = None, *, runtime: str = "auto", threads: int | None = None
+) -> Compiled:
     """A quantized model as a callable for inference.
 
     Args:
@@ -100,15 +102,15 @@ def compile(model: Any, example_inputs: Any = None, *, runtime: str = "auto", th
     own = None if runtime == "auto" else runtime_of(runtime, also=("auto",))
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: a runtime needs at least one. Give a positive number, or None.")
-    model = deployed(model, example_inputs)
-    return _fastest(model, threads) if own is None else Compiled(own.name, own.compiled(model, threads))
+    ready = deployed(model, example_inputs)
+    return _fastest(ready, threads) if own is None else Compiled(own.name, own.compiled(ready, threads))
 
 
 def _fastest(model: Deployment, threads: int | None) -> Compiled:
     """Every runtime that is installed and takes the model, measured interleaved on the example."""
-    first = next(iter(RUNTIMES))
+    first = next(iter(RUNNABLE))
     found, failed = dict[str, Compiled](), list[Timing]()
-    for name, runtime in RUNTIMES.items():
+    for name, runtime in RUNNABLE.items():
         if not runtime.is_installed():
             failed.append(Timing(name, None, f"is not installed ({runtime.how_to_install})"))
             continue
@@ -143,14 +145,14 @@ def _compared(
 
     Where torch's operators are among these, the exact reference takes their place: it runs everything.
     """
-    expected, first = exact_outputs(int8, call), next(iter(RUNTIMES))
+    expected, first = exact_outputs(int8, call), next(iter(RUNNABLE))
     agreed, said, wrong, least = dict[str, float](), dict[str, str](), list[Timing](), math.inf
     for name, own in list(found.items()):
         agreed[name] = together(tensors_of(own(*call.args, **call.kwargs)), expected)
         if agreed[name] >= GOOD_SQNR:
             continue
         least = least_sqnr(int8, call, expected) if least == math.inf else least
-        said[name] = str(finding(RUNTIMES[name].title, agreed[name], int8, least))
+        said[name] = str(finding(RUNNABLE[name].title, agreed[name], int8, least))
         if agreed[name] < least:
             wrong.append(Timing(name, None, f"is left out: {said[name]}", agreed[name]))
             del found[name]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from fxquant.capture.call_spec import Tree, put_together, take_apart
 from fxquant.capture.calls import Call, signature_of
-from fxquant.capture.proxies import UntraceableError
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 
 __all__ = ["FlatModel", "Signature", "tensors_of"]
 
@@ -122,8 +121,8 @@ class FlatModel(nn.Module):
 def _apart(value: Any, name: str, leaf: Any) -> tuple[Tree, Any]:
     try:
         return take_apart(value, name, leaf)
-    except UntraceableError as error:
-        raise InputError(f"the model cannot be written to a file: {error}.") from None
+    except Refusal as refusal:
+        raise InputError(f"the model cannot be written to a file: {refusal.why}.") from None
 
 
 def _leaves(value: Any) -> tuple[Tree, list[Any]]:

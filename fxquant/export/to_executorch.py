@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.capture.calls import Call
 from fxquant.capture.islands import graphs_of, map_graphs
@@ -61,7 +61,7 @@ _READS_WEIGHT = "dequantize_per_channel"
 
 
 def export_executorch(
-    model: Any,
+    model: nn.Module,
     path: str | os.PathLike[str],
     example_inputs: Any = None,
     *,

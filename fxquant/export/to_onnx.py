@@ -1,6 +1,6 @@
 """export_onnx: an ONNX file whose tensors are quantized by pairs of QuantizeLinear and DequantizeLinear.
 
-    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_exchange──▶ QDQ form ──torch.onnx──▶ file
+    prepared ──freeze──▶ frozen ──to_integer──▶ integer ──to_qdq──▶ QDQ form ──torch.onnx──▶ file
 
 Weights are 8-bit (or 4- or 16-bit) integers and biases 32-bit integers in the file, each behind a DequantizeLinear;
 runtimes turn the pattern into integer kernels. Nothing in the file is particular to fxquant.
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+
+from torch import nn
 
 from fxquant.capture.findings import unproven
 from fxquant.capture.islands import specializations_of
@@ -125,7 +127,7 @@ class ExportReport:
 
 
 def export_onnx(
-    model: Any,
+    model: nn.Module,
     path: str | os.PathLike[str],
     example_inputs: Any = None,
     *,
@@ -179,7 +181,7 @@ def export_onnx(
 
 
 def make_onnx(
-    model: Any,
+    model: nn.Module,
     example_inputs: Any = None,
     *,
     form: str = "qdq",
@@ -231,7 +233,7 @@ def make_onnx(
     return replace(made, notes=notes + _broken_rules(made.source, qdq.target))
 
 
-def deployed(model: Any, example_inputs: Any = None, *, dynamic: str = "auto") -> Deployment:
+def deployed(model: nn.Module, example_inputs: Any = None, *, dynamic: str = "auto") -> Deployment:
     """``model`` made ready for runtimes once, its file with the sizes free that ``dynamic`` says; see ``export_onnx``."""
     return Deployment(model, example_inputs, partial(make_onnx, dynamic=dynamic))
 

@@ -31,7 +31,7 @@ DYNAMIC = {"auto": ("sizes", "batch", "none"), "batch": ("batch", "none"), None:
 
 
 def export_program(
-    model: Any,
+    model: nn.Module,
     example_inputs: Any = None,
     *,
     form: str = "integer",

@@ -97,7 +97,7 @@ class TfliteReport:
 
 
 def export_tflite(
-    model: Any, path: str | os.PathLike[str], example_inputs: Any = None, *, verify: bool = True
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, verify: bool = True
 ) -> TfliteReport:
     """Write a quantized model as a LiteRT file. Prepare it with ``target="tflite"``.
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines
 from fxquant.kernels.native.operations import BorderOperation, Operation
-from fxquant.kernels.native.weights import Unfit
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.place import Place, Step
 from fxquant.kernels.quantized import ATEN
@@ -20,11 +20,11 @@ from fxquant.nn.integer import Dequantize, Quantize
 __all__ = ["dequantize_step", "quantize_step"]
 
 
-def quantize_step(place: Place) -> Step | None:
+def quantize_step(place: Place) -> Step:
     """Where data enters: rounding, in the order of memory that convolutions read."""
     part: Quantize = place.part
     if part.scheme.storage_dtype not in (torch.uint8, torch.int8):
-        return None
+        raise Refusal(f"its result is {part.scheme.storage_dtype}")
     shift = 128 * part.scheme.signed
     form = Storage(float(part.scale), int(part.zero_point) + shift)
     low, high = (float((q + shift - form.zero_point) * form.scale) for q in (part.scheme.qmin, part.scheme.qmax))
@@ -40,12 +40,10 @@ def quantize_step(place: Place) -> Step | None:
     return Step(run, form, ATEN)
 
 
-def dequantize_step(place: Place) -> Step | None:
+def dequantize_step(place: Place) -> Step:
     """Where data leaves, in the order of memory that the user's code expects."""
     source = place.node.args[0]
     found = place.integers(source)
-    if found is None or found.scale is None:
-        return None
     form = Storage(float(place.part.scale), int(place.part.zero_point) + 128 * found.signed)
     dtype = place.part.dtype
 
@@ -68,7 +66,7 @@ def _quantize(lines: Lines, node: fx.Node, part: Quantize) -> Operation:
 
 def _dequantize(lines: Lines, node: fx.Node, part: Dequantize) -> Operation:
     if part.dtype != torch.float32:
-        raise Unfit(f"its result is {part.dtype}")
+        raise Refusal(f"its result is {part.dtype}")
     zero_point = int(part.zero_point) + 128 * lines.is_signed(node.args[0])
     return BorderOperation(lines.operands(node.args), "dequantize", float(part.scale), zero_point, (0, 255))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fxquant.nn.form import Computation, Form, Lacking, RealForm, register_form
+from fxquant.errors import Refusal
+from fxquant.nn.form import Computation, Form, RealForm, register_form
 from fxquant.nn.integer import IntegerEmbedding
 
 __all__ = []
@@ -16,8 +17,8 @@ register_form(
     Form(
         arithmetic=IntegerEmbedding,
         real=RealForm(_computation, ("weight",)),
-        torch=Lacking("its rows are looked up, and nothing is computed"),
-        native=Lacking("torch looks its rows up, before the plan's first step"),
-        operators=Lacking("Gather looks integers up as it looks up floats"),
+        torch=Refusal("its rows are looked up, and nothing is computed"),
+        native=Refusal("torch looks its rows up, before the plan's first step"),
+        operators=Refusal("Gather looks integers up as it looks up floats"),
     )
 )

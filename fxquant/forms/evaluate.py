@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.behaviour import ChannelAffine
+from fxquant.errors import Refusal
 from fxquant.kernels.native.library import Step as PlanStep
 from fxquant.kernels.native.lines import Lines, operand_zero_point
 from fxquant.kernels.native.operations import Attention, Operation, Pointwise
-from fxquant.kernels.native.weights import Unfit, channel_affine_numbers, held
+from fxquant.kernels.native.weights import channel_affine_numbers, held
 from fxquant.kernels.place import Place, Step, clamped
-from fxquant.kernels.quantized import ATEN, FLOAT32, in_float32, repeats, rounded, taken_by
+from fxquant.kernels.quantized import ATEN, FLOAT32, in_float32, rounded, taken_by
 from fxquant.kernels.storage import Storage
-from fxquant.nn.form import Computation, Form, Lacking, RealForm, TorchKernel, register_form
+from fxquant.nn.form import Computation, Form, RealForm, TorchKernel, register_form
 from fxquant.nn.integer import IntegerEvaluate
 
 __all__ = ["evaluate_step"]
@@ -28,19 +29,18 @@ def _computation(part: IntegerEvaluate, input_scale: float) -> Computation:
     return Computation(None if part.function is part.entry.function else part.function, parameters)
 
 
-def evaluate_step(place: Place) -> Step | None:
+def evaluate_step(place: Place) -> Step:
     """A function evaluated between integers: float32 where the reference takes float64."""
     part, given = place.part, place.output_form()
     count = len(part.quantized_inputs)
     operands = place.node.args
-    forms = [place.input_form(i) if i < count and part.quantized_inputs[i] else None for i in range(len(operands))]
     wanted = [isinstance(v, fx.Node) and i < count and part.quantized_inputs[i] for i, v in enumerate(operands)]
-    if given is None or repeats(place) or any(want and form is None for want, form in zip(wanted, forms, strict=True)):
-        return None
+    takes = taken_by(place, *(place.input_form(i) if want else None for i, want in enumerate(wanted)))
     named = {name: getattr(part, f"parameter_{name}").float() for name in part.parameter_names}
-    affine, first = place.operators.affine, place.integers(operands[0])
-    if affine is not None and isinstance(part.entry.behaviour, ChannelAffine) and first and first.sample.ndim == 4:
-        return Step(_channel_affine(place, affine, given, **named), given, ATEN, taken_by(place, *forms))
+    affine = place.operators.affine
+    if affine is not None and isinstance(part.entry.behaviour, ChannelAffine) and place.holds_bytes(operands[0]):
+        if place.integers(operands[0]).sample.ndim == 4:
+            return Step(_channel_affine(place, affine, given, **named), given, ATEN, takes)
     function = part.function or part.entry.function
 
     def evaluated(*values: Any, **dynamic: Any) -> Tensor:
@@ -53,7 +53,7 @@ def evaluate_step(place: Place) -> Step | None:
         return torch.nan_to_num(evaluated(*values, **dynamic)).clamp_(low, high)
 
     run = rounded(place, bounded if part.may_fail else evaluated, given)
-    return Step(run, given, FLOAT32, taken_by(place, *forms))
+    return Step(run, given, FLOAT32, takes)
 
 
 def _channel_affine(place: Place, operator: Any, given: Storage, gain: Tensor, offset: Tensor) -> Callable[..., Tensor]:
@@ -77,7 +77,7 @@ def _real(value: Any, quantized: bool) -> Any:
 def _native(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     entry: Any = part.entry
     if not isinstance(entry.behaviour, ChannelAffine):
-        raise Unfit("how it computes inside is not written natively")
+        raise Refusal("how it computes inside is not written natively")
     lines.gives(node, part.output_dtype)
     return _affine(lines, node, part)
 
@@ -99,7 +99,7 @@ def _affine(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     source = (every - 128 * signed).to(torch.int8 if signed else torch.uint8)
     wanted = part(source[:, None].expand(-1, len(gain))).to(torch.int32) + 128 * (part.output_dtype == torch.int8)
     if not torch.equal(found.to(torch.int32), wanted):
-        raise Unfit("its gains leave results half way between two integers")
+        raise Refusal("its gains leave results half way between two integers")
     numbers = channel_affine_numbers(gain, offset)
 
     def write(step: PlanStep) -> None:
@@ -113,7 +113,7 @@ def _layer_norm(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation
     lines.gives(node, part.output_dtype)
     shape = tuple(part.attributes["normalized_shape"])
     if len(shape) != 1 or len(node.args) != 1 or node.kwargs:
-        raise Unfit("it normalizes over more than the last axis")
+        raise Refusal("it normalizes over more than the last axis")
     zero_point, least, most = held(part)
     found, unit = _parameters(part), float(part.output_scale)
     gain = found.get("weight", torch.ones(shape, dtype=torch.float64)) / unit
@@ -132,7 +132,7 @@ def _attention(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     lines.gives(node, part.output_dtype)
     a = part.attributes
     if len(node.args) != 3 or node.kwargs or a.get("enable_gqa") or a.get("attn_mask") is not None:
-        raise Unfit("it has a mask, or shares keys between heads")
+        raise Refusal("it has a mask, or shares keys between heads")
     zero_point, least, most = held(part)
     before = [operand_zero_point(lines, node, part, i) for i in range(3)]
     zero_points = before[0], before[1], before[2], zero_point
@@ -140,7 +140,7 @@ def _attention(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     units = query * key, value / float(part.output_scale)
     scale, causal = a.get("scale"), bool(a.get("is_causal", False))
     if scale is not None and scale < 0:
-        raise Unfit("its scale is negative")
+        raise Refusal("its scale is negative")
     return Attention(lines.operands(node.args), zero_points, units, scale, causal, (least, most))
 
 
@@ -148,7 +148,7 @@ def _softmax(lines: Lines, node: fx.Node, part: IntegerEvaluate) -> Operation:
     lines.gives(node, part.output_dtype)
     entry: Any = part.entry
     if len(node.args) != 1 or node.kwargs or not isinstance(part.attributes.get("dim"), int):
-        raise Unfit("along which axis it sums is not known")
+        raise Refusal("along which axis it sums is not known")
     zero_point, least, most = held(part)
     steps = float(part.input_scale[0]), 1 / float(part.output_scale)
     logarithm = entry.native == "log softmax"
@@ -167,6 +167,6 @@ register_form(
         torch=TorchKernel(evaluate_step, in_float32),
         native=_native,
         native_ops={"layer norm": _layer_norm, "attention": _attention, "softmax": _softmax, "log softmax": _softmax},
-        operators=Lacking("the standard has no such function of integers; it stays between Quantize and Dequantize"),
+        operators=Refusal("the standard has no such function of integers; it stays between Quantize and Dequantize"),
     )
 )

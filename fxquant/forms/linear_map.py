@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines, operand_zero_point
 from fxquant.kernels.native.operations import Average, Operation
-from fxquant.kernels.native.weights import Unfit, held
+from fxquant.kernels.native.weights import held
 from fxquant.kernels.place import Place, Step
 from fxquant.kernels.quantized import FLOAT32, in_float32, rounded, taken_by
 from fxquant.kernels.storage import Storage
-from fxquant.nn.form import Form, Lacking, RealForm, TorchKernel, own_function, register_form
+from fxquant.nn.form import Form, RealForm, TorchKernel, own_function, register_form
 from fxquant.nn.integer import IntegerLinearMap
 
 __all__ = ["linear_map_step"]
@@ -21,11 +22,9 @@ __all__ = ["linear_map_step"]
 _AVERAGES_ONLY = "only averages over images are written natively"
 
 
-def linear_map_step(place: Place) -> Step | None:
+def linear_map_step(place: Place) -> Step:
     """An average or an interpolation, of the integers themselves: a mean of few has ties, which float scales would break."""
     part, told, given = place.part, place.input_form(0), place.output_form()
-    if told is None or given is None:
-        return None
     taken = Storage(1.0, told.zero_point)
 
     def mapped(q: Tensor, **dynamic: Any) -> Tensor:
@@ -38,9 +37,9 @@ def _linear_map(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operatio
     entry: Any = part.entry
     form, attributes = entry.native, dict(part.attributes)
     if node.kwargs or len(node.args) != 1:
-        raise Unfit(_AVERAGES_ONLY)
+        raise Refusal(_AVERAGES_ONLY)
     if attributes.get("divisor_override") is not None:
-        raise Unfit("it divides by a number of its own")
+        raise Refusal("it divides by a number of its own")
     lines.gives(node, part.output_dtype)
     zero_point, least, most = held(part)
     zero_points = operand_zero_point(lines, node, part, 0), zero_point
@@ -49,7 +48,7 @@ def _linear_map(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operatio
 
 
 def _not_native(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operation:
-    raise Unfit(_AVERAGES_ONLY)
+    raise Refusal(_AVERAGES_ONLY)
 
 
 register_form(
@@ -59,6 +58,6 @@ register_form(
         torch=TorchKernel(linear_map_step, in_float32),
         native=_not_native,
         native_ops=dict.fromkeys(("average", "adaptive average", "mean"), _linear_map),
-        operators=Lacking("the standard has no average of integers; it stays between Quantize and Dequantize"),
+        operators=Refusal("the standard has no average of integers; it stays between Quantize and Dequantize"),
     )
 )

@@ -7,25 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.kernels.place import Place, Step
-from fxquant.kernels.quantized import FLOAT32, in_float32, repeats, rounded, taken_by
+from fxquant.kernels.quantized import FLOAT32, in_float32, rounded, taken_by
 from fxquant.kernels.storage import Storage
 from fxquant.nn.accumulating import IntegerMatmul
-from fxquant.nn.form import Form, Lacking, RealForm, TorchKernel, own_function, register_form
+from fxquant.nn.form import Form, RealForm, TorchKernel, own_function, register_form
 
 __all__ = ["matmul_step"]
 
 
-def matmul_step(place: Place) -> Step | None:
+def matmul_step(place: Place) -> Step:
     """A product of two matrices of integers, exact in float32 while its sums stay below 2^24."""
     part, given = place.part, place.output_form()
     forms = place.input_form(0), place.input_form(1)
-    if given is None or forms[0] is None or forms[1] is None or repeats(place):
-        return None
-    whole = [Storage(1.0, form.zero_point) for form in forms if form is not None]
+    whole = [Storage(1.0, form.zero_point) for form in forms]
     unit = float(torch.ldexp(part.multiplier.double(), part.shift - 31))
     if unit <= 0:
-        return None
+        raise Refusal("its multiplier vanishes")
 
     def product(a: Tensor, b: Tensor, **dynamic: Any) -> Tensor:
         return part.entry.function(a.dequantize(), b.dequantize(), **part.attributes, **dynamic)
@@ -38,7 +37,7 @@ register_form(
         arithmetic=IntegerMatmul,
         real=RealForm(own_function, ("multiplier", "shift")),
         torch=TorchKernel(matmul_step, in_float32),
-        native=Lacking("a product of two tensors that are not known before is not written natively"),
+        native=Refusal("a product of two tensors that are not known before is not written natively"),
         operators=("QLinearMatMul",),
     )
 )

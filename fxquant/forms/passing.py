@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines
 from fxquant.kernels.native.operations import Concatenation, Maximum, Operation
-from fxquant.kernels.native.weights import Unfit
 from fxquant.kernels.operators import Operators
-from fxquant.kernels.place import Place, Step, zero_point_held
+from fxquant.kernels.place import Place, Step
 from fxquant.kernels.quantized import ATEN, REFERENCE
-from fxquant.kernels.storage import Storage
-from fxquant.nn.form import Form, Lacking, RealForm, TorchKernel, own_function, register_form
+from fxquant.nn.form import Form, RealForm, TorchKernel, own_function, register_form
 from fxquant.nn.integer import IntegerPass
 
 __all__ = ["passing_step"]
 
 
-def passing_step(place: Place) -> Step | None:
+def passing_step(place: Place) -> Step:
     """Values that move: torch's own function on quantized tensors, where its entry says that there is one."""
     part = place.part
-    if not part.entry.quantized or part.output_dtype not in (torch.uint8, torch.int8):
-        return None
-    nodes = [node for node in place.node.all_input_nodes if place.integers(node) is not None]
+    if not part.entry.quantized:
+        raise Refusal("torch's function for it takes no quantized tensors")
+    given = place.output_form()
+    nodes = [node for node in place.node.all_input_nodes if place.holds_bytes(node)]
     held = next((place.known[node].form for node in nodes if place.known[node].form is not None), None)
-    form = held or Storage(float(part.scale), zero_point_held(part))
+    form = held or given
     if not nodes:
-        return None
+        raise Refusal("no operand is a tensor of bytes")
 
     def run(*operands: Any, **dynamic: Any) -> Any:
         return part.entry.function(*map(_one_layout, operands), **part.attributes, **dynamic)
@@ -50,14 +49,14 @@ def _one_layout(value: Any) -> Any:
 
 def _maximum(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
     if len(node.args) != 1 or node.kwargs:
-        raise Unfit("its arguments are computed in the graph")
+        raise Refusal("its arguments are computed in the graph")
     return Maximum(lines.operands(node.args), part.entry.function, dict(part.attributes))
 
 
 def _concatenation(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
     (tensors,) = node.args
     if not isinstance(tensors, (list, tuple)) or len({lines.is_signed(t) for t in tensors}) != 1:
-        raise Unfit("its tensors are not held alike")
+        raise Refusal("its tensors are not held alike")
     return Concatenation(lines.operands(tensors), int(part.attributes.get("dim", 0)))
 
 
@@ -70,9 +69,9 @@ register_form(
         arithmetic=IntegerPass,
         real=RealForm(own_function, ("filling",)),
         torch=TorchKernel(passing_step, _expected),
-        native=Lacking("torch moves the bytes: a view, or a copy made when a plan is"),
+        native=Refusal("torch moves the bytes: a view, or a copy made when a plan is"),
         native_ops={"maximum": _maximum, "concatenation": _concatenation},
         moves=True,
-        operators=Lacking("the op's own operator moves integers as it moves floats"),
+        operators=Refusal("the op's own operator moves integers as it moves floats"),
     )
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines, operand_zero_point, tabulated, tensors_of
 from fxquant.kernels.native.operations import Add, Operation
 from fxquant.kernels.native.weights import addition
@@ -17,30 +18,29 @@ from fxquant.kernels.quantized import (
     binary,
     have_same_shapes,
     on_quantized,
-    repeats,
     rounded,
     taken_by,
     terms_of,
 )
 from fxquant.nn.accumulating import IntegerSum
-from fxquant.nn.form import Form, Lacking, RealForm, TorchKernel, own_function, register_form
+from fxquant.nn.form import Form, RealForm, TorchKernel, own_function, register_form
 
 __all__ = ["sum_step"]
 
 
-def sum_step(place: Place) -> Step | None:
+def sum_step(place: Place) -> Step:
     """A weighted sum: torch's addition where the weights are 1 and the shapes equal, else in float32."""
     part, terms, given = place.part, terms_of(place), place.output_form()
-    if terms is None or given is None or len(part.multipliers) != len(terms) + 1 or repeats(place):
-        return None
+    if len(part.multipliers) != len(terms) + 1:
+        raise Refusal("it has fewer terms than its form")
     reals = torch.ldexp(part.multipliers.double(), part.shift - 31) * given.scale
-    gains = [float(real) / form.scale for real, (_, form) in zip(reals, terms, strict=False)]
+    gains = [float(real) / form.scale for real, form in zip(reals, terms.values(), strict=False)]
     constant = float(reals[-1])
-    takes = taken_by(place, *(place.input_form(i) for i in range(len(place.node.args))))
+    takes = taken_by(place, *map(terms.get, range(len(place.node.args))))
     plain = len(terms) == 2 and constant == 0.0 and all(abs(gain - 1) < 1e-6 for gain in gains)
     if plain and have_same_shapes(place):
         return Step(binary(place, place.operators.add, given), given, ATEN, takes)
-    positions = [index for index, _ in terms]
+    positions = list(terms)
 
     def total(*operands: Any) -> Tensor:
         y = operands[positions[0]].dequantize() * gains[0]
@@ -65,6 +65,6 @@ register_form(
         real=RealForm(own_function, ("multipliers", "shift")),
         torch=TorchKernel(sum_step, on_quantized),
         native=_sum,
-        operators=Lacking("the standard has no sum of integers; it stays between Quantize and Dequantize"),
+        operators=Refusal("the standard has no sum of integers; it stays between Quantize and Dequantize"),
     )
 )

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from fxquant.errors import ExportError
+from fxquant.errors import ExportError, Refusal
 from fxquant.kernels.native.lines import Lines, tabulated
 from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.operators import unary_operator
 from fxquant.kernels.place import Place, Step, clamped
 from fxquant.kernels.quantized import ATEN, FLOAT32, in_float32, rounded, taken_by
 from fxquant.kernels.storage import Storage, convert
-from fxquant.nn.form import Computation, Form, Lacking, RealForm, TorchKernel, register_form
+from fxquant.nn.form import Computation, Form, RealForm, TorchKernel, register_form
 from fxquant.nn.integer import IntegerTable
 from fxquant.numerics.affine import dequantize, quantize
 
@@ -37,18 +37,16 @@ def _computation(part: IntegerTable, input_scale: float) -> Computation:
     return Computation()
 
 
-def table_step(place: Place) -> Step | None:
+def table_step(place: Place) -> Step:
     """A function of one number, if it gives the reference's table for every integer: torch's own, or in float32."""
     part, taken, given = place.part, place.input_form(0), place.output_form()
-    if taken is None or given is None:
-        return None
     run = rounded(place, lambda q: part.entry.function(q.dequantize(), **part.attributes), given)
     operator = unary_operator(getattr(part.entry, "quantized_as", ""))
     own = clamped(part, given, lambda q: operator(q, *given)) if operator is not None else None
     for way, kernel in ((own, ATEN), (run, FLOAT32)):
         if way is not None and torch.equal(_tabulated(place, way, taken), part.table):
             return Step(way, given, kernel, taken_by(place, taken))
-    return None
+    raise Refusal("torch's function gives other integers than its table holds")
 
 
 def _tabulated(place: Place, run: Callable[..., Tensor], taken: Storage) -> Tensor:
@@ -70,6 +68,6 @@ register_form(
         real=RealForm(_computation, ("table", "first")),
         torch=TorchKernel(table_step, in_float32),
         native=_native,
-        operators=Lacking("the standard has no operator for a table; it stays between Quantize and Dequantize"),
+        operators=Refusal("the standard has no operator for a table; it stays between Quantize and Dequantize"),
     )
 )

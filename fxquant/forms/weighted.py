@@ -12,34 +12,27 @@ frozen one. Where the accumulator leaves as a float there is no M, but s_x · s_
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.behaviour import Weighted as Behaviour
+from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines, operand_zero_point
 from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.weighted import Weighted
-from fxquant.kernels.native.weights import Unfit
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.quantized import REFERENCE
-from fxquant.kernels.weighted import expected_engine, unfit, weighted_step
+from fxquant.kernels.weighted import expected_engine, require_fit, weighted_step
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.form import Computation, Form, HeldIntegers, RealForm, TorchKernel, register_form
 
 __all__ = ["real_scales"]
 
 
-def _behaviour(part: Any) -> Behaviour:
-    assert isinstance(part.entry.behaviour, Behaviour)
-    return part.entry.behaviour
-
-
 def real_scales(part: IntegerWeighted, input_scale: float) -> tuple[Tensor, Tensor]:
     """The scales of a weighted op's weight, float32 and one per slice of its channel axis, and of its bias, s_x·s_w."""
     product = part.output_scale.double() if part.output_dtype is None else _multiplier(part) * float(part.scale)
-    per_slice = product[: part.weight.shape[_behaviour(part).out_axis]] if product.ndim else product
+    per_slice = product[: part.weight.shape[part.behaviour.out_axis]] if product.ndim else product
     return (per_slice / input_scale).float(), product
 
 
@@ -51,7 +44,7 @@ def _multiplier(part: IntegerWeighted) -> Tensor:
 
 def _computation(part: IntegerWeighted, input_scale: float) -> Computation:
     of_weight, of_bias = real_scales(part, input_scale)
-    weight = HeldIntegers(part.weight, of_weight, _behaviour(part).out_axis, part.weight_scheme)
+    weight = HeldIntegers(part.weight, of_weight, part.behaviour.out_axis, part.weight_scheme)
     bias = None if part.bias is None else HeldIntegers(part.bias, of_bias, 0, None)
     made = Computation(parameters={"weight": weight, "bias": bias})
     return made if part.output_dtype is not None else replace(made, bounds=part.clamp, dtype=part.real_dtype)
@@ -61,17 +54,18 @@ def _native(lines: Lines, node: fx.Node, part: IntegerWeighted) -> Operation:
     if part.output_dtype is not None:
         lines.gives(node, part.output_dtype)
     elif part.real_dtype != torch.float32:
-        raise Unfit(f"its result is {part.real_dtype}")
+        raise Refusal(f"its result is {part.real_dtype}")
     if len(node.args) != 1 or node.kwargs:
-        raise Unfit("it is called with more than its input")
+        raise Refusal("it is called with more than its input")
     return Weighted(lines.operands(node.args), part, operand_zero_point(lines, node, part, 0), lines.library)
 
 
 def _expected(part: IntegerWeighted, operators: Operators) -> str:
-    reason, engine = unfit(part), expected_engine(part, operators)
-    if reason is None and engine is None:
-        reason = "sums of its products could overflow 16 bits on this machine"
-    return str(engine) if reason is None else f"{REFERENCE}: {reason}"
+    try:
+        require_fit(part)
+        return expected_engine(part, operators)
+    except Refusal as refusal:
+        return f"{REFERENCE}: {refusal.why}"
 
 
 register_form(

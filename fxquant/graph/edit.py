@@ -17,7 +17,7 @@ from fxquant.graph.leveled import LeveledModule, is_container
 
 __all__ = ["Edit", "clone_module"]
 
-_FINAL = ("frozen", "integer", "exchange", "decomposed")
+_FINAL = ("frozen", "integer", "qdq", "decomposed")
 """Levels of a model that is used as it is: it carries nothing along that it does not need."""
 
 

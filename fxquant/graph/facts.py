@@ -118,7 +118,7 @@ class Traced(Facts):
     is_tuple = Fact[bool](bool, False, "the result is a tuple that is indexed")
     constant = Fact[bool](bool, False, "it follows from parameters alone, the same in every call")
     writes = Fact[str](str, "", "it writes in place: into an ``attribute`` of the model, or into a ``value``")
-    specialization = Fact[Any](object, None, "a question about sizes that this node checks the answer of")
+    specialization = Fact[Any](object, None, "the guard on sizes that this node checks")
     island = Fact[Any](object, None, "the submodule that runs its own code here")
     part_of = Fact[Any](object, None, "the call inside an island that it was captured for")
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.errors import LevelError, SpecializationError
+from fxquant.errors import InputError, LevelError, SpecializationError
 
 __all__ = ["LEVELS", "Container", "ISLAND_MARK", "RUNNER", "LeveledModule", "is_container"]
 
@@ -32,7 +32,7 @@ ISLAND_MARK = "_fxquant_island"
 RUNNER = "_fxquant_runner"
 """The attribute that runs the calls of a graph some other way, or declines; see ``kernels.runner``."""
 
-LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "exchange", "decomposed")
+LEVELS = ("captured", "canonical", "prepared", "frozen", "integer", "qdq", "decomposed")
 
 _NOT_CALLED = (
     "this part of a model is no module any more that is called: its ops stand in the graph of the whole model.\n"
@@ -167,12 +167,24 @@ class LeveledModule(Holder, fx.GraphModule):
 
     def _run(self, inputs: Sequence[Any]) -> Any:
         """The graph's result, by the program that a runner holds for such inputs, if there is one."""
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            self._refuse_transforms()
         runner = self.__dict__.get(RUNNER)
         if runner is not None and not self._forward_hooks and not self._forward_pre_hooks:
             taken, result = runner(self, inputs)
             if taken:
                 return result
         return super().__call__(*inputs)
+
+    def _refuse_transforms(self) -> None:
+        """Say what torch says of a buffer: quantizers write the grids that they find, which transforms do not allow."""
+        if any(getattr(part, "follows_graph", False) and part.enabled for part in self.modules()):
+            raise InputError(
+                "torch.func transforms (grad, vmap, jacrev) cannot go through a model whose quantizers are on: they keep "
+                "what they find in buffers.\n"
+                "  what to do: loss.backward(), or torch.autograd.grad of torch.func.functional_call(model, parameters, "
+                "inputs); or transform it inside fxquant.quantizers_off(model)."
+            )
 
     def train(self, mode: bool = True) -> Any:
         """As torch's; the quantizers follow the mode of the graph and not that of the part they stand in."""
@@ -234,7 +246,7 @@ class LeveledModule(Holder, fx.GraphModule):
         for step in above:
             if place._modules.get(step) is None:
                 place._modules[step] = nn.Module()
-            place = place._modules[step]  # type: ignore[assignment]
+            place = place.get_submodule(step)
         place._modules[name] = part
 
     def put_unused(self, source: LeveledModule) -> None:

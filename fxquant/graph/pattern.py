@@ -1,37 +1,27 @@
-"""Matching straight chains of nodes, with the reason when a chain breaks.
-
-A rule of a pass asks ``only_user`` or ``only_reader`` for the next or previous link and gets a node or a ``Skip``, whose
-reason reaches the user in the diff.
-"""
+"""Matching straight chains of nodes: the next link, or a ``Refusal`` where the chain breaks, which reaches the diff."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-__all__ = ["Skip", "next_in_chain", "nodes_in"]
+from fxquant.errors import Refusal
+
+__all__ = ["next_in_chain", "nodes_in"]
 
 
-@dataclass(frozen=True)
-class Skip:
-    """Why a rule did not fire, in words for the user."""
-
-    reason: str
-
-
-def next_in_chain(node: fx.Node) -> fx.Node | Skip:
+def next_in_chain(node: fx.Node) -> fx.Node | Refusal:
     """The one node that reads ``node``, or why there is none."""
     users = list(node.users)
     if len(users) != 1:
         others = ", ".join(user.name for user in users[1:4])
-        return Skip(
+        return Refusal(
             f"{node.name}'s output is not used" if not users else f"{node.name}'s output is also used by {others}"
         )
     if users[0].op == "output":
-        return Skip(f"{node.name} is an output of the model")
+        return Refusal(f"{node.name} is an output of the model")
     return users[0]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.choice import step_of
 from fxquant.kernels.operators import Operators, operators
@@ -75,11 +76,10 @@ def _compared(graph: LeveledModule, values: dict[fx.Node, Any], found: Operators
     known = {node: described(graph, node, value) for node, value in values.items()}
     for node in graph.graph.nodes:
         part: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        make = step_of(part)
-        if make is None or not isinstance(values[node], Tensor) or not values[node].numel():
+        if not isinstance(values[node], Tensor) or not values[node].numel():
             continue
-        step = make(Place(part, node, known, found))
-        if step is not None:
+        step = step_of(Place(part, node, known, found))
+        if not isinstance(step, Refusal):
             got = _run(step, node, known, known[node].signed)
             if got is not None:
                 yield _agreement(node.name, step.kernel, got, values[node])

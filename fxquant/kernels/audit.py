@@ -24,15 +24,13 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.runner import kernel_of
 from fxquant.kernels.saturation import (
     INT32,
-    channels_first,
     largest_pair,
     largest_sum,
     narrowed_channels,
     one_sided_sums,
-    weight_rows,
 )
-from fxquant.nn.accumulating import IntegerProduct, IntegerSum, IntegerWeighted
-from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
+from fxquant.nn.accumulating import IntegerWeighted, channels_first, weight_rows
+from fxquant.nn.integer import Dequantize, IntegerOp, Multipliers, Quantize, multiplies
 
 __all__ = ["Audit", "AuditFinding", "LayerAudit", "audit", "saturates_here"]
 
@@ -158,12 +156,12 @@ def audit(graphs: Iterable[LeveledModule]) -> Audit:
     for graph in graphs:
         prefix = graph.meta.get("path", "")
         for node in graph.graph.nodes:
-            part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            part: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             if not isinstance(part, (IntegerOp, Quantize, Dequantize)):
                 continue
             path = f"{prefix}.{node.target}" if prefix else str(node.target)
             found = list(_scales(part))
-            if isinstance(part, IntegerWeighted):
+            if multiplies(part) == "weights":
                 layers.append(_layer(graph, node, part, path))
                 found += [*_sums(layers[-1]), *_bias(part)]
             findings += [AuditFinding(path, kind, what, repair) for kind, what, repair in found]
@@ -218,7 +216,7 @@ def _sums(layer: LayerAudit) -> _Found:
         yield "accumulator", what, "runs by the reference, which sums in float64; other runtimes may overflow"
 
 
-def _bias(part: IntegerWeighted) -> _Found:
+def _bias(part: Any) -> _Found:
     if part.bias is None:
         return
     largest = int(part.bias.to(torch.int64).abs().max())
@@ -238,10 +236,9 @@ def _scales(part: nn.Module) -> _Found:
         scale = getattr(part, name, None)
         if isinstance(scale, Tensor) and (wrong := _wrong(scale, unused=name == "input_scale")):
             yield "scale", f"its {name.replace('_', ' ')} is {wrong}", "convert the model anew, with data of its range"
-    shift = getattr(part, "shift", None)
-    multiplier = getattr(part, "multipliers" if isinstance(part, IntegerSum) else "multiplier", None)
-    if isinstance(shift, Tensor) and isinstance(multiplier, Tensor):
-        yield from _multipliers(part, multiplier, shift)
+    shift, own = getattr(part, "shift", None), part.requantized_by() if isinstance(part, IntegerOp) else None
+    if isinstance(shift, Tensor) and own is not None:
+        yield from _multipliers(own, shift)
 
 
 def _wrong(scale: Tensor, *, unused: bool) -> str | None:
@@ -255,29 +252,20 @@ def _wrong(scale: Tensor, *, unused: bool) -> str | None:
     return "too small for float32" if bool(((real > 0) & (real < tiny)).any()) else None
 
 
-def _multipliers(part: nn.Module, multiplier: Tensor, shift: Tensor) -> _Found:
+def _multipliers(own: Multipliers, shift: Tensor) -> _Found:
     """``quantize_multiplier`` gives 0 below 2^-32, and its largest pair above 2^30."""
-    lost = multiplier == 0
-    if isinstance(part, IntegerWeighted):
-        lost, then = lost & (weight_rows(part) != 0).any(1), "runs by the reference, which gives the zero point there"
-    elif isinstance(part, IntegerSum):
-        lost, then = lost[:-1], "that operand adds nothing"  # the last one is a constant, mostly 0
-    else:
-        lost, then = (
-            lost & (not isinstance(part, IntegerProduct) or int(part.sign) != 0),
-            "its result is the zero point",
-        )
+    lost = (own.values == 0) & own.needed
     if bool(lost.any()):
         which = (
             f"{int(lost.sum())} of its {lost.numel()} multipliers vanish"
             if lost.numel() > 1
             else "its multiplier vanishes"
         )
-        yield "scale", f"{which}: below 2^-32 beside the scale of its result", then
+        yield "scale", f"{which}: below 2^-32 beside the scale of its result", own.without
     if bool((shift >= 30).any()):
         yield "scale", "its multiplier is cut off at 2^30", "its results are at the bounds of their grid"
 
 
-def saturates_here(int8: Any) -> bool:
+def saturates_here(int8: nn.Module) -> bool:
     """Whether kernels of this processor add pairs in 16 bits, and ``int8`` was not made for such."""
     return processor.adds_pairs_in_16_bits() and bool(audit(graphs_of(int8).values()).saturating)

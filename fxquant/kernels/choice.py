@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from fxquant.errors import Refusal
 from fxquant.kernels.operators import operators
 from fxquant.kernels.place import Place, Step
 from fxquant.kernels.quantized import REFERENCE
@@ -14,10 +14,17 @@ from fxquant.nn.integer import IntegerOp
 __all__ = ["REFERENCE", "expected_kernel", "step_of", "without_kernel"]
 
 
-def step_of(part: Any) -> Callable[[Place], Step | None] | None:
-    """What makes the fast step of a form; None for one without, which runs as it is, as does a place that gets None."""
-    form = form_of(part)
-    return form.torch.step if form is not None and isinstance(form.torch, TorchKernel) else None
+def step_of(place: Place) -> Step | Refusal:
+    """The fast step of a node; where it is refused the node runs as it is."""
+    form = form_of(place.part)
+    if form is None:
+        return Refusal(f"no kernel is written for the form {type(place.part).__name__}", where=place.node.name)
+    if isinstance(form.torch, Refusal):
+        return form.torch.at(place.node.name)
+    try:
+        return form.torch.step(place)
+    except Refusal as refusal:
+        return refusal.at(place.node.name)
 
 
 def without_kernel(part: IntegerOp) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.kernels.operators import Engine, Operators
 from fxquant.kernels.storage import Storage
 from fxquant.nn.integer import IntegerOp
@@ -24,7 +25,7 @@ class Known:
         sample: the value in the first run.
         scale: what one integer step of it is worth; None where it holds no integers, or that is not known.
         signed: it is made of signed bytes.
-        form: how it is held; None for plain tensors and everything that is no tensor of integers.
+        form: its storage; None for plain tensors and everything that is no tensor of integers.
     """
 
     sample: Any
@@ -77,23 +78,39 @@ class Place:
             self.packs[key] = self.operators.pack(kind, engine, weight, bias, *geometry)
         return self.packs[key]
 
-    def integers(self, value: Any) -> Known | None:
-        """What is known of an argument if it is one tensor of bytes with a scale; else None."""
-        found = self.known.get(value) if isinstance(value, fx.Node) else None
-        return found if found is not None and found.scale is not None else None
+    def holds_bytes(self, value: Any) -> bool:
+        """Whether an argument is one tensor of bytes whose scale is known."""
+        return isinstance(value, fx.Node) and value in self.known and self.known[value].scale is not None
 
-    def input_form(self, index: int) -> Storage | None:
-        """The form in which operand ``index`` tells what its numbers stand for; None where it holds no bytes."""
+    def integers(self, value: Any) -> Known:
+        """What is known of an argument that is one tensor of bytes.
+
+        Raises:
+            Refusal: it is none.
+        """
+        if not self.holds_bytes(value):
+            raise Refusal(f"its operand {value} is no tensor of bytes")
+        return self.known[value]
+
+    def input_form(self, index: int) -> Storage:
+        """The form in which operand ``index`` tells what its numbers stand for.
+
+        Raises:
+            Refusal: it holds no bytes.
+        """
         found = self.integers(self.node.args[index])
-        if found is None or found.scale is None:
-            return None
+        assert found.scale is not None
         return Storage(found.scale, int(self.part.offset[index]) + 128 * found.signed)
 
-    def output_form(self) -> Storage | None:
-        """The form in which the result tells what its numbers stand for; None where it is wider than a byte."""
+    def output_form(self) -> Storage:
+        """The form in which the result tells what its numbers stand for.
+
+        Raises:
+            Refusal: it is wider than a byte.
+        """
         part: IntegerOp = self.part
         if part.output_dtype not in (torch.uint8, torch.int8):
-            return None
+            raise Refusal(f"its result is {part.output_dtype}")
         return Storage(float(part.scale), zero_point_held(part))
 
 

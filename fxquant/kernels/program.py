@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.agreement import described
 from fxquant.kernels.choice import step_of, without_kernel
@@ -30,12 +31,14 @@ class Program:
     Attributes:
         run: takes the graph's inputs in order.
         kernels: what computes each integer op, by the node's name.
+        refusals: why an integer op has no kernel of torch's, likewise.
         text: the code.
         packed: the weights that the code holds, in torch's own form.
     """
 
     run: Callable[..., Any]
     kernels: dict[str, str]
+    refusals: dict[str, Refusal]
     text: str
     packed: tuple[Any, ...]
 
@@ -58,6 +61,7 @@ class _Writer:
         self.lines: list[tuple[str, str, list[str]]] = []
         self.parameters: list[str] = []
         self.kernels: dict[str, str] = {}
+        self.refusals: dict[str, Refusal] = {}
         self.packed: list[Any] = []
 
     def write(self, args: Sequence[Any]) -> Any:
@@ -80,8 +84,9 @@ class _Writer:
 
     def _compute(self, node: fx.Node) -> None:
         part = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        fast, plain = self._fast(node, part), self._plain(node, part)
-        ways = [] if fast is None else [(fast.run, fast), (_contiguous(fast.run), fast)]
+        place = Place(part, node, self.known, self.operators, self.packs)
+        fast, plain = step_of(place), self._plain(node, part)
+        ways = [] if isinstance(fast, Refusal) else [(fast.run, fast), (_contiguous(fast.run), fast)]
         for run, step in [*ways, (plain, None)]:
             try:
                 self._emit(node, run, step)
@@ -91,14 +96,13 @@ class _Writer:
         else:
             self._emit(node, _contiguous(plain), None)
             step = None
+            fast = Refusal("torch has no such form of it for these arguments", where=node.name)
         if step is not None and step.packed is not None:
             self.packed.append(step.packed)
         if isinstance(part, IntegerOp):
             self.kernels[node.name] = without_kernel(part) if step is None else step.kernel
-
-    def _fast(self, node: fx.Node, part: nn.Module | None) -> Step | None:
-        chosen = step_of(part)
-        return None if chosen is None else chosen(Place(part, node, self.known, self.operators, self.packs))
+            if isinstance(fast, Refusal):
+                self.refusals[node.name] = fast
 
     def _plain(self, node: fx.Node, part: nn.Module | None) -> Callable[..., Any]:
         """The node as the graph has it."""
@@ -199,7 +203,7 @@ class _Writer:
         source = "\n".join([head, *reversed(body), f"    return {self.returned}"]) + "\n"
         namespace = dict(self.names)
         exec(compile(source, "<fxquant program>", "exec"), namespace)
-        return Program(namespace["run"], self.kernels, source, tuple(self.packed))
+        return Program(namespace["run"], self.kernels, self.refusals, source, tuple(self.packed))
 
 
 def _contiguous(run: Callable[..., Any]) -> Callable[..., Any]:

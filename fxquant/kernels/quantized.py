@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.errors import Refusal
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.place import Place, clamped
 from fxquant.kernels.storage import Storage, convert
@@ -25,7 +26,6 @@ __all__ = [
     "have_same_shapes",
     "in_float32",
     "on_quantized",
-    "repeats",
     "rounded",
     "taken_by",
     "terms_of",
@@ -58,27 +58,27 @@ def rounded(place: Place, function: Callable[..., Tensor], given: Storage, scale
 
 
 def taken_by(place: Place, *forms: Storage | None) -> dict[fx.Node, Storage | None]:
-    """The form of each operand that is a node."""
-    pairs = zip(place.node.args, forms, strict=False)
-    return {node: form for node, form in pairs if isinstance(node, fx.Node) and form is not None}
+    """The form of each operand that is a node.
+
+    Raises:
+        Refusal: one tensor comes twice, and would be read by two scales.
+    """
+    pairs = [(node, form) for node, form in zip(place.node.args, forms, strict=False) if isinstance(node, fx.Node)]
+    if len({node for node, _ in pairs}) != len(pairs) and len({form for _, form in pairs}) > 1:
+        raise Refusal("one tensor comes twice, and would be read by two scales")
+    return {node: form for node, form in pairs if form is not None}
 
 
-def terms_of(place: Place) -> list[tuple[int, Storage]] | None:
-    """Position and form of every operand that is a tensor; None where one of them holds no bytes, or one comes twice."""
-    found = []
-    for index, value in enumerate(place.node.args):
-        form = place.input_form(index)
-        if form is not None:
-            found.append((index, form))
-        elif isinstance(value, fx.Node):
-            return None
-    return found or None
+def terms_of(place: Place) -> dict[int, Storage]:
+    """The form of every operand that is a tensor, by its position.
 
-
-def repeats(place: Place) -> bool:
-    """Whether one tensor comes twice, and would be read by two scales."""
-    nodes = [value for value in place.node.args if isinstance(value, fx.Node)]
-    return len(set(nodes)) != len(nodes) and len({place.input_form(i) for i in range(len(nodes))}) > 1
+    Raises:
+        Refusal: one of them holds no bytes, or there is none.
+    """
+    forms = {i: place.input_form(i) for i, value in enumerate(place.node.args) if isinstance(value, fx.Node)}
+    if not forms:
+        raise Refusal("no operand is a tensor")
+    return forms
 
 
 def have_same_shapes(place: Place) -> bool:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, Refusal
 from fxquant.graph.leveled import RUNNER, LeveledModule
 from fxquant.kernels.choice import REFERENCE, expected_kernel, without_kernel
-from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.operators import Operators, operators
 from fxquant.kernels.program import Program, build
-from fxquant.nn.integer import IntegerEvaluate, IntegerOp
+from fxquant.nn.integer import IntegerOp
 
 __all__ = ["KERNELS", "Runner", "by_reference", "input_key", "kernel_of", "on_torch", "use_kernels"]
 
@@ -93,7 +93,7 @@ def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
         kernel = native.kernels.get(node.name) or without_kernel(part)
     else:
         kernel = expected_kernel(part)
-    inexact = kernel == REFERENCE and isinstance(part, IntegerEvaluate)
+    inexact = kernel == REFERENCE and part.in_float64
     return f"{REFERENCE}, float64 inside" if inexact else kernel
 
 
@@ -152,8 +152,8 @@ class Runner:
         if self._model is None and self.native and not self.unfit:
             try:
                 self._model = NativeModel(graph)
-            except Unfit as reason:
-                self.unfit = str(reason)
+            except Refusal as refusal:
+                self.unfit = str(refusal)
         return self._model
 
     def current(self, key: Any) -> Program | _Natively | None:
@@ -206,7 +206,7 @@ class Runner:
             return None, None
         try:
             return (_Natively(model), model.run(args)), None
-        except (Unfit, FxquantError):
+        except (Refusal, FxquantError):
             return None, None
         except Exception as error:
             return None, error

@@ -9,41 +9,27 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted, channels_first, weight_rows
+from fxquant.nn.integer import multiplies
 from fxquant.numerics.scheme import Scheme
 
 __all__ = [
     "INT32",
     "can_saturate",
-    "channels_first",
     "largest_pair",
     "largest_sum",
     "narrowed_channels",
     "one_sided_sums",
     "saturating_layers",
-    "weight_rows",
 ]
 
 INT32 = 2**31 - 1
 _LIMIT = 128
-
-
-def channels_first(part: IntegerWeighted) -> Tensor:
-    """A layer's integer weights with output channels as axis 0."""
-    axis = part.entry.behaviour.out_axis  # type: ignore[attr-defined]
-    return part.weight.transpose(0, axis).contiguous() if axis else part.weight
-
-
-def weight_rows(part: IntegerWeighted) -> Tensor:
-    """All weights that an output channel adds up, one channel a row."""
-    groups = int(part.attributes.get("groups", 1))
-    if part.entry.behaviour.out_axis and groups > 1:  # type: ignore[attr-defined]
-        each = part.weight.unflatten(0, (groups, -1)).transpose(1, 2)
-        return each.flatten(0, 1).flatten(1)
-    return channels_first(part).flatten(1)
 
 
 def one_sided_sums(part: IntegerWeighted) -> tuple[Tensor, Tensor]:
@@ -84,7 +70,7 @@ def saturating_layers(module: nn.Module) -> dict[str, int]:
     Only machines that add products so are concerned; there these layers run by the reference, unless their weights have
     at most seven bits, whose pairs reach 126.
     """
-    layers = {path: part for path, part in module.named_modules() if isinstance(part, IntegerWeighted)}
+    layers: dict[str, Any] = {path: part for path, part in module.named_modules() if multiplies(part) == "weights"}
     pairs = {
         path: largest_pair(channels_first(part)) for path, part in layers.items() if part.weight.dtype == torch.int8
     }

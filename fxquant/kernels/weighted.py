@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxquant.behaviour import Weighted
+from fxquant.errors import Refusal
 from fxquant.kernels.operators import ENGINES, Engine, Operators, engine_named, quantized_weight
 from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
 from fxquant.kernels.quantized import FLOAT32
-from fxquant.kernels.saturation import INT32, can_saturate, channels_first, largest_sum
+from fxquant.kernels.saturation import INT32, can_saturate, largest_sum
 from fxquant.kernels.storage import Storage, convert
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted, channels_first
 
-__all__ = ["Geometry", "expected_engine", "geometry_of", "unfit", "weighted_step"]
+__all__ = ["Geometry", "expected_engine", "geometry_of", "require_fit", "weighted_step"]
 
+_SATURATES = "sums of its products could overflow 16 bits on this machine"
 _FEW_ROWS = 16
 _MANY_WEIGHTS = 2**18
 """More weights than an input's values and that: summing them up for the padding takes longer than writing a border."""
@@ -45,12 +46,16 @@ class Geometry:
     groups: int
 
 
-def geometry_of(part: IntegerWeighted) -> Geometry | None:
-    """The arguments of a convolution over one or two dimensions; None where they fit no packed operator."""
+def geometry_of(part: IntegerWeighted) -> Geometry:
+    """The arguments of a convolution over one or two dimensions.
+
+    Raises:
+        Refusal: they fit no packed operator.
+    """
     attributes, dims = part.attributes, part.weight.ndim - 2
     padding = attributes.get("padding", 0)
     if attributes.get("padding_mode", "zeros") != "zeros" or isinstance(padding, str):
-        return None
+        raise Refusal("its padding is no number of zeros")
 
     def pair(value: Any, free: int) -> list[int]:
         values = [int(value)] * dims if isinstance(value, int) else [int(v) for v in value]
@@ -60,51 +65,61 @@ def geometry_of(part: IntegerWeighted) -> Geometry | None:
     return Geometry(stride, pair(padding, 0), dilation, int(attributes.get("groups", 1)))
 
 
-def _behaviour(part: Any) -> Weighted:
-    assert isinstance(part.entry.behaviour, Weighted)
-    return part.entry.behaviour
+def require_fit(part: IntegerWeighted) -> None:
+    """Refuse a layer that no packed operator computes.
 
-
-def unfit(part: IntegerWeighted) -> str | None:
-    """Why no packed operator computes this layer; None where one does."""
-    behaviour = _behaviour(part)
+    Raises:
+        Refusal: says why.
+    """
+    behaviour = part.behaviour
     if part.weight.dtype != torch.int8:
-        return f"its weights are {part.weight.dtype}"
+        raise Refusal(f"its weights are {part.weight.dtype}")
     if largest_sum(part) > INT32 or (part.bias is not None and part.bias.dtype != torch.int32):
-        return "its sums could overflow 32 bits"
+        raise Refusal("its sums could overflow 32 bits")
     if part.output_dtype is None:
-        return None
+        return
     if part.output_dtype not in (torch.uint8, torch.int8):
-        return f"its result is {part.output_dtype}"
+        raise Refusal(f"its result is {part.output_dtype}")
     if not bool((part.multiplier > 0).all()):
-        return "a channel's scale vanishes"
+        raise Refusal("a channel's scale vanishes")
     if behaviour.channels_last:
-        return None
+        return
     if behaviour.out_axis != 0 or part.weight.ndim not in (3, 4):
-        return "it is a transposed convolution" if behaviour.out_axis else "it has three dimensions"
-    return None if geometry_of(part) is not None else "its padding is no number of zeros"
+        raise Refusal("it is a transposed convolution" if behaviour.out_axis else "it has three dimensions")
+    geometry_of(part)
 
 
-def weighted_step(place: Place) -> Step | None:
-    """A packed convolution or linear layer for ``place``; None where the reference is needed."""
+def weighted_step(place: Place) -> Step:
+    """A packed convolution or linear layer for ``place``.
+
+    Raises:
+        Refusal: the reference is needed.
+    """
     part: IntegerWeighted = place.part
     x, taken = place.integers(place.node.args[0]), place.input_form(0)
-    if x is None or taken is None or unfit(part) is not None or place.node.kwargs or x.sample.numel() == 0:
-        return None
-    if not _behaviour(part).channels_last:
+    require_fit(part)
+    if place.node.kwargs or x.sample.numel() == 0:
+        raise Refusal("it is called with more than its input" if place.node.kwargs else "its input is empty")
+    if not part.behaviour.channels_last:
         return _convolution(place, x, taken) if part.output_dtype is not None else _float_convolution(place, taken)
     return _float_linear(place, taken) if part.output_dtype is None else _linear(place, x, taken)
 
 
-def expected_engine(part: IntegerWeighted, operators: Operators) -> str | None:
-    """The engine that a layer is for, where shapes allow it; None where every engine's sums could overflow.
+def expected_engine(part: IntegerWeighted, operators: Operators) -> str:
+    """The engine that a layer is for, where shapes allow it.
 
     A convolution whose accumulator leaves as a float is computed in float32, for want of an operator that gives one.
+
+    Raises:
+        Refusal: every engine's sums could overflow.
     """
-    if part.output_dtype is None and not _behaviour(part).channels_last:
+    if part.output_dtype is None and not part.behaviour.channels_last:
         return FLOAT32
     names = ENGINES if part.output_dtype is not None else ("fbgemm",)
-    return next((name for name in names if _right(part, operators, name) is not None), None)
+    found = next((name for name in names if _right(part, operators, name) is not None), None)
+    if found is None:
+        raise Refusal(_SATURATES)
+    return found
 
 
 def _usable(place: Place, name: str) -> Engine | None:
@@ -137,13 +152,11 @@ def _step(place: Place, run: Callable[..., Tensor], taken: Storage, given: Stora
     return Step(clamped(place.part, given, run), given, kernel, {source: taken}, packed)
 
 
-def _convolution(place: Place, x: Known, told: Storage) -> Step | None:
+def _convolution(place: Place, x: Known, told: Storage) -> Step:
     part, geometry = place.part, geometry_of(place.part)
-    if geometry is None or x.sample.ndim != part.weight.ndim:
-        return None
-    engine = _engine_for_convolution(place, x.sample)
-    if engine is None:
-        return None
+    if x.sample.ndim != part.weight.ndim:
+        raise Refusal("its input has no batch")
+    engine = _engine(place, few=x.sample.shape[0] * x.sample[0, 0].numel() <= _FEW_ROWS)
     given, padding = Storage(float(part.scale), zero_point_held(part)), geometry.padding
     many = part.weight.numel() > _MANY_WEIGHTS + x.sample.numel()
     bordered = engine.name == "onednn" and told.zero_point != 0 and any(padding) and many
@@ -157,11 +170,13 @@ def _convolution(place: Place, x: Known, told: Storage) -> Step | None:
     return _step(place, _flat(run) if part.weight.ndim == 3 else run, taken, given, engine.name, packed)
 
 
-def _engine_for_convolution(place: Place, sample: Tensor) -> Engine | None:
-    """fbgemm where a call costs more than its sums, or where onednn cannot be used; else onednn."""
+def _engine(place: Place, *, few: bool) -> Engine:
+    """fbgemm where a call costs more than its sums (``few``), or where onednn cannot be used; else onednn."""
     onednn, fbgemm = _usable(place, "onednn"), _usable(place, "fbgemm")
-    small = sample.shape[0] * sample[0, 0].numel() <= _FEW_ROWS
-    return (fbgemm or onednn) if small or onednn is None else onednn
+    engine = (fbgemm or onednn) if few or onednn is None else onednn
+    if engine is None:
+        raise Refusal(_SATURATES)
+    return engine
 
 
 def _operator(operator: Callable[..., Tensor], packed: Any, given: Storage) -> Callable[..., Tensor]:
@@ -194,13 +209,8 @@ def _flat(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return flat
 
 
-def _linear(place: Place, x: Known, told: Storage) -> Step | None:
-    part = place.part
-    onednn, fbgemm = _usable(place, "onednn"), _usable(place, "fbgemm")
-    few = x.sample.numel() <= _FEW_ROWS * x.sample.shape[-1]
-    engine = (fbgemm or onednn) if few or onednn is None else onednn
-    if engine is None:
-        return None
+def _linear(place: Place, x: Known, told: Storage) -> Step:
+    part, engine = place.part, _engine(place, few=x.sample.numel() <= _FEW_ROWS * x.sample.shape[-1])
     taken = told if engine.name == "fbgemm" else Storage(told.scale, 0)
     given = Storage(float(part.scale), zero_point_held(part))
     weight, bias = _folded(part, told.scale, told.zero_point - taken.zero_point, given.scale)
@@ -208,11 +218,11 @@ def _linear(place: Place, x: Known, told: Storage) -> Step | None:
     return _step(place, _operator(place.operators.linear, packed, given), taken, given, engine.name, packed)
 
 
-def _float_linear(place: Place, told: Storage) -> Step | None:
+def _float_linear(place: Place, told: Storage) -> Step:
     """A linear layer whose accumulator leaves as a float."""
     part, operator, engine = place.part, place.operators.linear_float, _usable(place, "fbgemm")
     if operator is None or engine is None or not bool((part.output_scale > 0).all()):
-        return None
+        raise Refusal(_SATURATES if operator is not None and engine is None else "torch has no kernel for it")
     weight = channels_first(part)
     real = part.output_scale.double().expand(weight.shape[0])
     bias = torch.zeros_like(real) if part.bias is None else part.bias.double() * real
@@ -235,7 +245,7 @@ def _float_convolution(place: Place, told: Storage) -> Step:
     shape = [-1] + [1] * (part.weight.ndim - 1)
     scale, weight = part.output_scale.double(), channels_first(part).double()
     each = scale if scale.ndim == 0 else scale[: weight.shape[0]].reshape(shape)
-    weight = (weight * each).transpose(0, _behaviour(part).out_axis).float().contiguous()
+    weight = (weight * each).transpose(0, part.behaviour.out_axis).float().contiguous()
     bias = None if part.bias is None else (part.bias.double() * scale).float()
     bounds, dtype, attributes = part.clamp, part.real_dtype, _without_idle_dilation(part)
 

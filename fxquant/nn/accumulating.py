@@ -17,18 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.behaviour import Weighted
 from fxquant.nn.fake_quantize import Grid
-from fxquant.nn.integer import IntegerOp, Site
+from fxquant.nn.integer import IntegerOp, Multipliers, Site
 from fxquant.numerics.affine import quantize
 from fxquant.numerics.requantize import combine, common_multipliers, requantize
 
-__all__ = ["IntegerMatmul", "IntegerProduct", "IntegerSum", "IntegerWeighted"]
+__all__ = ["IntegerMatmul", "IntegerProduct", "IntegerSum", "IntegerWeighted", "channels_first", "weight_rows"]
 
 
 class IntegerWeighted(IntegerOp):
     """Convolutions and linear layers: int8 weights, an int32 bias, one requantization."""
 
     parameters_kept = ("weight", "bias")
+    multiplies = "weights"
+    holds_weights = True
     weight: Tensor
     bias: Tensor
     multiplier: Tensor
@@ -55,6 +58,20 @@ class IntegerWeighted(IntegerOp):
         else:
             self.register_buffer("output_scale", scale.float())
             self.clamp, self.real_dtype = site.clamp, site.parameters["weight"].dtype
+
+    @property
+    def behaviour(self) -> Weighted:
+        """The op's: which axis of the weight its output channels are, and where its tensors have them."""
+        found = getattr(self.entry, "behaviour", None)
+        assert isinstance(found, Weighted)
+        return found
+
+    def requantized_by(self) -> Multipliers | None:
+        """A channel of zeros needs no multiplier; None where the accumulator leaves as a float."""
+        if self.output_dtype is None:
+            return None
+        needed = (weight_rows(self) != 0).any(1)
+        return Multipliers(self.multiplier, needed, "runs by the reference, which gives the zero point there")
 
     @staticmethod
     def _quantized_bias(bias: Tensor, scale: Tensor) -> Tensor:
@@ -90,6 +107,21 @@ class IntegerWeighted(IntegerOp):
         return values.reshape(shape)
 
 
+def channels_first(part: IntegerWeighted) -> Tensor:
+    """A layer's integer weights with output channels as axis 0."""
+    axis = part.behaviour.out_axis
+    return part.weight.transpose(0, axis).contiguous() if axis else part.weight
+
+
+def weight_rows(part: IntegerWeighted) -> Tensor:
+    """All weights that an output channel adds up, one channel a row."""
+    groups = int(part.attributes.get("groups", 1))
+    if part.behaviour.out_axis and groups > 1:
+        each = part.weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        return each.flatten(0, 1).flatten(1)
+    return channels_first(part).flatten(1)
+
+
 class IntegerSum(IntegerOp):
     """A weighted sum of tensors and numbers, with one rounding: add, sub, and a per-tensor affine map."""
 
@@ -106,6 +138,11 @@ class IntegerSum(IntegerOp):
         multipliers, shift = common_multipliers(torch.stack([*terms, constant / out]))
         self.register_buffer("multipliers", multipliers)
         self.register_buffer("shift", shift)
+
+    def requantized_by(self) -> Multipliers:
+        """Those of the operands; the last one is a constant's, which mostly vanishes."""
+        terms = self.multipliers[:-1]
+        return Multipliers(terms, torch.ones_like(terms, dtype=torch.bool), "that operand adds nothing")
 
     def forward(self, *operands: Any, **_: Any) -> Tensor:
         integers = [self.centred(q, i) for i, q in enumerate(operands) if isinstance(q, Tensor)]
@@ -132,6 +169,10 @@ class IntegerProduct(IntegerOp):
         self.register_buffer("sign", torch.sign(scale).to(torch.int64))
         self._set_multiplier(scale.abs())
 
+    def requantized_by(self) -> Multipliers:
+        """A product with 0 needs none."""
+        return Multipliers(self.multiplier, self.sign != 0, "its result is the zero point")
+
     def forward(self, *operands: Any) -> Tensor:
         factors = [self.centred(q, i) for i, q in enumerate(operands) if isinstance(q, Tensor)]
         acc = factors[0] * self.sign
@@ -144,6 +185,7 @@ class IntegerMatmul(IntegerOp):
     """A product of two quantized matrices, accumulated exactly."""
 
     parameters_kept = ()
+    multiplies = "tensors"
     multiplier: Tensor
     shift: Tensor
 

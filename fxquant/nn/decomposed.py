@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.errors import ExportError
-from fxquant.nn.qdq import Cast, Exchanged, Rounding, Spot, Stored
+from fxquant.nn.qdq import Cast, RealOp, Rounding, Spot, Stored
 from fxquant.numerics.scheme import Scheme
 
 __all__ = [
@@ -192,13 +192,13 @@ class StoredPerTensor(Stored):
         return dequantize(self.integers, self.step, 0, self.low, self.high, self.integers.dtype)
 
 
-class Decomposed(Exchanged):
+class Decomposed(RealOp):
     """An op between integers that computes on real numbers.
 
     Args:
         operands: the coding of each operand; None for one that is no tensor of integers.
         joins: whether one of its operands is a list of tensors that it joins.
-        others: as of ``Exchanged``; ``rounding`` writes integers.
+        others: as of ``RealOp``; ``rounding`` writes integers.
     """
 
     def __init__(self, *others: Any, operands: tuple[Coding | None, ...], joins: bool = False, **named: Any) -> None:

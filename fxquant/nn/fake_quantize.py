@@ -23,11 +23,12 @@ from fxquant.errors import LevelError
 from fxquant.nn.grid import Grid
 from fxquant.nn.grid_state import GridState
 from fxquant.nn.pinning import Pinned
+from fxquant.nn.processes import fold_of_all, warn_if_alone
 from fxquant.nn.switch import Switch
 from fxquant.numerics.affine import scale_and_zero_point
 from fxquant.numerics.gradients import fake_quantize
 from fxquant.numerics.pairs import scale_factor
-from fxquant.numerics.ranges import ESTIMATOR
+from fxquant.numerics.ranges import ESTIMATOR, Auto
 from fxquant.numerics.scheme import OBSERVED, Scheme
 
 __all__ = ["FakeQuantize", "Grid", "WeightQuantize"]
@@ -46,6 +47,8 @@ class FakeQuantize(GridState):
     Attributes:
         tracking: whether the range follows what passes in training mode; set it to False to hold the range still.
         ready: whether there is a range to round to.
+        synchronized: whether it follows what all processes of a group see; see ``processes``.
+        takes_estimator: whether its range, or where a learned one starts, is what the scheme's estimator finds.
         seen_dtype: that of whole numbers that it was given and could not find a range of.
 
     Buffers:
@@ -58,8 +61,10 @@ class FakeQuantize(GridState):
     """
 
     seen_dtype: torch.dtype | None = None
+    synchronized = False
     tracking = Switch("follows", initial=False)
     follows_graph = True
+    takes_estimator = True
 
     def __init__(
         self,
@@ -72,7 +77,8 @@ class FakeQuantize(GridState):
     ) -> None:
         super().__init__()
         if fixed_grid is not None:
-            fixed_range = tuple((q - fixed_grid[1]) * fixed_grid[0] for q in (scheme.qmin, scheme.qmax))  # type: ignore[assignment]
+            step, zero = fixed_grid
+            fixed_range = (scheme.qmin - zero) * step, (scheme.qmax - zero) * step
         self.scheme, self.axis, self.channels, self.fixed_range = scheme, axis, channels, fixed_range
         shape = () if channels is None else (channels,)
         self.make_grid(shape)
@@ -109,6 +115,18 @@ class FakeQuantize(GridState):
     def active(self) -> bool:
         """Whether values are rounded now."""
         return self.enabled and not self.observing and self.ready
+
+    def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Rewrite what an older version saved of this quantizer: the estimator that ``auto`` chose, as a number."""
+        old = state.pop(f"{prefix}range_choice", None) if "auto" in self._state_names else None
+        if old is not None:
+            own = {name: value.clone() for name, value in self.range_state().items()}
+            Auto().choose(own, old.to(own["auto"].device))
+            state[f"{prefix}range_auto"] = own["auto"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.upgrade_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def range_state(self) -> dict[str, Tensor]:
         """The estimator's running state, by name."""
@@ -159,18 +177,21 @@ class FakeQuantize(GridState):
             x = torch.tensor([0.0, 1.0], device=x.device)
         if not x.is_floating_point():
             self.seen_dtype = x.dtype
-        if self.fixed_range is not None or not x.is_floating_point() or x.numel() == 0:
+        if self.fixed_range is not None or not x.is_floating_point() or (x.numel() == 0 and not self.synchronized):
             return
-        state = self.range_state()
-        update = ESTIMATOR[self.scheme.estimator].update
+        state, estimator = self.range_state(), ESTIMATOR[self.scheme.estimator]
         if self.observing:
-            update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+            estimator.update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
             return
         if torch._C._current_graph_task_id() != -1:
             return
         self._start_anew(state)
         before = {name: value.clone() for name, value in state.items()}
-        update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+        if self.synchronized:
+            fold_of_all(estimator, state, x.detach(), lower=lower, upper=upper)
+        else:
+            estimator.update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
+            warn_if_alone()
         finite = (torch.isfinite(state["low"]) & torch.isfinite(state["high"])).all()
         for name, value in state.items():
             value.copy_(torch.where(finite, value, before[name]))
@@ -186,7 +207,8 @@ class FakeQuantize(GridState):
         """Forget a range that is NaN: averages of models make such of the infinities that stand for no range."""
         lost = (torch.isnan(state["low"]) | torch.isnan(state["high"])).any()
         for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels, device=lost.device).items():
-            state[name].copy_(torch.where(lost, value, state[name]))
+            if name != "auto":
+                state[name].copy_(torch.where(lost, value, state[name]))
 
     @torch.no_grad()
     def update_scale(self) -> None:
@@ -206,8 +228,8 @@ class FakeQuantize(GridState):
     def reset(self) -> None:
         """Forget every observation, but not which estimator was chosen."""
         for name, value in ESTIMATOR[self.scheme.estimator].initial_state(self.channels).items():
-            if name != "choice":
-                self._buffers[f"range_{name}"].copy_(value)  # type: ignore[union-attr]
+            if name != "auto":
+                self.get_buffer(f"range_{name}").copy_(value)
 
     def extra_repr(self) -> str:
         if not self.ready:
@@ -234,6 +256,7 @@ class WeightQuantize(Pinned, FakeQuantize):
 
     Attributes:
         pinned: whether the grid stays as it is instead; and the integers too, where ``pin`` was given some.
+        is_shared: whether several layers or calls of one graph read the weight through this quantizer.
 
     Buffers, where pairs are limited:
         reach: float32 ``(groups, input channels of a group)``, the largest byte that each input channel is expected to hold.
@@ -242,6 +265,7 @@ class WeightQuantize(Pinned, FakeQuantize):
 
     pinned = Switch("is_pinned", initial=False)
     averages = False
+    is_shared = False
     reach: Tensor
     seen: Tensor
 

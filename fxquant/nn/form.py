@@ -7,7 +7,7 @@ An integer form is a class that computes one op on integers, exactly: the refere
     native    its operation in a native plan
     operators the operators on integers that a QOperator file has in its place
 
-Each is entered here or is ``Lacking``, with the reason that users are shown. A form is looked up by its own class, never
+Each is entered here, or a ``Refusal`` in its place says why there is none. A form is looked up by its own class, never
 by a base class: what a subclass adds would be lost. One that is not entered runs by its reference, and is refused where it
 would be written. ``fxquant.forms`` enters those of the package; enter your own by
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import ExportError, LevelError
+from fxquant.errors import ExportError, LevelError, Refusal
 from fxquant.numerics.scheme import Scheme
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Computation",
     "Form",
     "HeldIntegers",
-    "Lacking",
     "RealForm",
     "TorchKernel",
     "computation_of",
@@ -42,17 +41,6 @@ __all__ = [
     "own_function",
     "register_form",
 ]
-
-
-@dataclass(frozen=True)
-class Lacking:
-    """A face that a form does not have.
-
-    Args:
-        reason: why, in words for the user.
-    """
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ class TorchKernel:
     """How a form runs on torch's int8 operators.
 
     Args:
-        step: from a ``kernels.place.Place`` to a ``Step``; None where shapes or this torch want the reference.
+        step: from a ``kernels.place.Place`` to a ``Step``; raises a ``Refusal`` where the reference has to run.
         expected: from a form and the ``Operators`` of this machine to the kernel's name in reports, before it has run.
     """
 
@@ -121,14 +109,14 @@ class TorchKernel:
 
 
 Builder = Callable[[Any, Any, Any], Any]
-"""From ``kernels.native.lines.Lines``, a node and its form to an ``Operation``; raises ``Unfit`` with the reason."""
+"""From ``kernels.native.lines.Lines``, a node and its form to an ``Operation``; raises a ``Refusal`` where there is none."""
 
-NOT_WRITTEN = Lacking("it is not written")
+NOT_WRITTEN = Refusal("it is not written")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """An integer form and its faces.
+    """An integer form and its faces; a ``Refusal`` in the place of each that it does not have.
 
     Args:
         arithmetic: its class, the reference on integers.
@@ -141,22 +129,21 @@ class Form:
     """
 
     arithmetic: type[nn.Module]
-    real: RealForm | Lacking = NOT_WRITTEN
-    torch: TorchKernel | Lacking = NOT_WRITTEN
-    native: Builder | Lacking = NOT_WRITTEN
+    real: RealForm | Refusal = NOT_WRITTEN
+    torch: TorchKernel | Refusal = NOT_WRITTEN
+    native: Builder | Refusal = NOT_WRITTEN
     native_ops: Mapping[str, Builder] = field(default_factory=dict)
     moves: bool = False
-    operators: tuple[str, ...] | Lacking = NOT_WRITTEN
+    operators: tuple[str, ...] | Refusal = NOT_WRITTEN
 
-    def builder(self, part: Any) -> Builder | None:
-        """What makes the native operation of ``part``; None where it has none."""
-        own = self.native_ops.get(getattr(getattr(part, "entry", None), "native", ""))
-        return own or (None if isinstance(self.native, Lacking) else self.native)
+    def builder(self, part: Any) -> Builder | Refusal:
+        """What makes the native operation of ``part``."""
+        return self.native_ops.get(getattr(getattr(part, "entry", None), "native", "")) or self.native
 
     def lacks(self) -> dict[str, str]:
         """The faces that it does not have, each with the reason."""
         found = {name: getattr(self, name) for name in FACES}
-        return {name: face.reason for name, face in found.items() if isinstance(face, Lacking)}
+        return {name: face.why for name, face in found.items() if isinstance(face, Refusal)}
 
 
 FACES = ("real", "torch", "native", "operators")
@@ -169,17 +156,17 @@ def register_form(form: Form) -> Form:
     """Enter a form; one of the same class is replaced.
 
     Raises:
-        LevelError: a face is neither what it should be nor ``Lacking``.
+        LevelError: a face is neither what it should be nor a ``Refusal``.
     """
     if not (isinstance(form.arithmetic, type) and issubclass(form.arithmetic, nn.Module)):
         raise LevelError(f"a form's arithmetic is a class of modules; this is {form.arithmetic!r}.")
     wanted: dict[str, Any] = {"real": RealForm, "torch": TorchKernel, "operators": tuple}
     for name in FACES:
         face, kind = getattr(form, name), wanted.get(name)
-        if not isinstance(face, Lacking) and not (callable(face) if kind is None else isinstance(face, kind)):
+        if not isinstance(face, Refusal) and not (callable(face) if kind is None else isinstance(face, kind)):
             raise LevelError(
                 f"the form {form.arithmetic.__name__} has {face!r} for its face {name!r}.\n"
-                f"  what to do: give {'a builder' if kind is None else f'a {kind.__name__}'}, or Lacking(reason)."
+                f"  what to do: give {'a builder' if kind is None else f'a {kind.__name__}'}, or Refusal(reason)."
             )
     FORMS[form.arithmetic] = form
     return form
@@ -207,7 +194,7 @@ def computation_of(part: Any, input_scale: float) -> Computation:
         ExportError: that is not known of its class.
     """
     form = form_of(part)
-    if form is None or isinstance(form.real, Lacking):
+    if form is None or isinstance(form.real, Refusal):
         name, known = type(part).__name__, "" if form is None else f" ({form.lacks()['real']})"
         op = getattr(getattr(part, "entry", None), "name", "")
         raise ExportError(
@@ -228,7 +215,7 @@ def own_function(part: Any, input_scale: float) -> Computation:
 def lost_state(part: nn.Module) -> set[str]:
     """What ``part`` holds that its export would lose; empty for a form that cannot be written at all."""
     form = form_of(part)
-    if form is None or isinstance(form.real, Lacking):
+    if form is None or isinstance(form.real, Refusal):
         return set()
     held = {name for owned in (part._buffers, part._parameters, part._modules) for name in owned}
     parameters = {f"parameter_{name}" for name in getattr(part, "parameter_names", ())}

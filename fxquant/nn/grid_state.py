@@ -60,7 +60,7 @@ class GridState(Switched):
             raise InputError("a quantizer is ready when it has a range: calibrate, train, set_range or set_grid.")
         for name in ("scale", "known"):
             if name in self._buffers:
-                self._buffers[name].zero_()  # type: ignore[union-attr]
+                self.get_buffer(name).zero_()
         self._ready, self._version = False, _version(self.scale)
 
     @torch.no_grad()
@@ -97,6 +97,14 @@ class GridState(Switched):
         super().__setstate__(state)
         self._version = _version(self.scale) if self._version else -2
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As torch's (``to``, ``half``, ``cuda``), but that grids, and what they come from, stay float32."""
+        self._settle()
+        super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)
+        if "scale" in self._buffers:
+            self._version = _version(self.scale)
+        return self
+
     def read_state(self) -> None:
         """Follow buffers that were replaced from outside."""
         self.read_switches()
@@ -122,6 +130,12 @@ class GridState(Switched):
             self._version = _version(self.scale)
         self._ready = False
         self._settle()
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """``after`` where it has the type of ``before``; else ``before`` on the device of ``after``."""
+    same = after.dtype == before.dtype or not before.is_floating_point()
+    return after if same else before.to(after.device)
 
 
 def _version(tensor: Tensor) -> int:

@@ -30,8 +30,10 @@ __all__ = [
     "IntegerOp",
     "IntegerPass",
     "IntegerTable",
+    "Multipliers",
     "Quantize",
     "Site",
+    "multiplies",
 ]
 
 
@@ -107,17 +109,39 @@ class Dequantize(Leaf):
         return f"scale {self.scale.item():.4g}, zero point {int(self.zero_point)}"
 
 
+@dataclass(frozen=True)
+class Multipliers:
+    """What a form requantizes by.
+
+    Args:
+        values: the multipliers, before their shift.
+        needed: which of them must not vanish, of the same shape.
+        without: what becomes of the result where one does, in words for the user.
+    """
+
+    values: Tensor
+    needed: Tensor
+    without: str
+
+
 class IntegerOp(Leaf):
     """The root of the integer forms: input zero points, the output grid with merged clamps, and the rounding rule.
 
     ``scheme``, ``scale`` and ``zero_point`` say what the integers of the result stand for; ``scale`` is kept for reports.
     Buffers of one element that steer the code are kept as plain numbers too (``numbers``), which a tracer can follow.
 
+    What audits and reports ask of a form stands on its class, and a subclass has it too: what it sums products with
+    (``multiplies``: its own ``"weights"``, as ``IntegerWeighted`` holds them, or other ``"tensors"``), whether ``weight``
+    are parameters of the model (``holds_weights``), and whether it evaluates a function in float64 (``in_float64``).
+
     Raises:
         LevelError: the op has constant tensors that the form would not keep (``parameters_kept``; None keeps all).
     """
 
     parameters_kept: ClassVar[tuple[str, ...] | None] = None
+    multiplies: ClassVar[str] = ""
+    holds_weights: ClassVar[bool] = False
+    in_float64: ClassVar[bool] = False
     scale: Tensor
     zero_point: Tensor
     low: Tensor
@@ -166,6 +190,15 @@ class IntegerOp(Leaf):
         self.register_buffer("multiplier", q)
         self.register_buffer("shift", shift)
 
+    def requantized_by(self) -> Multipliers | None:
+        """What it requantizes by, for audits; None where it does not."""
+        values = self._buffers.get("multiplier")
+        return (
+            None
+            if values is None
+            else Multipliers(values, torch.ones_like(values, dtype=torch.bool), "its result is the zero point")
+        )
+
     def emit(self, rounded: Tensor) -> Tensor:
         """Add the zero point, clamp, and store; ``rounded`` holds whole numbers in any dtype."""
         assert self.output_dtype is not None
@@ -180,6 +213,11 @@ class IntegerOp(Leaf):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.attributes.items())
+
+
+def multiplies(part: Any) -> str:
+    """What a module sums products of integers with: ``weights`` of its own, other ``tensors``, or nothing."""
+    return part.multiplies if isinstance(part, IntegerOp) else ""
 
 
 class IntegerTable(IntegerOp):
@@ -263,6 +301,7 @@ class IntegerEvaluate(IntegerOp):
         function: the function to evaluate, the entry's own where None.
     """
 
+    in_float64 = True
     input_scale: Tensor
     output_scale: Tensor
 
@@ -296,6 +335,7 @@ class IntegerEvaluate(IntegerOp):
 class IntegerEmbedding(IntegerOp):
     """A table of integer rows, within the bounds of a merged clamp; looking one up is all there is to do."""
 
+    holds_weights = True
     parameters_kept = ("weight",)
     weight: Tensor
 

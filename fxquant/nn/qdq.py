@@ -24,7 +24,7 @@ from fxquant.numerics.library import (
 )
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["Cast", "Exchanged", "Lookup", "Rounding", "Spot", "Stored", "Unpack"]
+__all__ = ["Cast", "RealOp", "Lookup", "Rounding", "Spot", "Stored", "Unpack"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Stored(nn.Module):
         return f"{tuple(self.integers.shape)}, {self.bits} bits"
 
 
-class Exchanged(nn.Module):
+class RealOp(nn.Module):
     """An op between real numbers, with the integer model's parameters and rounding.
 
     Args:

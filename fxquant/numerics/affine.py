@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["broadcast", "dequantize", "quantize", "scale_and_zero_point", "smallest_scale"]
+__all__ = ["broadcast", "dequantize", "in_float32", "quantize", "scale_and_zero_point", "smallest_scale"]
 
 
 def smallest_scale(dtype: torch.dtype = torch.float32) -> float:
@@ -32,8 +32,13 @@ def broadcast(per_channel: Tensor, ndim: int, axis: int | None) -> Tensor:
     return per_channel.reshape(shape)
 
 
+def in_float32(x: Tensor) -> Tensor:
+    """``x`` itself, or in float32 where it is in half precision, which holds neither scales nor the integers of a grid."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, *, axis: int | None = None) -> Tensor:
-    """The integers of ``x``, as a tensor of ``x``'s own float dtype (cast them to the storage dtype you want).
+    """The integers of ``x``, in ``x``'s float dtype, at least float32 (cast them to the storage dtype you want).
 
     Args:
         x: real numbers, any shape.
@@ -43,7 +48,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int,
         axis: the channel axis of ``x`` where scales are per channel.
     """
     scale, zero_point = broadcast(scale, x.ndim, axis), broadcast(zero_point, x.ndim, axis)
-    return torch.clamp(torch.round(x / scale) + zero_point, qmin, qmax)
+    return torch.clamp(torch.round(in_float32(x) / scale) + zero_point, qmin, qmax)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, *, axis: int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ that grows merges neighbouring bins exactly, so that the counts depend on the da
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 
 import torch
@@ -48,6 +49,12 @@ class MinMax:
         state["low"].copy_(torch.minimum(state["low"], low))
         state["high"].copy_(torch.maximum(state["high"], high))
 
+    @torch.no_grad()
+    def merge(self, state: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
+        """Fold what was found from nothing on other data into ``state``, exactly as if ``state`` had seen that data."""
+        state["low"].copy_(torch.minimum(state["low"], other["low"]))
+        state["high"].copy_(torch.maximum(state["high"], other["high"]))
+
     def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
         return state["low"], state["high"]
 
@@ -89,6 +96,15 @@ class Histogram(MinMax):
         state["counts"].copy_(_merge(state["counts"], exponent - state["exponent"]))
         state["exponent"].copy_(exponent)
         _count(state["counts"], exponent, x, lower, upper)
+
+    @torch.no_grad()
+    def merge(self, state: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
+        """As of ``MinMax``; of one range: channels are seen whole."""
+        super().merge(state, other)
+        exponent = torch.maximum(state["exponent"], other["exponent"])
+        counts, more = (_merge(each["counts"], exponent - each["exponent"]) for each in (state, other))
+        state["counts"].copy_(counts + more)
+        state["exponent"].copy_(exponent)
 
     def edges_of(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The bins' edges ``(bins + 1,)`` in units of their width, and the width, float64 of ``low``'s shape."""

@@ -21,6 +21,7 @@ that of Wei et al., 2203.05740.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -61,6 +62,10 @@ class RangeEstimator(Protocol):
             axis: the channel axis where the state has channels.
             lower, upper: a clamp that stands before the quantizer.
         """
+        ...
+
+    def merge(self, state: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
+        """Fold what was found from nothing on other data into ``state``; exact, but for an average, which has an order."""
         ...
 
     def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -204,14 +209,17 @@ class MeanSquareError(Histogram):
 
 
 class Auto(Histogram):
-    """One of several estimators that read the same histogram, by its number in the state's ``choice``: int64, as ``low``.
+    """One of several estimators that read the same histogram.
 
-    Which one is chosen by ``fxquant.choose_ranges`` while calibrating; until then, and in training, it is ``mse``.
+    The state's ``auto`` says which one: float32 votes ``(candidates,)`` or ``(candidates, C)``, 1 for the estimator that was
+    chosen and 0 for the others; the most votes win. Averages of models average votes, which they cannot do with numbers of
+    estimators. ``fxquant.choose_ranges`` votes while calibrating; until then, and in training, it is ``mse``.
     """
 
     def initial_state(self, channels: int | None, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         state = super().initial_state(channels, device=device)
-        state["choice"] = torch.ones_like(state["low"], dtype=torch.int64)
+        state["auto"] = torch.zeros(len(self.candidates(state)), *state["low"].shape, device=device)
+        state["auto"][1] = 1.0
         return state
 
     def candidates(self, state: dict[str, Tensor]) -> tuple[str, ...]:
@@ -219,16 +227,30 @@ class Auto(Histogram):
         return _OF_CHANNELS if state["low"].ndim else _OF_TENSORS
 
     @torch.no_grad()
+    def choose(self, state: dict[str, Tensor], which: Tensor) -> None:
+        """Let ``state`` name candidate ``which``: whole numbers of ``low``'s shape, or one for all channels."""
+        votes = state["auto"]
+        votes.zero_().scatter_(0, which.expand(votes.shape[1:])[None], 1.0)
+
+    def chosen(self, state: dict[str, Tensor]) -> Tensor:
+        """The candidate's number, int64, of ``low``'s shape."""
+        return state["auto"].argmax(0)
+
+    @torch.no_grad()
     def range(self, state: dict[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
+        chosen = self.chosen(state)
         if not state["low"].ndim:
-            return ESTIMATOR[self.candidates(state)[int(state["choice"])]].range(state, scheme)
-        found = [ESTIMATOR[name].range(state, scheme) for name in self.candidates(state)]
-        low, high = (torch.stack(bounds).gather(0, state["choice"][None])[0] for bounds in zip(*found, strict=True))
+            return ESTIMATOR[self.candidates(state)[int(chosen)]].range(state, scheme)
+        low, high = state["low"], state["high"]
+        for i in chosen.unique().tolist():
+            ends = ESTIMATOR[self.candidates(state)[i]].range(state, scheme)
+            low, high = (torch.where(chosen == i, *both) for both in zip(ends, (low, high), strict=True))
         return low, high
 
 
 _OF_TENSORS = ("minmax", "mse", "lp:2", "lp:4", "percentile:99.99", "percentile:99.9", "kl")
 _OF_CHANNELS = ("minmax", "mse", "lp:2", "lp:4")
+"""Saved votes are in this order: new names go to the end."""
 
 
 class _Estimators(dict[str, RangeEstimator]):

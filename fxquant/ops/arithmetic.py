@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Rescaling
+from fxquant.errors import Refusal
 from fxquant.nn.accumulating import IntegerMatmul, IntegerProduct, IntegerSum
 from fxquant.nn.integer import IntegerEvaluate, Site
-from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
-from fxquant.ops.exchange_forms import attention_by_heads
+from fxquant.ops.exported_forms import attention_by_heads
 
 __all__ = ["add", "div", "sub"]
 
@@ -36,15 +37,15 @@ def div(input: Any, other: Any) -> Tensor:
     return input / other
 
 
-def _operands_reason(call: Call) -> str | None:
+def _operands_reason(call: Call) -> Refusal | None:
     for name in call.entry.operand_names:
         value = call.arguments[name]
         if isinstance(value, fx.Node) and not value.meta.get("is_tensor", True):
-            return f"its operand {name!r} is a number computed in the model"
+            return Refusal(f"its operand {name!r} is a number computed in the model")
         if not isinstance(value, fx.Node) and not scalar(value):
-            return f"its operand {name!r} is a {type(value).__name__}"
+            return Refusal(f"its operand {name!r} is a {type(value).__name__}")
     alpha = call.attributes.get("alpha", 1)
-    return None if scalar(alpha) else "its alpha is computed in the model"
+    return None if scalar(alpha) else Refusal("its alpha is computed in the model")
 
 
 def integer_add(site: Site) -> IntegerSum:
@@ -154,8 +155,9 @@ OpEntry(
 )
 
 
-def _attention_reason(call: Call) -> str | None:
-    return None if call["dropout_p"] == 0.0 else f"it drops attention weights (dropout_p={call['dropout_p']})"
+def _attention_reason(call: Call) -> Refusal | None:
+    rate = call["dropout_p"]
+    return None if rate == 0.0 else Refusal(f"it drops attention weights (dropout_p={rate})")
 
 
 OpEntry(
@@ -165,7 +167,7 @@ OpEntry(
     behaviour=Rescaling(inputs=("query", "key", "value")),
     integer=IntegerEvaluate,
     native="attention",
-    exchange=attention_by_heads,
+    exported_as=attention_by_heads,
     check=_attention_reason,
     macs=lambda call: (
         math.prod(call.shape("query")) * call.shape("key")[-2] + math.prod(call.shape()) * call.shape("key")[-2]

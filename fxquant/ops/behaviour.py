@@ -1,27 +1,3 @@
-"""``fxquant.behaviour``, where entries of the op table are written: all that a pass may know of an op."""
+"""``fxquant.behaviour``, by the path that entries from outside the package may have it from."""
 
-from __future__ import annotations
-
-from fxquant.behaviour import (
-    Behaviour,
-    Bounded,
-    ChannelAffine,
-    Clamping,
-    FloatOnly,
-    Measuring,
-    Passing,
-    Rescaling,
-    Weighted,
-)
-
-__all__ = [
-    "Behaviour",
-    "Bounded",
-    "ChannelAffine",
-    "Clamping",
-    "FloatOnly",
-    "Measuring",
-    "Passing",
-    "Rescaling",
-    "Weighted",
-]
+from fxquant.behaviour import *  # noqa: F403

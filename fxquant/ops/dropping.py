@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.ops.behaviour import Passing
+from fxquant.behaviour import Passing
+from fxquant.errors import Refusal
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import Example, example
 
@@ -48,8 +49,9 @@ def _stochastic_depth_example() -> Example:
     return example(StochasticDepth(0.3, "row"), (2, 3, 4), behind_op=True)()
 
 
-def _dropout_reason(call: Call) -> str | None:
-    return "it drops values in eval mode too" if call.module is None and call["training"] is True else None
+def _dropout_reason(call: Call) -> Refusal | None:
+    always = call.module is None and call["training"] is True
+    return Refusal("it drops values in eval mode too") if always else None
 
 
 OpEntry(

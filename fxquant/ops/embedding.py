@@ -7,8 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Rescaling
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEmbedding
-from fxquant.ops.behaviour import Rescaling
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import Example
 
@@ -21,9 +22,9 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, sca
     return F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
 
-def _reason(call: Call) -> str | None:
+def _reason(call: Call) -> Refusal | None:
     renormalizes: Any = getattr(call.module, "max_norm", None) if call.module is not None else call["max_norm"]
-    return None if renormalizes is None else "it renormalizes its table in forward (max_norm)"
+    return None if renormalizes is None else Refusal("it renormalizes its table in forward (max_norm)")
 
 
 def _example() -> Example:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Behaviour, FloatOnly
 from fxquant.capture.kept import keep, seen_when_called
+from fxquant.errors import Refusal
 from fxquant.nn.integer import Site
-from fxquant.ops.behaviour import Behaviour, FloatOnly
 from fxquant.ops.example import Example
 
-__all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "UnbindableError", "scalar"]
+__all__ = ["ENTRIES", "Call", "OpEntry", "Parameter", "scalar", "without_dtype"]
 
 
 ENTRIES: dict[str, OpEntry] = {}
@@ -28,10 +29,6 @@ ENTRIES: dict[str, OpEntry] = {}
 
 _OWNERS: dict[Any, OpEntry] = {}
 """The first entry of each spelling."""
-
-
-class UnbindableError(Exception):
-    """A call uses an argument that the op's signature does not know; the message is a reason for the user."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,10 @@ class OpEntry:
         returns: ``tensor`` or ``tuple``.
         order: the positional arguments of the spellings in ``functions``, where they come in another order.
         accepts: whether a call is this op's, where entries with different behaviours share a spelling.
-        check: a reason to leave a call in float, from the call; None to accept it.
+        check: from a call to a ``Refusal`` that leaves it in float; None to accept it.
         macs: multiply-accumulates of a call whose shapes are known.
         onnx: the ONNX operator it exports to.
-        exchange: computes the op where it is written for other runtimes; ``function`` where None.
+        exported_as: computes the op where it is written for other runtimes; ``function`` where None.
         example: makes a small model with the op and non-default attributes; mandatory.
         aliases: further names of arguments, as ``{"axis": "dim"}``.
 
@@ -115,10 +112,10 @@ class OpEntry:
     returns: str = "tensor"
     order: tuple[str, ...] = ()
     accepts: Callable[[Call], bool] | None = None
-    check: Callable[[Call], str | None] | None = None
+    check: Callable[[Call], Refusal | None] | None = None
     macs: Callable[[Call], int] | None = None
     onnx: str = ""
-    exchange: Callable[..., Any] | None = None
+    exported_as: Callable[..., Any] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,7 +168,7 @@ class OpEntry:
         """Arguments by name, defaults left out.
 
         Raises:
-            UnbindableError: an argument is unknown, given twice, or missing.
+            Refusal: an argument is unknown, given twice, or missing.
         """
         bound: dict[str, Any] = {}
         remaining = list(args)
@@ -183,15 +180,15 @@ class OpEntry:
             elif remaining:
                 bound[parameter.name] = remaining.pop(0)
         if remaining:
-            raise UnbindableError(f"{self.name} is called with more arguments than {self.signature!r}")
+            raise Refusal(f"{self.name} is called with more arguments than {self.signature!r}")
         for key, value in kwargs.items():
             key = self.aliases.get(key, key)
             if key in bound or all(key != p.name for p in self.parameters):
-                raise UnbindableError(f"{self.name} is called with {key}={value!r}, which is not supported")
+                raise Refusal(f"{self.name} is called with {key}={value!r}, which is not supported")
             bound[key] = value
         missing = [p.name for p in self.parameters if p.required and p.name not in bound]
         if missing:
-            raise UnbindableError(f"{self.name} is called without {', '.join(missing)}")
+            raise Refusal(f"{self.name} is called without {', '.join(missing)}")
         return {
             p.name: bound[p.name]
             for p in self.parameters
@@ -267,9 +264,9 @@ class Call:
         """The recorded shape of operand ``name``, of the result where None; parameters of modules are operands too."""
         if name is None:
             return tuple(self.node.meta["shape"])
-        held = getattr(self.module, name, None)
+        held: Any = getattr(self.module, name, None)
         operand = self.operand(name)
-        return tuple(operand.meta["shape"]) if operand is not None else tuple(held.shape)  # type: ignore[union-attr]
+        return tuple(held.shape if operand is None else operand.meta["shape"])
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -312,3 +309,8 @@ def _named(name: str) -> OpEntry:
 def scalar(value: Any) -> bool:
     """Whether ``value`` is a plain Python number."""
     return isinstance(value, (int, float)) and not isinstance(value, (bool, torch.SymInt, torch.SymFloat))
+
+
+def without_dtype(call: Call) -> Refusal | None:
+    """A check for ops that may be told to compute in another dtype: refused, since integers have their own."""
+    return None if call["dtype"] is None else Refusal(f"it is called with dtype={call['dtype']}")

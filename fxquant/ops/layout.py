@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Passing, Rescaling
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, IntegerPass, Site
-from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.entry import Call, OpEntry, scalar
 from fxquant.ops.example import example
-from fxquant.ops.exchange_forms import squeeze_of_ones
+from fxquant.ops.exported_forms import squeeze_of_ones
 from fxquant.ops.reduction import carried_pass
 
 __all__ = [
@@ -209,7 +210,7 @@ _passing(
     lambda x: x.squeeze(2),
     (2, 3, 1, 4),
     onnx="Squeeze",
-    exchange=squeeze_of_ones,
+    exported_as=squeeze_of_ones,
     methods=("squeeze",),
     accepts=lambda call: "dim" in call.arguments,
     quantized=True,
@@ -305,8 +306,9 @@ def _fills_with_zero(call: Call) -> bool:
     return call["mode"] != "constant" or call["value"] in (None, 0)
 
 
-def _fill_reason(call: Call) -> str | None:
-    return None if scalar(call["value"]) and math.isfinite(call["value"]) else f"it pads with {call['value']}"
+def _fill_reason(call: Call) -> Refusal | None:
+    value = call["value"]
+    return None if scalar(value) and math.isfinite(value) else Refusal(f"it pads with {value}")
 
 
 _PAD = "input*, pad, mode='constant', value=None"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fxquant.behaviour import Measuring
-from fxquant.capture.measuring import answer, asks_type, is_arithmetic, is_measurement, reads_numbers
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.example import example
 
-__all__ = ["MEASURING", "answer", "asks_type", "is_arithmetic", "is_measurement", "reads_numbers"]
+__all__ = ["MEASURING"]
 
 MEASURING = OpEntry(
     name="measure",

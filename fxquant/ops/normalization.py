@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import ChannelAffine, Rescaling
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, Site
-from fxquant.ops.behaviour import ChannelAffine, Rescaling
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
 
@@ -22,19 +24,19 @@ def channel_affine(input: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     return input * gain.reshape(shape) + offset.reshape(shape)
 
 
-def channel_affine_of(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gain and offset of a batch norm in eval mode, in float64.
+def channel_affine_of(module: Any) -> tuple[Tensor, Tensor]:
+    """Gain and offset of ``module``, a batch norm, in eval mode, in float64.
 
     k = γ / sqrt(σ² + ε),  c = β − μ·k, with the module's own ε; γ = 1 and β = 0 where it has none.
     """
     mean, variance = module.running_mean, module.running_var
     assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
-    gain = torch.rsqrt(variance.detach().double() + float(module.eps))  # type: ignore[arg-type]
+    gain = torch.rsqrt(variance.detach().double() + float(module.eps))
     if module.weight is not None:
-        gain = gain * module.weight.detach().double()  # type: ignore[operator]
+        gain = gain * module.weight.detach().double()
     offset = -mean.detach().double() * gain
     if module.bias is not None:
-        offset = offset + module.bias.detach().double()  # type: ignore[operator]
+        offset = offset + module.bias.detach().double()
     return gain, offset
 
 
@@ -43,11 +45,11 @@ def integer_batch_norm(site: Site) -> IntegerEvaluate:
     return IntegerEvaluate(replace(site, attributes={}), function=channel_affine)
 
 
-def _batch_norm_reason(call: Call) -> str | None:
+def _batch_norm_reason(call: Call) -> Refusal | None:
     if call.module is None:
-        return "batch_norm is called as a function; fxquant quantizes the modules nn.BatchNorm1d/2d/3d"
+        return Refusal("batch_norm is called as a function; fxquant quantizes the modules nn.BatchNorm1d/2d/3d")
     if call.module.running_mean is None:
-        return "it normalizes with the statistics of each batch (track_running_stats=False)"
+        return Refusal("it normalizes with the statistics of each batch (track_running_stats=False)")
     return None
 
 

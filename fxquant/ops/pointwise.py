@@ -10,26 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Behaviour, Bounded, Clamping, Rescaling
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerEvaluate, IntegerTable
-from fxquant.ops.behaviour import Behaviour, Bounded, Clamping, Rescaling
-from fxquant.ops.entry import Call, OpEntry, scalar
+from fxquant.ops.entry import Call, OpEntry, scalar, without_dtype
 from fxquant.ops.example import example
 
 
-def _number(value: Any, name: str) -> float | str | None:
-    if isinstance(value, (fx.Node, Tensor)):
-        return f"its bound {name!r} is a tensor"
-    return None if value is None else float(value)
-
-
-def _clamp_bounds(call: Call) -> tuple[float | None, float | None] | str:
-    low, high = _number(call["min"], "min"), _number(call["max"], "max")
-    if isinstance(low, str) or isinstance(high, str):
-        return low if isinstance(low, str) else str(high)
+def _clamp_bounds(call: Call) -> tuple[float | None, float | None] | Refusal:
+    ends = call["min"], call["max"]
+    for name, end in zip(("min", "max"), ends, strict=True):
+        if isinstance(end, (fx.Node, Tensor)):
+            return Refusal(f"its bound {name!r} is a tensor")
+    low, high = (None if end is None else float(end) for end in ends)
     return low, high
 
 
-def _hardtanh_bounds(call: Call) -> tuple[float | None, float | None] | str:
+def _hardtanh_bounds(call: Call) -> tuple[float | None, float | None]:
     return float(call["min_val"]), float(call["max_val"])
 
 
@@ -236,10 +233,10 @@ _unary(
 )
 
 
-def _exponent_reason(call: Call) -> str | None:
+def _exponent_reason(call: Call) -> Refusal | None:
     if not scalar(call["exponent"]):
-        return "its exponent is a tensor"
-    return None if isinstance(call["input"], fx.Node) else "its base is a number"
+        return Refusal("its exponent is a tensor")
+    return None if isinstance(call["input"], fx.Node) else Refusal("its base is a number")
 
 
 def _flattens(call: Call) -> bool:
@@ -321,10 +318,6 @@ OpEntry(
 )
 
 
-def _dtype_reason(call: Call) -> str | None:
-    return None if call["dtype"] is None else f"it is called with dtype={call['dtype']}"
-
-
 OpEntry(
     name="softmax",
     function=F.softmax,
@@ -337,7 +330,7 @@ OpEntry(
     integer=IntegerEvaluate,
     native="softmax",
     masked=("input",),
-    check=_dtype_reason,
+    check=without_dtype,
     onnx="Softmax",
     example=example(lambda x: F.softmax(x * 2.0, dim=1), (2, 7, 5)),
 )
@@ -352,7 +345,7 @@ OpEntry(
     integer=IntegerEvaluate,
     native="log softmax",
     masked=("input",),
-    check=_dtype_reason,
+    check=without_dtype,
     onnx="LogSoftmax",
     example=example(nn.LogSoftmax(dim=1), (2, 7, 5)),
 )

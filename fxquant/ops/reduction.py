@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Passing, Rescaling
+from fxquant.errors import Refusal
 from fxquant.nn.integer import IntegerLinearMap, IntegerPass, Site
-from fxquant.ops.behaviour import Passing, Rescaling
-from fxquant.ops.entry import Call, OpEntry
+from fxquant.ops.entry import Call, OpEntry, without_dtype
 from fxquant.ops.example import example
-from fxquant.ops.exchange_forms import adaptive_by_parts, averages_over
+from fxquant.ops.exported_forms import adaptive_by_parts, averages_over
 
 __all__ = ["max_pool1d", "max_pool2d", "max_pool3d"]
 
@@ -58,8 +59,8 @@ def carried_pass(site: Site) -> IntegerPass:
     return IntegerPass(site, carried=True)
 
 
-def _indices_reason(call: Call) -> str | None:
-    return "it also returns indices" if call["return_indices"] else None
+def _indices_reason(call: Call) -> Refusal | None:
+    return Refusal("it also returns indices") if call["return_indices"] else None
 
 
 _MAX = "input*, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
@@ -76,7 +77,7 @@ def _pool(
     *,
     onnx: str,
     functions: tuple[Callable[..., Any], ...] = (),
-    exchange: Callable[..., Any] | None = None,
+    exported_as: Callable[..., Any] | None = None,
     native: str = "",
 ) -> None:
     """One row: a maximum passes values, an average rescales them."""
@@ -94,7 +95,7 @@ def _pool(
         native=native,
         check=_indices_reason if "return_indices" in signature else None,
         onnx=onnx,
-        exchange=exchange,
+        exported_as=exported_as,
         example=example(sample, shape, behind_op=is_max),
     )
 
@@ -147,7 +148,7 @@ _pool(
     nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
     (2, 3, 10, 9),
     onnx="AveragePool",
-    exchange=averages_over(F.avg_pool2d, 2),
+    exported_as=averages_over(F.avg_pool2d, 2),
     native="average",
 )
 _pool(
@@ -158,7 +159,7 @@ _pool(
     nn.AvgPool3d(2, stride=(1, 2, 2), padding=1, divisor_override=5),
     (2, 3, 5, 7, 6),
     onnx="AveragePool",
-    exchange=averages_over(F.avg_pool3d, 3),
+    exported_as=averages_over(F.avg_pool3d, 3),
 )
 
 _ADAPTIVE_MAX = "input*, output_size, return_indices=False"
@@ -171,7 +172,7 @@ _pool(
     nn.AdaptiveMaxPool1d(4),
     (2, 3, 17),
     onnx="MaxPool",
-    exchange=adaptive_by_parts(torch.amax, 1),
+    exported_as=adaptive_by_parts(torch.amax, 1),
     functions=(F.adaptive_max_pool1d,),
 )
 _pool(
@@ -182,7 +183,7 @@ _pool(
     nn.AdaptiveMaxPool2d((3, None)),
     (2, 3, 8, 5),
     onnx="MaxPool",
-    exchange=adaptive_by_parts(torch.amax, 2),
+    exported_as=adaptive_by_parts(torch.amax, 2),
     functions=(F.adaptive_max_pool2d,),
 )
 _pool(
@@ -193,7 +194,7 @@ _pool(
     nn.AdaptiveMaxPool3d((2, 3, 1)),
     (2, 3, 5, 7, 4),
     onnx="MaxPool",
-    exchange=adaptive_by_parts(torch.amax, 3),
+    exported_as=adaptive_by_parts(torch.amax, 3),
     functions=(F.adaptive_max_pool3d,),
 )
 _pool(
@@ -204,7 +205,7 @@ _pool(
     nn.AdaptiveAvgPool1d(4),
     (2, 3, 17),
     onnx="AveragePool",
-    exchange=adaptive_by_parts(torch.mean, 1),
+    exported_as=adaptive_by_parts(torch.mean, 1),
     functions=(torch.adaptive_avg_pool1d,),
 )
 _pool(
@@ -215,7 +216,7 @@ _pool(
     nn.AdaptiveAvgPool2d((3, None)),
     (2, 3, 8, 5),
     onnx="AveragePool",
-    exchange=adaptive_by_parts(torch.mean, 2),
+    exported_as=adaptive_by_parts(torch.mean, 2),
     native="adaptive average",
 )
 _pool(
@@ -226,12 +227,8 @@ _pool(
     nn.AdaptiveAvgPool3d((2, 3, 1)),
     (2, 3, 5, 7, 4),
     onnx="AveragePool",
-    exchange=adaptive_by_parts(torch.mean, 3),
+    exported_as=adaptive_by_parts(torch.mean, 3),
 )
-
-
-def _dtype_reason(call: Call) -> str | None:
-    return None if call["dtype"] is None else f"it is called with dtype={call['dtype']}"
 
 
 OpEntry(
@@ -243,7 +240,7 @@ OpEntry(
     integer=IntegerLinearMap,
     native="mean",
     fresh=True,
-    check=_dtype_reason,
+    check=without_dtype,
     onnx="ReduceMean",
     aliases={"axis": "dim", "keepdims": "keepdim"},
     example=example(lambda x: x.mean((2, 3), keepdim=True), (2, 5, 6, 7)),
@@ -256,7 +253,7 @@ OpEntry(
     methods=("sum",),
     integer=IntegerLinearMap,
     fresh=True,
-    check=_dtype_reason,
+    check=without_dtype,
     onnx="ReduceSum",
     aliases={"axis": "dim", "keepdims": "keepdim"},
     example=example(lambda x: torch.sum(x, dim=1), (2, 5, 6, 7)),

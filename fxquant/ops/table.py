@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
 from fxquant.ops import (
     arithmetic,
@@ -22,7 +23,6 @@ from fxquant.ops import (
     reduction,
     weighted,
 )
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import ENTRIES, OpEntry
 
 __all__ = ["FAMILIES", "TABLE", "entries_for", "is_inplace", "quant_op_class"]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.behaviour import Weighted
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.integer import Site
-from fxquant.ops.behaviour import Weighted
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
-from fxquant.ops.exchange_forms import linear_by_rows
+from fxquant.ops.exported_forms import linear_by_rows
 
 __all__ = ["addmm", "conv1d", "conv2d", "conv3d"]
 
@@ -241,7 +241,7 @@ OpEntry(
     fresh=True,
     macs=lambda call: math.prod(call.shape()) * call.shape("weight")[1],
     onnx="Gemm",
-    exchange=linear_by_rows,
+    exported_as=linear_by_rows,
     example=example(nn.Linear(12, 7), (3, 5, 12)),
 )
 OpEntry(

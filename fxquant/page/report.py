@@ -119,7 +119,7 @@ class Report:
 
 def report(
     model: nn.Module,
-    prepared: Any,
+    prepared: nn.Module,
     data: Any,
     *,
     title: str | None = None,
@@ -219,7 +219,7 @@ def _integer(prepared: Any, notes: list[str]) -> Any:
 
 
 def _sensitivity(
-    prepared: Any, kept: Sequence[Any], errors: LayerErrors, notes: list[str], options: Any
+    prepared: nn.Module, kept: Sequence[Any], errors: LayerErrors, notes: list[str], options: Any
 ) -> Sensitivity | None:
     try:
         return sensitivity(prepared, kept[:1], first=[layer.path for layer in errors.layers], **options)

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from fxquant.errors import InputError
+from fxquant.behaviour import ChannelAffine, FloatOnly, Measuring, Passing, Weighted
+from fxquant.errors import InputError, Refusal
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import ChannelAffine, FloatOnly, Measuring, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Placed
 from fxquant.recipe import FIRST, INPUT, LAST, OUTPUT, Place, Recipe, Site
@@ -65,10 +65,10 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe, target: Target = X86)
         setting = recipe.setting(chosen)
         if chosen is not None and recipe.pairs[chosen][0] == OUTPUT and setting is not None and setting.activation:
             Placed(node).rounds_output = True
-        reason = "the recipe keeps it in float" if setting is None else _lacks(node, target)
+        refusal = None if setting is None else _lacks(node, target)
         Placed(node).setting = None
-        if setting is None or reason is not None:
-            node.meta["reason"] = reason
+        if setting is None or refusal is not None:
+            node.meta["reason"] = "the recipe keeps it in float" if refusal is None else refusal.why
         else:
             weight = {"has_weight": isinstance(behaviour, Weighted), "in_groups": _computes_in_groups(edit, node)}
             Placed(node).setting = filled(setting, target, site.op, path=site.path, **weight)
@@ -107,7 +107,7 @@ def _computes_in_groups(edit: Edit, node: fx.Node) -> bool:
     return isinstance(groups, int) and groups > 1
 
 
-def _lacks(node: fx.Node, target: Target) -> str | None:
+def _lacks(node: fx.Node, target: Target) -> Refusal | None:
     """Why the target leaves ``node`` in float; a batch norm behind a weighted op is that op's, and no op of its own."""
     before = node.args[0] if node.args else None
     if isinstance(behaviour_of(node), ChannelAffine) and isinstance(before, fx.Node):

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Measuring, Passing, Weighted
+from fxquant.capture.measuring import is_arithmetic, is_measurement, reads_numbers
 from fxquant.capture.tracing import TrainingFlag
-from fxquant.errors import CaptureError
+from fxquant.errors import CaptureError, Refusal
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.nn.modules import quant_class_of
-from fxquant.ops.behaviour import Measuring, Passing, Weighted
 from fxquant.ops.calls import FLOAT, recognize
 from fxquant.ops.entry import Call, OpEntry
-from fxquant.ops.measuring import MEASURING, is_arithmetic, is_measurement, reads_numbers
+from fxquant.ops.measuring import MEASURING
 from fxquant.ops.table import is_inplace
 from fxquant.passes.choose_regions import quantized_operands
 
@@ -114,14 +115,13 @@ class _Canonicalizer:
         if isinstance(found, Call) and found.module is None and isinstance(found.entry.behaviour, Weighted):
             found = self._with_settled_weight(node, found)
         if isinstance(found, Call) and isinstance(found.entry.behaviour, Measuring):
-            found = f"it reads the attribute {node.args[1]!r}"  # a tensor, as x.real or x.T
+            found = Refusal(f"it reads the attribute {node.args[1]!r}")  # a tensor, as x.real or x.T
         if isinstance(found, Call):
-            reason = self._reason(node, found)
-            if reason is None:
-                self._rewrite(node, found, module)
-                return
-            found = reason
-        self._keep_float(node, found)
+            found = self._refusal(node, found) or found
+        if isinstance(found, Call):
+            self._rewrite(node, found, module)
+            return
+        self._keep_float(node, found.why)
         if node.meta.get("writes"):
             self._write_a_copy(node)
 
@@ -147,27 +147,26 @@ class _Canonicalizer:
             self.edit.call_function(node, written, (name, *node.args), dict(node.kwargs))
             self._out_of_place(node, target)
 
-    def _reason(self, node: fx.Node, call: Call) -> str | None:
+    def _refusal(self, node: fx.Node, call: Call) -> Refusal | None:
         dtype = node.meta.get("dtype")
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-            return f"it computes {str(dtype).removeprefix('torch.')} values"
+            return Refusal(f"it computes {str(dtype).removeprefix('torch.')} values")
         if dtype in ("int", "float", "bool", "Size"):
-            return "it computes a number"
+            return Refusal("it computes a number")
         if node.meta["constant"] and not isinstance(call.entry.behaviour, Passing):
-            return "it is computed from parameters alone"
+            return Refusal("it is computed from parameters alone")
         if call.entry.integer is None and not call.entry.drops:
-            return f"the entry of {call.entry.name} has no integer form"
+            return Refusal(f"the entry of {call.entry.name} has no integer form")
         if call.module is not None and (names := _unnamed_state(call.entry, call.module)):
-            return (
-                f"its module holds {', '.join(names)}, which the entry of {call.entry.name} does not name as a tensor"
-            )
-        if (held := _whole_numbers(call)) is not None:
-            return held
+            held = ", ".join(names)
+            return Refusal(f"its module holds {held}, which the entry of {call.entry.name} does not name as a tensor")
+        if (whole := _whole_numbers(call)) is not None:
+            return whole
         if isinstance(call.entry.behaviour, Weighted) and call.module is None:
             if any(n.op != "get_attr" for n in nodes_in(call.arguments.get("weight"))):
-                return "its weight is computed in forward"
+                return Refusal("its weight is computed in forward")
             if not all(n.meta["constant"] for n in nodes_in(call.arguments.get("bias"))):
-                return "its bias is computed from its input"
+                return Refusal("its bias is computed from its input")
         return None
 
     def _keep_float(self, node: fx.Node, reason: str) -> None:
@@ -243,7 +242,7 @@ class _Canonicalizer:
                 )
 
 
-def _whole_numbers(call: Call) -> str | None:
+def _whole_numbers(call: Call) -> Refusal | None:
     """Why an operand that would be quantized is not: counts, lengths, positions and indices are not rounded.
 
     A mask as a factor or a term is 0 and 1, which every grid of its own has; joined to other values it would take theirs.
@@ -253,7 +252,8 @@ def _whole_numbers(call: Call) -> str | None:
     for node in quantized_operands(call):
         dtype = node.meta.get("dtype")
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point and (joins or dtype is not torch.bool):
-            return f"it reads {str(dtype).removeprefix('torch.')} values ({node.name}), which are not rounded"
+            kind = str(dtype).removeprefix("torch.")
+            return Refusal(f"it reads {kind} values ({node.name}), which are not rounded")
     return None
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxquant.behaviour import Measuring, Passing, Rescaling
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Measuring, Passing, Rescaling
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 from fxquant.passes.facts import Placed

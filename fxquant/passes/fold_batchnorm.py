@@ -11,13 +11,16 @@ its output, mean β and deviation |γ|, stays with the weighted op as ``facts.Fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import ChannelAffine, Weighted
+from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
-from fxquant.graph.pattern import Skip, next_in_chain
-from fxquant.ops.behaviour import ChannelAffine, Weighted
+from fxquant.graph.pattern import next_in_chain
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.passes.facts import Folded
@@ -49,30 +52,30 @@ def fold_batchnorm(module: LeveledModule) -> LeveledModule:
         if not isinstance(behaviour_of(node), ChannelAffine):
             continue
         backward = _fold_into_producer(edit, node)
-        if not isinstance(backward, Skip):
+        if not isinstance(backward, Refusal):
             continue
         forward = _fold_into_consumer(edit, node)
-        if isinstance(forward, Skip):
-            edit.note(node, f"not folded: {backward.reason}; {forward.reason}")
+        if isinstance(forward, Refusal):
+            edit.note(node, f"not folded: {backward.why}; {forward.why}")
     return edit.done()
 
 
-def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
+def _fold_into_producer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     producer = bn.args[0]
     assert isinstance(producer, fx.Node)
     refusal = _refuse(edit, producer, "produces its input")
     if refusal is not None:
         return refusal
     following = next_in_chain(producer)
-    if isinstance(following, Skip):
+    if isinstance(following, Refusal):
         return following
-    gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
+    gain, offset = channel_affine_of(edit.module(bn))
     conv = edit.module(producer)
     assert conv is not None
     behaviour = behaviour_of(producer)
     assert isinstance(behaviour, Weighted)
     if behaviour.channels_last and len(producer.meta.get("shape", ())) != 2:
-        return Skip(
+        return Refusal(
             f"{producer.name} may give more than (batch, features); example_inputs of two dimensions would settle it"
         )
     weight, bias = _scaled_outputs(behaviour, conv, gain)
@@ -89,25 +92,25 @@ def _statistics(bn: nn.Module | None, gain: Tensor) -> tuple[Tensor, Tensor]:
     return mean.clone(), torch.ones_like(gain) if slope is None else slope.detach().double().abs()
 
 
-def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
+def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
     consumer = next_in_chain(bn)
-    if isinstance(consumer, Skip):
+    if isinstance(consumer, Refusal):
         return consumer
     refusal = _refuse(edit, consumer, "uses it")
     if refusal is not None:
         return refusal
-    call, conv = call_of(consumer, edit.module(consumer)), edit.module(consumer)
-    assert conv is not None
+    conv: Any = edit.module(consumer)
+    call = call_of(consumer, conv)
     behaviour = call.entry.behaviour
     assert isinstance(behaviour, Weighted)
     if behaviour.out_axis != 0:
-        return Skip(f"{consumer.name} is transposed and folds only what follows it")
+        return Refusal(f"{consumer.name} is transposed and folds only what follows it")
     if behaviour.channels_last and len(bn.meta.get("shape", ())) != 2:
-        return Skip(f"{consumer.name} may take more than (batch, features)")
+        return Refusal(f"{consumer.name} may take more than (batch, features)")
     if not behaviour.channels_last and _pads(call["padding"]):
-        return Skip(f"{consumer.name} pads, and padding is not shifted by a batch norm")
-    gain, offset = channel_affine_of(edit.module(bn))  # type: ignore[arg-type]
-    old = conv.weight.detach().double()  # type: ignore[operator]
+        return Refusal(f"{consumer.name} pads, and padding is not shifted by a batch norm")
+    gain, offset = channel_affine_of(edit.module(bn))
+    old = conv.weight.detach().double()
     per_group = old.shape[1]
     groups = int(getattr(conv, "groups", 1))
     owner = torch.arange(old.shape[0], device=old.device) // (old.shape[0] // groups)
@@ -115,17 +118,17 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Skip:
     shape = (*inputs.shape, *[1] * (old.ndim - 2))
     bias = (old * offset[inputs].reshape(shape)).flatten(1).sum(1)
     if conv.bias is not None:
-        bias = bias + conv.bias.detach().double()  # type: ignore[operator]
+        bias = bias + conv.bias.detach().double()
     _put(edit, consumer, conv, old * gain[inputs].reshape(shape), bias)
     edit.absorb(consumer, bn, "folded")
     return consumer
 
 
-def _refuse(edit: Edit, node: fx.Node, role: str) -> Skip | None:
+def _refuse(edit: Edit, node: fx.Node, role: str) -> Refusal | None:
     if not isinstance(behaviour_of(node), Weighted):
-        return Skip(f"{node.name} {role} and has no weights")
+        return Refusal(f"{node.name} {role} and has no weights")
     if node.op != "call_module":
-        return Skip(f"{node.name} {role}, and its weights are used at several places")
+        return Refusal(f"{node.name} {role}, and its weights are used at several places")
     return None
 
 

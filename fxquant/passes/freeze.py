@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.errors import CalibrationError
+from fxquant.behaviour import ChannelAffine, Weighted
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.nn.shipped_bias import fit_bias
 from fxquant.numerics.affine import broadcast, dequantize, quantize
-from fxquant.ops.behaviour import ChannelAffine, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.passes.facts import Placed
@@ -58,8 +57,8 @@ def freeze(module: LeveledModule) -> LeveledModule:
     """
     edit = Edit(module, by="freeze")
     _Freezer(edit).run()
-    frozen = edit.done(level="frozen")
-    return frozen.eval()  # type: ignore[no-any-return]
+    frozen: LeveledModule = edit.done(level="frozen").eval()
+    return frozen
 
 
 class _Freezer:
@@ -70,10 +69,9 @@ class _Freezer:
     def run(self) -> None:
         for node in self.edit.nodes:
             part = self.edit.module(node)
-            if getattr(part, "output_quantizer", None) is not None:
-                assert part is not None
-                part = clone_module(part, output_quantizer=self._freeze(part.output_quantizer))  # type: ignore[arg-type]
-                self.edit.set_module(node, part)
+            quantizer = getattr(part, "output_quantizer", None)
+            if part is not None and quantizer is not None:
+                self.edit.set_module(node, clone_module(part, output_quantizer=self._freeze(quantizer)))
             elif part is not None and node.meta.get("entry") is not None and "reason" not in node.meta:
                 self.edit.set_module(node, clone_module(part))
         calls = [node for node in self.edit.nodes if isinstance(self.edit.module(node), QuantWeightedOp)]
@@ -99,12 +97,7 @@ class _Freezer:
             self.frozen[id(quantizer)] = twin
         return self.frozen[id(quantizer)]
 
-    def _freeze_weight(self, node: fx.Node, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
-        if not bool(torch.isfinite(weight).all()):
-            raise CalibrationError(
-                f"the weight of {node.target!s} holds NaN or infinity: no grid covers it.\n"
-                "  what to do: the training run has diverged; go back to a checkpoint from before."
-            )
+    def _freeze_weight(self, quantizer: WeightQuantize, weight: Tensor) -> WeightQuantize:
         twin = self._freeze(quantizer)
         assert isinstance(twin, WeightQuantize)
         if not twin.pinned:
@@ -116,7 +109,7 @@ class _Freezer:
         """Final weight, scale and bias of a module; the batch norm behind it is folded."""
         behaviour = behaviour_of(node)
         assert isinstance(behaviour, Weighted)
-        quantizer = self._freeze_weight(node, part.weight_quantizer, part.weight)
+        quantizer = self._freeze_weight(part.weight_quantizer, part.weight)
         real = part.weight.detach()
         q = quantize(
             real.float(),
@@ -130,7 +123,7 @@ class _Freezer:
         bias = None if part.bias is None else part.bias.detach().double()
         batch_norm = self._batch_norm_behind(node)
         if batch_norm is not None:
-            gain, offset = channel_affine_of(self.edit.module(batch_norm))  # type: ignore[arg-type]
+            gain, offset = channel_affine_of(self.edit.module(batch_norm))
             q = q * per_output_channel(torch.where(gain < 0, -1.0, 1.0), q, out_axis=behaviour.out_axis, groups=1).to(
                 q.dtype
             )
@@ -186,8 +179,10 @@ class _Freezer:
         """
         part: Any = self.edit.module(node)
         call = call_of(node, part)
-        weight = self.edit.attributes[str(call.operand("weight").target)]  # type: ignore[union-attr]
-        quantizer = self._freeze_weight(node, part.weight_quantizer, weight)
+        read = call.operand("weight")
+        assert read is not None
+        weight = self.edit.attributes[str(read.target)]
+        quantizer = self._freeze_weight(part.weight_quantizer, weight)
         self.edit.set_module(node, clone_module(part, weight_quantizer=quantizer))
         bias_node = call.operand("bias")
         if bias_node is not None:
@@ -207,7 +202,8 @@ class _Freezer:
             return
         bias = self.edit.constant(bias_node).detach()
         _, fitted = self._fit_bias(node, part.weight_quantizer.scale.double(), bias.double())
-        rounded = fitted.to(bias.dtype)  # type: ignore[union-attr]
+        assert fitted is not None
+        rounded = fitted.to(bias.dtype)
         path = self.edit.fresh_path(f"{str(node.target).replace('.', '_')}_bias")
         constant = self.edit.insert_attribute(node, path, rounded, is_tensor=True, constant=True, quantized=False)
         self.edit.redirect([node], bias_node, constant)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxquant.behaviour import Clamping, Weighted
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Clamping, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Placed
 from fxquant.passes.merge_clamps import head_of

@@ -19,10 +19,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Bounded, ChannelAffine, Clamping, FloatOnly, Measuring, Passing, Rescaling, Weighted
+from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
-from fxquant.ops.behaviour import Bounded, ChannelAffine, Clamping, FloatOnly, Measuring, Passing, Rescaling, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 from fxquant.passes.facts import Placed
@@ -250,7 +251,7 @@ class _Search:
         if not isinstance(behaviour, Clamping) or not isinstance(before, fx.Node) or len(before.users) != 1:
             return False
         bounds = behaviour.bounds(self._call(node))
-        if isinstance(bounds, str) or (bounds[0] or 0.0) > 0.0 or (bounds[1] or 0.0) < 0.0:
+        if isinstance(bounds, Refusal) or (bounds[0] or 0.0) > 0.0 or (bounds[1] or 0.0) < 0.0:
             return False
         return isinstance(behaviour_of(before), (Weighted, ChannelAffine)) or self._multiplies(before)
 

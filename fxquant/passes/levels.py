@@ -1,6 +1,6 @@
 """Seven levels, checked: what must hold of a graph at each, and one function that says what does not.
 
-captured → canonical → prepared → frozen → integer → exchange or decomposed. A level's laws are rows: a name and a function
+captured → canonical → prepared → frozen → integer → qdq or decomposed. A level's laws are rows: a name and a function
 that yields the nodes that break it. ``check`` runs after every pass.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Passing, Rescaling
 from fxquant.errors import LevelError
 from fxquant.graph.facts import DECLARED
 from fxquant.graph.leveled import LeveledModule
@@ -20,7 +21,6 @@ from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.form import lost_state
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.nn.modules import QuantInput, QuantOp, QuantParametric, QuantWeighted
-from fxquant.ops.behaviour import Passing, Rescaling
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.facts import Converted, Placed
 
@@ -152,7 +152,7 @@ LAWS: dict[str, tuple[Law, ...]] = {
     "prepared": (well_formed, facts_are_typed, knows_its_place, quantized_once),
     "frozen": (well_formed, facts_are_typed, knows_its_place, quantized_once, grids_are_sound),
     "integer": (well_formed, facts_are_typed, knows_its_place, integers_between, state_can_be_written),
-    "exchange": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
+    "qdq": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
     "decomposed": (well_formed, facts_are_typed, knows_its_place, nothing_integer),
 }
 

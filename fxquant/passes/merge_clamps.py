@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxquant.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
+from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
-from fxquant.graph.pattern import Skip, next_in_chain
-from fxquant.ops.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
+from fxquant.graph.pattern import next_in_chain
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Placed
 
@@ -48,7 +49,7 @@ def _grow(edit: Edit, head: fx.Node) -> list[fx.Node]:
     chain = [head]
     for step in (_batch_norm, _clamp):
         following = next_in_chain(chain[-1])
-        if isinstance(following, Skip) or not Placed(following).quantized:
+        if isinstance(following, Refusal) or not Placed(following).quantized:
             break
         if step(edit, chain[0], following):
             chain.append(following)
@@ -93,4 +94,4 @@ def clamp_bounds(edit: Edit, node: fx.Node) -> tuple[float | None, float | None]
     if not isinstance(behaviour, Clamping):
         return None
     bounds = behaviour.bounds(call_of(node, edit.module(node)))
-    return None if isinstance(bounds, str) else bounds
+    return None if isinstance(bounds, Refusal) else bounds

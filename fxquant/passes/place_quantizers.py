@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.behaviour import Bounded, ChannelAffine, Passing, Weighted
 from fxquant.errors import RecipeError
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
@@ -21,7 +22,6 @@ from fxquant.nn.modules import QuantInput, QuantOp, QuantWeighted, QuantWeighted
 from fxquant.nn.switch import Switched
 from fxquant.numerics.pairs import LIMIT, largest_byte
 from fxquant.numerics.scheme import OBSERVED, Scheme
-from fxquant.ops.behaviour import Bounded, ChannelAffine, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
 from fxquant.ops.table import quant_op_class
@@ -102,7 +102,7 @@ class _Placer:
             if group:
                 self.members.setdefault(group, []).append(node)
         self.quantizers: dict[str, FakeQuantize] = {}
-        self.weight_quantizers: dict[str, WeightQuantize] = {}
+        self.weight_quantizers: dict[tuple[int, Scheme, int | None], WeightQuantize] = {}
 
     def quantizer(self, node: fx.Node) -> FakeQuantize | None:
         """The one quantizer of ``node``'s group, made when it is first asked for."""
@@ -190,7 +190,7 @@ class _Placer:
         if isinstance(part, Switched):
             part.add_switches()
         if isinstance(part, QuantWeighted):
-            part.weight_quantizer = self._weight_quantizer(node, str(node.target), part.weight)
+            part.weight_quantizer = self._weight_quantizer(node, part.weight)
         self.edit.set_module(node, part)
         Placed(node).float_module = type(old).__name__
         return part
@@ -202,27 +202,29 @@ class _Placer:
         part = cls(call.entry, static, clamp_bounds(self.edit, node))
         if isinstance(part, QuantWeightedOp):
             source = call.arguments["weight"]
-            part.weight_quantizer = self._weight_quantizer(
-                node, str(source.target), self.edit.attributes[source.target]
-            )
+            part.weight_quantizer = self._weight_quantizer(node, self.edit.attributes[source.target])
         operands = {name: call.arguments[name] for name in call.entry.operand_names if name in call.arguments}
         args, kwargs = call.entry.arrange(operands)
         self.edit.call_module(node, self.edit.fresh_path(op_path(node)), part, args, {**kwargs, **dynamic})
         return part
 
-    def _weight_quantizer(self, node: fx.Node, path: str, weight: torch.Tensor) -> WeightQuantize:
-        """The quantizer of the parameter at ``path``: one, however many calls use it."""
-        if path not in self.weight_quantizers:
-            setting, behaviour = Placed(node).setting, behaviour_of(node)
-            scheme = None if setting is None else setting.weight
-            assert isinstance(behaviour, Weighted) and scheme is not None
-            axis = behaviour.out_axis if scheme.per_channel else None
+    def _weight_quantizer(self, node: fx.Node, weight: torch.Tensor) -> WeightQuantize:
+        """The quantizer of the parameter ``weight``: one, however many calls and layers use it with one scheme."""
+        setting, behaviour = Placed(node).setting, behaviour_of(node)
+        scheme = None if setting is None else setting.weight
+        assert isinstance(behaviour, Weighted) and scheme is not None
+        axis = behaviour.out_axis if scheme.per_channel else None
+        key = (id(weight), scheme, axis)
+        own = self.weight_quantizers.get(key)
+        if own is None:
             channels = None if axis is None else weight.shape[axis]
-            made = self._class_of(scheme, "weight", node)(scheme, axis=axis, channels=channels)
-            self.weight_quantizers[path] = made.to(weight.device)
+            own = self._class_of(scheme, "weight", node)(scheme, axis=axis, channels=channels).to(weight.device)
+            self.weight_quantizers[key] = own
+        else:
+            own.is_shared = True
         if self.target.limits_pairs:
-            self._limit_pairs(node, self.weight_quantizers[path], weight)
-        return self.weight_quantizers[path]
+            self._limit_pairs(node, own, weight)
+        return own
 
     def _limit_pairs(self, node: fx.Node, quantizer: WeightQuantize, weight: torch.Tensor) -> None:
         """Keep sums of two products within 16 bits, where bytes of the input and of the weight could leave them."""

@@ -25,15 +25,18 @@ from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, Grid, WeightQuantize
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
-from fxquant.numerics.affine import broadcast
+from fxquant.numerics.affine import broadcast, in_float32
 from fxquant.ops.calls import call_of
 from fxquant.passes.facts import Placed
+from fxquant.passes.finite import require_finite
 from fxquant.quantizers import rule_of
 
 __all__ = ["is_plain", "settle_quantizers"]
 
 _NEAR = 1e-3
 """Real numbers that differ by less than this part of a step are the same."""
+_NOISE = 2.0**-22
+"""What float32 may add to a multiple of a scale, divided by the scale again, as a part of it: 16 bits are 2^15 steps."""
 _PROBED = 512
 """Levels that are tried at each end of a grid, and around its middle."""
 
@@ -53,7 +56,9 @@ def settle_quantizers(module: LeveledModule) -> LeveledModule:
     Raises:
         LevelError: a quantizer of a user's own rounds otherwise than its grid does; or what shares a grid holds several;
             or a rule has no integers.
+        CalibrationError: a weight, a bias or a learned range holds NaN or infinity.
     """
+    require_finite(module)
     edit = Edit(module, by="settle_quantizers")
     _require_integers(edit)
     _one_quantizer_each(edit)
@@ -173,14 +178,17 @@ def _hold_against(own: Any, plain: FakeQuantize, where: str, clamp: tuple[float 
 
 
 def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
-    """The weight as its quantizer makes it, with a plain quantizer that leaves it so."""
+    """The weight as its quantizer makes it, with a plain quantizer that leaves it so.
+
+    A half-precision weight is asked for in float32: what the quantizer gives lies on its grid there, and not in the half.
+    """
     part: Any = edit.module(node)
     where = f"{node.target}.weight_quantizer"
     source = call_of(node, part).operand("weight") if isinstance(part, QuantWeightedOp) else None
     weight: Tensor = part.weight if source is None else edit.attributes[str(source.target)]
     asked = _at_rest(own)
     with torch.no_grad():
-        rounded = asked(weight.detach())
+        rounded = asked(in_float32(weight.detach()))
     grid = _grid_of(asked, where)
     axis = own.axis if grid.scale.ndim else None
     fits = rounded.shape == weight.shape and (axis is None or len(grid.scale) == weight.shape[axis])
@@ -190,7 +198,7 @@ def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
     scale = broadcast(grid.scale, weight.ndim, axis)
     steps = rounded.float() / scale
     off = torch.maximum((steps - steps.round()).abs(), torch.maximum(grid.qmin - steps, steps - grid.qmax))
-    if not bool((off <= _NEAR + torch.finfo(rounded.dtype).eps * steps.abs()).all()):
+    if not bool((off <= _NEAR + _NOISE * steps.abs()).all()):
         what = f"makes numbers of its weight that lie {float(off.nan_to_num(torch.inf).max()):.3g} steps off its grid"
         raise _refusal(own, where, what, "let grid give the scale and the scheme whose multiples forward returns")
     plain = WeightQuantize(grid.scheme, axis=axis, channels=len(grid.scale) if grid.scale.ndim else None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import Passing
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
@@ -22,7 +23,6 @@ from fxquant.nn.decomposed import (
 )
 from fxquant.nn.form import Computation, HeldIntegers, computation_of, form_of
 from fxquant.nn.integer import IntegerOp
-from fxquant.ops.behaviour import Passing
 from fxquant.passes.facts import Converted
 
 __all__ = ["to_decomposed"]

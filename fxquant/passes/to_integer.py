@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import ChannelAffine, Measuring, Passing, Weighted
+from fxquant.capture.measuring import answer, asks_type
 from fxquant.errors import LevelError
 from fxquant.graph.edit import Edit
 from fxquant.graph.leveled import LeveledModule
@@ -15,10 +17,8 @@ from fxquant.nn.accumulating import IntegerSum
 from fxquant.nn.fake_quantize import Grid
 from fxquant.nn.integer import Dequantize, IntegerEvaluate, IntegerOp, Quantize, Site
 from fxquant.nn.modules import QuantInput
-from fxquant.ops.behaviour import ChannelAffine, Measuring, Passing, Weighted
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call, OpEntry, scalar
-from fxquant.ops.measuring import answer, asks_type
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.ops.table import TABLE
 from fxquant.passes.choose_regions import quantized_operands

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import broadcast, smallest_scale
 from fxquant.numerics.scheme import Scheme
@@ -26,6 +27,8 @@ __all__ = ["BNNWeight", "XNORWeight"]
 
 class XNORWeight(WeightQuantize):
     """The quantizer of a weight whose scale is its mean magnitude."""
+
+    takes_estimator = False
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self.pinned:
@@ -63,8 +66,8 @@ class BNNWeight(XNORWeight):
         self.take_grid(torch.ones_like(self.scale), torch.zeros_like(self.scale))
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
-    return None if scheme.bits == 2 else "its two numbers are -1 and 1 of a 2-bit grid: set bits=2"
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
+    return None if scheme.bits == 2 else Refusal("its two numbers are -1 and 1 of a 2-bit grid: set bits=2")
 
 
 register("xnor", weight=XNORWeight, refuses=_refuses)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.grid import Grid
 from fxquant.numerics.scheme import Scheme
@@ -30,6 +31,8 @@ _MOST_BITS = 6
 
 class DoReFaWeight(WeightQuantize):
     """The quantizer of a weight. A weight of zeros stays at the level nearest to zero from above."""
+
+    takes_estimator = False
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self.pinned:
@@ -61,19 +64,21 @@ class DoReFaTensor(FakeQuantize):
         super().__init__(scheme, fixed_range=(0.0, 1.0))
 
 
-def of_unit_range(scheme: Scheme) -> str | None:
+def of_unit_range(scheme: Scheme) -> Refusal | None:
     """Why a tensor of ``scheme`` cannot have the range [0, 1]; None where it can."""
     if scheme.signed or scheme.symmetric:
-        return "its tensors lie in [0, 1]: set signed=False, symmetric=False"
+        return Refusal("its tensors lie in [0, 1]: set signed=False, symmetric=False")
     return None
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
     if kind == "tensor":
         return of_unit_range(scheme)
     if scheme.bits > _MOST_BITS:
-        return f"its odd integers take one bit more, and kernels {_MOST_BITS + 1} at most: set bits to {_MOST_BITS} or fewer"
-    return "it has one scale: set per_channel=False" if scheme.per_channel else None
+        return Refusal(
+            f"its odd integers take one bit more, and kernels {_MOST_BITS + 1} at most: set bits to {_MOST_BITS} or fewer"
+        )
+    return Refusal("it has one scale: set per_channel=False") if scheme.per_channel else None
 
 
 register("dorefa", tensor=DoReFaTensor, weight=DoReFaWeight, refuses=_refuses)

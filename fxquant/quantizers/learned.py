@@ -20,17 +20,23 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, InputError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.processes import several
 from fxquant.numerics.affine import smallest_scale
 from fxquant.numerics.learned_rounding import GradientRule, round_to_learned_grid
 
-__all__ = ["LearnedRange", "LearnedTensor", "LearnedWeight"]
+__all__ = ["LearnedRange", "LearnedTensor", "LearnedWeight", "learned_parameter"]
+
+
+def learned_parameter(shape: tuple[int, ...]) -> nn.Parameter:
+    """Zeros; of one number ``(1,)``: FSDP2 (``fully_shard``) takes no scalars."""
+    return nn.Parameter(torch.zeros(shape or (1,)))
 
 
 class LearnedRange(FakeQuantize):
     """The part that tensors' and weights' quantizers share.
 
     Parameters:
-        step: float32, ``()`` or ``(channels,)``: what is learned; the scale itself, unless a rule encodes it.
+        step: float32, ``(1,)`` or ``(channels,)``: what is learned; the scale itself, unless a rule encodes it.
 
     Buffers:
         known: as of ``FakeQuantize``.
@@ -43,7 +49,7 @@ class LearnedRange(FakeQuantize):
     step: nn.Parameter
 
     def make_grid(self, shape: tuple[int, ...]) -> None:
-        self.step = nn.Parameter(torch.zeros(shape))
+        self.step = learned_parameter(shape)
         self.register_buffer("origin", torch.zeros(shape))
         self.register_buffer("known", torch.zeros(()))
         self._ready = False
@@ -58,7 +64,11 @@ class LearnedRange(FakeQuantize):
 
     def learned_scale(self) -> Tensor:
         """The scale that ``forward`` rounds with, differentiable."""
-        return self.decode(self.step / self._share())
+        return self.decode(self.value_of(self.step))
+
+    def value_of(self, parameter: Tensor) -> Tensor:
+        """A parameter as it counts, of the grid's shape; differentiable."""
+        return (parameter / self._share()).reshape(self.origin.shape)
 
     def offset(self) -> Tensor:
         """The zero point as a real number."""
@@ -102,10 +112,11 @@ class LearnedRange(FakeQuantize):
         """Start from a grid, or from the nearest that the rule has: of its scale, with zero where the grid has it."""
         self.known.fill_(1.0)
         self._ready = True
-        self.step.copy_(self.encode(scale.to(self.step)))
+        self.step.copy_(self.encode(scale.to(self.step)).reshape(self.step.shape))
         shift = zero_point.to(self.origin) - self.scheme.qmin
         free = not self.scheme.symmetric and not self.scheme.per_channel
-        self.origin.copy_(self.scheme.qmin + (torch.round(shift * scale / self.scale) if free else shift))
+        shift = torch.round(shift * scale / self.scale) if free else shift
+        self.origin.copy_((self.scheme.qmin + shift).reshape(self.origin.shape))
 
     def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take over a given scale and zero point.
@@ -170,7 +181,8 @@ class LearnedTensor(LearnedRange):
     """The quantizer of a tensor whose range is learned.
 
     In training mode, a range that nothing has set yet starts from the first batch, as the scheme's estimator has it. Where
-    several processes train, each would start from a batch of its own: calibrate before wrapping the model.
+    several processes train, each would start from a batch of its own: calibrate before wrapping the model, or let them start
+    from what all see (``fxquant.training.synchronize``).
     """
 
     def forward(
@@ -183,7 +195,7 @@ class LearnedTensor(LearnedRange):
     ) -> Tensor:
         starts = self.training and self.tracking and not self._ready
         if observes and self.enabled and (self.observing or (starts and not self.ready)):
-            if not self.observing:
+            if not self.observing and not self.synchronized:
                 _require_one_process()
             self.observe(x, lower=lower, upper=upper)
         if not self.active or not x.is_floating_point():
@@ -219,7 +231,7 @@ class LearnedWeight(LearnedRange, WeightQuantize):
             return self.as_pinned(x)
         if self.out_axis is not None and not self.pinned:
             with torch.no_grad():
-                bare = self.decode(self.step / self._share())
+                bare = self.decode(self.value_of(self.step))
                 self.widened.copy_(self.pair_factor(x.detach(), bare))
         scale = self.learned_scale()
         return self._rounded(x, scale.detach() if self.pinned else scale)
@@ -239,7 +251,7 @@ class LearnedWeight(LearnedRange, WeightQuantize):
     def limit_pairs(self, out_axis: int, groups: int, inputs: int, largest: int) -> None:
         super().limit_pairs(out_axis, groups, inputs, largest)
         if "widened" not in self._buffers:
-            self.register_buffer("widened", torch.ones_like(self.step.detach()))
+            self.register_buffer("widened", torch.ones_like(self.origin))
 
     def _keep_pairs(self, weight: Tensor) -> None:
         """Nothing: ``forward`` widens the scale, whatever it has become."""
@@ -254,10 +266,10 @@ def _require_one_process() -> None:
     Raises:
         CalibrationError: there are several.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if several():
         raise CalibrationError(
-            f"a learned range has no start, and each of {distributed.get_world_size()} processes would start it from a "
-            "batch of its own.\n  what to do: fxquant.calibrate(prepared, loader) before the model is wrapped "
-            "(DistributedDataParallel gives all processes what the first one found)."
+            f"a learned range has no start, and each of {torch.distributed.get_world_size()} processes would start it from "
+            "a batch of its own.\n  what to do: fxquant.calibrate(prepared, loader) before the model is wrapped "
+            "(DistributedDataParallel gives all processes what the first one found), or fxquant.training.synchronize("
+            "prepared) in every process."
         )

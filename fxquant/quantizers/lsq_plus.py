@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxquant.errors import Refusal
 from fxquant.numerics.learned_rounding import GradientRule
 from fxquant.numerics.scheme import Scheme
-from fxquant.quantizers.learned import LearnedTensor
+from fxquant.quantizers.learned import LearnedTensor, learned_parameter
 from fxquant.quantizers.lsq import LSQWeight
 from fxquant.quantizers.registry import register
 
@@ -25,7 +26,7 @@ class LSQPlusTensor(LearnedTensor):
 
     Parameters:
         step: the scale.
-        beta: float32, ``()``: the real number that stands for the integer 0.
+        beta: float32, ``(1,)``: the real number that stands for the integer 0.
     """
 
     gradients = GradientRule(floats=True)
@@ -33,23 +34,23 @@ class LSQPlusTensor(LearnedTensor):
 
     def make_grid(self, shape: tuple[int, ...]) -> None:
         super().make_grid(shape)
-        self.beta = nn.Parameter(torch.zeros(shape))
+        self.beta = learned_parameter(shape)
 
     @torch.no_grad()
     def take_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         super().take_grid(scale, zero_point)
-        self.beta.copy_(-self.origin * self.scale)
+        self.beta.copy_((-self.origin * self.scale).reshape(self.beta.shape))
 
     def offset(self) -> Tensor:
-        return -self.beta / self._share() / self.learned_scale()
+        return -self.value_of(self.beta) / self.learned_scale()
 
     def _learned_offset(self) -> Tensor | None:
-        return self.beta
+        return self.beta.reshape(self.origin.shape)
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
     if kind == "tensor" and scheme.symmetric:
-        return "lsq+ learns a zero point: set symmetric=False, or quantizer='lsq'"
+        return Refusal("lsq+ learns a zero point: set symmetric=False, or quantizer='lsq'")
     return None
 
 

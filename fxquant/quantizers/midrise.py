@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.nn.grid import Grid
 from fxquant.numerics.affine import broadcast, smallest_scale
 from fxquant.numerics.scheme import Scheme
@@ -50,6 +51,8 @@ class _Rounded(torch.autograd.Function):
 
 class MidriseWeight(LearnedWeight):
     """The quantizer of a weight; ``step`` is s, and the property ``scale`` s / 2, of which the integers are multiples."""
+
+    takes_estimator = False
 
     @property
     def per_sign(self) -> float:
@@ -87,10 +90,12 @@ class MidriseWeight(LearnedWeight):
         return Grid(self.scale.clone(), torch.zeros_like(self.zero_point), wide)
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
     if scheme.bits > _MOST_BITS:
-        return f"its odd integers take one bit more, and kernels {_MOST_BITS + 1} at most: set bits to {_MOST_BITS} or fewer"
-    return None if scheme.narrow_range else "its grid is even around zero: set narrow_range=True"
+        return Refusal(
+            f"its odd integers take one bit more, and kernels {_MOST_BITS + 1} at most: set bits to {_MOST_BITS} or fewer"
+        )
+    return None if scheme.narrow_range else Refusal("its grid is even around zero: set narrow_range=True")
 
 
 register("midrise", weight=MidriseWeight, refuses=_refuses)

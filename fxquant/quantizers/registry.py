@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxquant.errors import SchemeError
+from fxquant.errors import Refusal, SchemeError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.ranges import ESTIMATOR, RangeEstimator
 from fxquant.numerics.requantize import ROUNDINGS
@@ -34,15 +34,25 @@ class QuantizerRule:
     name: str
     tensor: type[FakeQuantize] | None = None
     weight: type[WeightQuantize] | None = None
-    refuses: Callable[[Scheme, str], str | None] = lambda scheme, kind: None
-    simulates: str | None = None
+    refuses: Callable[[Scheme, str], Refusal | None] = lambda scheme, kind: None
+    simulates: Refusal | None = None
     rounding: str | None = None
 
-    def refusal(self, scheme: Scheme, kind: str) -> str | None:
-        """Why this rule cannot quantize a ``"tensor"`` or a ``"weight"`` to ``scheme``; None where it can."""
+    def refusal(self, scheme: Scheme, kind: str) -> Refusal | None:
+        """Why this rule cannot quantize a ``"tensor"`` or a ``"weight"`` to ``scheme``; None where it can.
+
+        Raises:
+            SchemeError: ``refuses`` gives neither None nor a ``Refusal``.
+        """
         if getattr(self, kind) is None:
-            return f"{self.name} is a rule for {'weights' if kind == 'tensor' else 'tensors'} only"
-        return self.refuses(scheme, kind)
+            return Refusal(f"{self.name} is a rule for {'weights' if kind == 'tensor' else 'tensors'} only")
+        answer = self.refuses(scheme, kind)
+        if answer is not None and not isinstance(answer, Refusal):
+            raise SchemeError(
+                f"quantizer {self.name!r}: refuses({scheme}, {kind!r}) gave {answer!r}.\n"
+                "  what to do: let it give None, or fxquant.errors.Refusal(why)."
+            )
+        return answer
 
 
 RULES: dict[str, QuantizerRule] = {OBSERVED: QuantizerRule(name=OBSERVED, tensor=FakeQuantize, weight=WeightQuantize)}
@@ -55,8 +65,8 @@ def register(
     tensor: type[FakeQuantize] | None = None,
     weight: type[WeightQuantize] | None = None,
     estimator: str = "mse",
-    refuses: Callable[[Scheme, str], str | None] = lambda scheme, kind: None,
-    simulates: str | None = None,
+    refuses: Callable[[Scheme, str], Refusal | None] = lambda scheme, kind: None,
+    simulates: Refusal | None = None,
     rounding: str | None = None,
 ) -> QuantizerRule:
     """Enter a quantizer rule, which ``Scheme(quantizer=name)`` then names. The contract stands in ``fxquant.quantizers``.
@@ -83,6 +93,8 @@ def register(
             )
     if estimator not in ESTIMATORS:
         raise SchemeError(f"quantizer {name!r}: estimator={estimator!r}. Choose one of {', '.join(ESTIMATORS)}.")
+    if simulates is not None and not isinstance(simulates, Refusal):
+        raise SchemeError(f"quantizer {name!r}: simulates={simulates!r}. Give fxquant.errors.Refusal(why), or None.")
     if rounding is not None and rounding not in ROUNDINGS:
         raise SchemeError(f"quantizer {name!r}: rounding={rounding!r}. Choose one of {', '.join(ROUNDINGS)}.")
     rule = QuantizerRule(

@@ -9,6 +9,8 @@ Source: Gupta et al., Deep Learning with Limited Numerical Precision, 1502.02551
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,10 @@ from fxquant.quantizers.straight_through import replaced
 __all__ = ["StochasticTensor", "StochasticWeight"]
 
 
-def _rounded(quantizer: FakeQuantize, x: Tensor, lower: float | None, upper: float | None) -> Tensor:
+def _rounded(
+    quantizer: FakeQuantize, x: Tensor, lower: float | None, upper: float | None, noise: Tensor | None = None
+) -> Tensor:
+    """``noise``: u of each number; drawn where it is left out."""
     scheme = quantizer.scheme
     scale = broadcast(quantizer.scale, x.ndim, quantizer.axis)
     zero = broadcast(quantizer.zero_point, x.ndim, quantizer.axis)
@@ -34,7 +39,7 @@ def _rounded(quantizer: FakeQuantize, x: Tensor, lower: float | None, upper: flo
         passes &= x.detach() > lower
     if upper is not None:
         passes &= x.detach() < upper
-    levels = torch.floor(v + torch.rand_like(v)).clamp(low, high)
+    levels = torch.floor(v + (torch.rand_like(v) if noise is None else noise)).clamp(low, high)
     return replaced(x, levels * scale, passes.float())
 
 
@@ -59,7 +64,9 @@ class StochasticTensor(FakeQuantize):
 
 
 class StochasticWeight(WeightQuantize):
-    """The quantizer of a weight."""
+    """The quantizer of a weight. Layers and calls that share it round it alike, from its forward to its backward pass."""
+
+    _drawn: tuple[int, int, Tensor] | None = None
 
     def forward(
         self,
@@ -73,7 +80,26 @@ class StochasticWeight(WeightQuantize):
             return super().forward(x, lower, upper, inplace, observes)
         if self.enabled:
             self.refresh(x)
-        return _rounded(self, x, lower, upper) if self.active else x
+        if not self.active:
+            return x
+        if not (self.is_shared and torch.is_grad_enabled() and x.requires_grad):
+            return _rounded(self, x, lower, upper)
+        result = _rounded(self, x, lower, upper, self._noise(x))
+        result.register_hook(self._forget)
+        return result
+
+    def _noise(self, x: Tensor) -> Tensor:
+        """The u of this pass. A forward pass inside a backward pass (activation checkpointing) draws it again."""
+        when = (x._version, torch._C._current_graph_task_id())
+        if self._drawn is None or self._drawn[:2] != when or self._drawn[2].shape != x.shape:
+            self._drawn = (*when, torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+        return self._drawn[2]
+
+    def _forget(self, gradient: Tensor) -> None:
+        self._drawn = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_drawn": None}
 
 
 register("stochastic", tensor=StochasticTensor, weight=StochasticWeight, estimator="moving_average")

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.numerics.affine import broadcast, smallest_scale
+from fxquant.errors import Refusal
+from fxquant.numerics.affine import broadcast, in_float32, smallest_scale
 from fxquant.numerics.scheme import Scheme
-from fxquant.quantizers.learned import LearnedWeight
+from fxquant.quantizers.learned import LearnedWeight, learned_parameter
 from fxquant.quantizers.registry import register
 from fxquant.quantizers.straight_through import per_row, replaced
 
@@ -30,15 +31,16 @@ class TTQWeight(LearnedWeight):
     """The quantizer of a weight.
 
     Parameters:
-        step: W⁺, float32, ``()`` or ``(channels,)``.
+        step: W⁺, float32, ``(1,)`` or ``(channels,)``.
         negative: W⁻, likewise.
     """
 
     negative: nn.Parameter
+    takes_estimator = False
 
     def make_grid(self, shape: tuple[int, ...]) -> None:
         super().make_grid(shape)
-        self.negative = nn.Parameter(torch.zeros(shape))
+        self.negative = learned_parameter(shape)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self._ready:
@@ -46,13 +48,14 @@ class TTQWeight(LearnedWeight):
         if not self.active:
             return x
         above, below = self._sides(x.detach())
-        share = self._share()
-        up, down = (broadcast(self.decode(p / share), x.ndim, self.axis) for p in (self.step, self.negative))
+        sides = (self.decode(self.value_of(parameter)) for parameter in (self.step, self.negative))
+        up, down = (broadcast(side, x.ndim, self.axis) for side in sides)
         slope = torch.where(above, up, torch.where(below, down, torch.ones_like(up)))
         latent = replaced(x, torch.zeros_like(x), slope)
         return (up * above - down * below).to(x.dtype) + latent
 
     def _sides(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = in_float32(weight)
         rest = tuple(d for d in range(weight.ndim) if d != self.axis)
         largest = weight.abs().amax() if self.axis is None else weight.abs().amax(rest, keepdim=True)
         return weight > _FACTOR * largest, weight < -_FACTOR * largest
@@ -65,13 +68,19 @@ class TTQWeight(LearnedWeight):
         for parameter, side in zip((self.step, self.negative), self._sides(weight), strict=True):
             total, _ = per_row(weight, self.axis, weight.float().abs() * side)
             count, _ = per_row(weight, self.axis, side.float())
-            parameter.copy_((total / count.clamp(min=1.0)).clamp(min=smallest_scale()))
+            mean = total / count.clamp(min=1.0)
+            parameter.copy_(mean.clamp(min=smallest_scale()).reshape(parameter.shape))
         self.known.fill_(1.0)
         self._ready = True
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
-    return None if scheme.bits == 2 else "it has three numbers: set bits=2"
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
+    return None if scheme.bits == 2 else Refusal("it has three numbers: set bits=2")
 
 
-register("ttq", weight=TTQWeight, refuses=_refuses, simulates="its numbers -W⁻, 0 and W⁺ are no multiples of one scale")
+register(
+    "ttq",
+    weight=TTQWeight,
+    refuses=_refuses,
+    simulates=Refusal("its numbers -W⁻, 0 and W⁺ are no multiples of one scale"),
+)

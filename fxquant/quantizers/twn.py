@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import broadcast, smallest_scale
 from fxquant.numerics.scheme import Scheme
@@ -26,6 +27,8 @@ _FACTOR = 0.7
 
 class TWNWeight(WeightQuantize):
     """The quantizer of a weight."""
+
+    takes_estimator = False
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.enabled and not self.pinned:
@@ -52,8 +55,8 @@ class TWNWeight(WeightQuantize):
         self.take_grid(scale, torch.zeros_like(scale))
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
-    return None if scheme.bits == 2 else "its numbers are -1, 0 and 1 of a 2-bit grid: set bits=2"
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
+    return None if scheme.bits == 2 else Refusal("its numbers are -1, 0 and 1 of a 2-bit grid: set bits=2")
 
 
 register("twn", weight=TWNWeight, refuses=_refuses)

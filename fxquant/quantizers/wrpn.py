@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.dorefa import DoReFaTensor, of_unit_range
@@ -21,6 +22,8 @@ __all__ = ["WRPNTensor", "WRPNWeight"]
 class WRPNWeight(WeightQuantize):
     """The quantizer of a weight: the grid of [-1, 1], whatever the weight."""
 
+    takes_estimator = False
+
     @torch.no_grad()
     def read_range(self, weight: Tensor) -> None:
         one = torch.ones_like(self.scale)
@@ -31,9 +34,9 @@ class WRPNTensor(DoReFaTensor):
     """The quantizer of a tensor."""
 
 
-def _refuses(scheme: Scheme, kind: str) -> str | None:
+def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
     if kind == "weight" and not scheme.narrow_range:
-        return "its grid is even around zero: set narrow_range=True"
+        return Refusal("its grid is even around zero: set narrow_range=True")
     return of_unit_range(scheme) if kind == "tensor" else None
 
 

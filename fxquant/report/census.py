@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxquant.behaviour import FloatOnly, Measuring
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
-from fxquant.nn.accumulating import IntegerWeighted
-from fxquant.nn.integer import Dequantize, IntegerEmbedding, IntegerOp, Quantize
+from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.nn.modules import QuantEmbedding, QuantInput, QuantOp, QuantParametric, QuantWeighted, QuantWeightedOp
-from fxquant.ops.behaviour import FloatOnly, Measuring
 from fxquant.ops.calls import FLOAT, behaviour_of
 from fxquant.ops.entry import Call, OpEntry
 
@@ -170,7 +169,8 @@ def _counted_macs(node: fx.Node, part: nn.Module | None) -> int | None:
             if node.op == "call_method":
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                result = (node.target if part is None else _without_data(part))(*args, **kwargs)  # type: ignore[operator]
+                run: Any = node.target if part is None else _without_data(part)
+                result = run(*args, **kwargs)
     except Exception:  # any code of the user's may run here, and not all of it runs without data
         return None
     macs = int(counter.get_total_flops()) // 2
@@ -252,7 +252,7 @@ def _parameters(part: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _integer_weights(graph: LeveledModule, node: fx.Node) -> Iterator[tuple[str, Tensor]]:
     part: Any = module_at(graph, node)
-    if isinstance(part, (QuantWeighted, QuantEmbedding, IntegerWeighted, IntegerEmbedding)):
+    if isinstance(part, (QuantWeighted, QuantEmbedding)) or getattr(part, "holds_weights", False):
         yield absolute(graph, f"{node.target}.weight"), part.weight
     elif isinstance(part, QuantWeightedOp):
         yield from _held(graph, node.args[1:2])

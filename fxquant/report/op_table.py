@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxquant.ops.behaviour import Behaviour, FloatOnly, Measuring, Passing
+from fxquant.behaviour import Behaviour, FloatOnly, Measuring, Passing
 from fxquant.ops.entry import OpEntry
 from fxquant.ops.table import TABLE
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.behaviour import ChannelAffine
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import target_text
 from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.numerics.scheme import Scheme
-from fxquant.ops.behaviour import ChannelAffine
 from fxquant.ops.calls import FLOAT, behaviour_of
 from fxquant.passes.apply_recipe import op_path
 from fxquant.report.census import absolute, module_at, state_of

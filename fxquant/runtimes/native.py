@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from fxquant.errors import ExportError, InputError
+from fxquant.errors import ExportError, InputError, Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.native.library import missing
-from fxquant.kernels.native.model import NativeModel, Unfit
+from fxquant.kernels.native.model import NativeModel
 from fxquant.runtimes.pytorch import torch_threads
 from fxquant.runtimes.runtime import Deployed, Run, Runtime
 from fxquant.targets import X86
@@ -24,17 +24,17 @@ def native_model(int8: Any) -> NativeModel:
     """
     try:
         if not isinstance(int8, LeveledModule):
-            raise Unfit(f"a {type(int8).__name__} is no graph")
+            raise Refusal(f"a {type(int8).__name__} is no graph")
         if any(x.device.type != "cpu" for x in (*int8.parameters(), *int8.buffers())):
-            raise Unfit("the model is not on the CPU")
+            raise Refusal("the model is not on the CPU")
         return NativeModel(int8)
-    except Unfit as reason:
-        raise _unfit(reason) from None
+    except Refusal as refusal:
+        raise _refused(refusal) from None
 
 
-def _unfit(reason: Unfit) -> ExportError:
+def _refused(refusal: Refusal) -> ExportError:
     return ExportError(
-        f"no native kernels: {reason}\n"
+        f"no native kernels: {refusal}\n"
         "  what to do: compile(..., runtime='torch') runs every op, runtime='auto' takes the fastest that can."
     )
 
@@ -46,16 +46,16 @@ def _open(model: Deployed, threads: int | None) -> Run:
         try:
             with torch_threads(threads):
                 run(*model.call.args, **model.call.kwargs)
-        except Unfit as reason:
-            raise _unfit(reason) from None
+        except Refusal as refusal:
+            raise _refused(refusal) from None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch_threads(threads):
             try:
                 return run(*args, **kwargs)
-            except Unfit as reason:
+            except Refusal as refusal:
                 raise InputError(
-                    f"the native kernels do not take this call: {reason}.\n"
+                    f"the native kernels do not take this call: {refusal}.\n"
                     "  what to do: compile(..., runtime='torch') takes whatever the model takes."
                 ) from None
 
@@ -67,8 +67,8 @@ def _version() -> str:
 
 
 def _status(saturates: bool) -> str:
-    reason = missing()
-    return "the reference's integers" if reason is None else f"cannot run: {reason}"
+    refusal = missing()
+    return "the reference's integers" if refusal is None else f"cannot run: {refusal}"
 
 
 NATIVE = Runtime(
@@ -79,5 +79,5 @@ NATIVE = Runtime(
     alone=native_model,
     found=_version,
     status=_status,
-    no_placement="the native kernels run whole integer graphs only",
+    no_placement=Refusal("the native kernels run whole integer graphs only"),
 )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fxquant.errors import ExportError, InputError, SchemeError
+from fxquant.errors import ExportError, InputError, Refusal, SchemeError
 from fxquant.installed import is_installed, require
 from fxquant.targets import TARGETS, Target
 
@@ -95,7 +95,7 @@ class Runtime:
         extra: the extra of fxquant that brings the package.
         found: the version of its package, or of what else brings it; None to ask the package's metadata.
         status: what it gives on this processor, told whether sums of two products saturate here.
-        no_placement: why ``tune_placement`` has nothing to choose for it; empty where it has.
+        no_placement: why ``tune_placement`` has nothing to choose for it; None where it has.
         bfloat16: whether it computes floats in bfloat16 on this processor; None where it has no kernels for that.
         file_passes: passes over an ``onnx_ir.Model``, each from the model to whether it changed, run in order on files for
             models prepared for ``target``.
@@ -113,7 +113,7 @@ class Runtime:
     extra: str = ""
     found: Callable[[], str] | None = None
     status: Callable[[bool], str] | None = None
-    no_placement: str = ""
+    no_placement: Refusal | None = None
     bfloat16: Callable[[], bool] | None = None
     file_passes: tuple[Callable[[Any], object], ...] = ()
     file_rules: Rule | None = None

@@ -70,7 +70,7 @@ def _require_possible(recipe: Recipe, target: Target) -> None:
         if lacks is not None:
             raise RecipeError(
                 f"the recipe's setting of {selector!r} asks target {target.name!r} for integers that it cannot compute: "
-                f"{lacks}.\n  what to do: take the setting out, or prepare for another target."
+                f"{lacks.why}.\n  what to do: take the setting out, or {lacks.what_to_do}."
             )
 
 

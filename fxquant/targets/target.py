@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from fxquant.errors import SchemeError
+from fxquant.errors import Refusal, SchemeError
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.numerics.scheme import ACTIVATION, OBSERVED, WEIGHT, Scheme
 from fxquant.targets.processors import PROCESSORS
@@ -106,28 +106,28 @@ class Target:
                     f"target {self.name!r} contradicts itself: its own {of} scheme is {scheme}: {refused}"
                 )
 
-    def lacks(self, op: str) -> str | None:
+    def lacks(self, op: str) -> Refusal | None:
         """Why ``op`` stays in float on this target; None where it does not."""
         if self.integer_ops is None or op in self.integer_ops:
             return None
-        return self.reasons.get(op, f"{self.title} has no integer {op}")
+        return Refusal(self.reasons.get(op, f"{self.title} has no integer {op}"), "prepare for another target", op)
 
-    def refuses_activation(self, scheme: Scheme) -> str | None:
+    def refuses_activation(self, scheme: Scheme) -> Refusal | None:
         """Why tensors cannot have ``scheme`` here; None where they can."""
         if scheme.bits not in self.activation_bits:
-            return f"{self.title} takes tensors of {_listed(self.activation_bits)} bits"
+            return Refusal(f"{self.title} takes tensors of {_listed(self.activation_bits)} bits")
         if scheme.signed not in self.activation_signs:
-            return f"{self.title} takes {'signed' if self.activation_signs[0] else 'unsigned'} tensors"
+            return Refusal(f"{self.title} takes {'signed' if self.activation_signs[0] else 'unsigned'} tensors")
         if not self.affine and (not scheme.symmetric or not scheme.signed):
-            return f"{self.title} takes tensors with zero point 0: symmetric=True, signed=True"
+            return Refusal(f"{self.title} takes tensors with zero point 0: symmetric=True, signed=True")
         return None
 
-    def refuses_weight(self, scheme: Scheme) -> str | None:
+    def refuses_weight(self, scheme: Scheme) -> Refusal | None:
         """Why weights cannot have ``scheme`` here; None where they can."""
         if scheme.bits not in self.weight_bits:
-            return f"{self.title} takes weights of {_listed(self.weight_bits)} bits"
+            return Refusal(f"{self.title} takes weights of {_listed(self.weight_bits)} bits")
         if not self.wide_weights and not scheme.narrow_range:
-            return f"{self.title} takes weights without the lowest integer: narrow_range=True"
+            return Refusal(f"{self.title} takes weights without the lowest integer: narrow_range=True")
         return None
 
     def takes_per_channel(self, op: str, *, in_groups: bool = False) -> bool:

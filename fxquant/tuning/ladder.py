@@ -35,7 +35,7 @@ from fxquant.algorithms.recover import kept_batches, recover
 from fxquant.algorithms.weights import weighted_calls
 from fxquant.capture.values import unchanged
 from fxquant.checkpoint import load, save
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.inputs import arguments_of, move_to
 from fxquant.recipe import Recipe, Setting
@@ -215,7 +215,7 @@ class _Ladder:
             self.example = kwargs or args
 
     def ways(self) -> dict[str, Callable[[], Any]]:
-        """By name, in order; each gives a calibrated model, or the reason why it has none."""
+        """By name, in order; each gives a calibrated model, or refuses."""
         found: dict[str, Callable[[], Any]] = {
             "nearest": lambda: self._calibrated(self._uniform("minmax")),
             "chosen ranges": lambda: self._calibrated(self._uniform("auto")),
@@ -255,7 +255,7 @@ class _Ladder:
         before = {name: value.detach().clone() for name, value in plain.named_parameters()}
         equal = equalize(plain)
         if all(torch.equal(before[name], value) for name, value in equal.named_parameters()):
-            return "there is no pair of layers to equalize"
+            return Refusal("there is no pair of layers to equalize")
         return self._recovered(calibrate(equal, self.kept, forward=self.forward, progress=self.progress))
 
     def _reconstructed(self) -> Any:
@@ -286,7 +286,7 @@ def _tried(
         warnings.simplefilter("always")
         prepared = way()
     seconds = time.perf_counter() - start
-    if isinstance(prepared, str):
+    if isinstance(prepared, Refusal):
         return Rung(name, None, None, seconds, None, None, f"left out: {prepared}"), None
     note = "; ".join(str(warning.message).split("\n")[0] for warning in told if warning.category is UserWarning)
     accuracy = judged(evaluate, convert(prepared), repr(name))

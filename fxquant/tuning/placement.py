@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 from tabulate import tabulate
+from torch import nn
 from tqdm.auto import tqdm
 
-from fxquant.capture.islands import graphs_of
-from fxquant.errors import FxquantError, InputError
+from fxquant.capture.islands import Model, graphs_of
+from fxquant.errors import FxquantError, InputError, Refusal
 from fxquant.export.deployment import example_call
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
 from fxquant.export.runtimes import Compiled
@@ -23,7 +24,7 @@ from fxquant.recipe import Recipe
 from fxquant.runtimes import RUNNABLE
 from fxquant.tuning.placing import place_again
 from fxquant.tuning.regions import HALF, half_regions, regions_of
-from fxquant.tuning.search import INT8, Kept, Search, Step, UnbuildableError
+from fxquant.tuning.search import INT8, Kept, Search, Step
 
 __all__ = ["Placement", "tune_placement"]
 
@@ -92,7 +93,7 @@ class Placement:
 
 
 def tune_placement(
-    prepared: Any,
+    prepared: Model,
     example_inputs: Any = None,
     *,
     runtime: str = "torch",
@@ -100,7 +101,7 @@ def tune_placement(
     budget: float = 60.0,
     bfloat16: bool = False,
     progress: bool = True,
-) -> Any:
+) -> Model:
     """Keep those regions in float whose integer form is slower in a runtime, by measuring it.
 
     Regions (all ops of a kind, stages of the network, single ops) are tried one after another: each is kept in float, or
@@ -166,7 +167,7 @@ def _report(search: Search, chosen: Kept, runtime: str, seconds: float, bfloat16
     )
 
 
-def _require_fit(prepared: Any, runtime: str, threads: int | None, budget: float) -> None:
+def _require_fit(prepared: nn.Module, runtime: str, threads: int | None, budget: float) -> None:
     own = RUNNABLE.get(runtime)
     if own is None:
         known = ", ".join(name for name, other in RUNNABLE.items() if not other.no_placement)
@@ -205,7 +206,7 @@ class _Bench:
     """Builds placements in a runtime and times them."""
 
     def __init__(
-        self, prepared: Any, example_inputs: Any, runtime: str, threads: int | None, bfloat16: bool = False
+        self, prepared: nn.Module, example_inputs: Any, runtime: str, threads: int | None, bfloat16: bool = False
     ) -> None:
         self.prepared, self.runtime, self.threads = prepared, runtime, threads
         recipe: Recipe = next(iter(graphs_of(prepared).values())).settings["recipe"]
@@ -213,7 +214,7 @@ class _Bench:
         self.call = example_call(prepared, example_inputs)
         self.example = self.call.kwargs or self.call.args
         self.built: dict[Kept, Compiled] = {}
-        self.refused: dict[Kept, str] = {}
+        self.refused: dict[Kept, Refusal] = {}
 
     def placed(self, kept: Kept) -> Any:
         """The prepared model with ``kept`` in float."""
@@ -232,15 +233,15 @@ class _Bench:
 
     def _get(self, kept: Kept) -> Compiled:
         if kept in self.refused:
-            raise UnbuildableError(self.refused[kept])
+            raise self.refused[kept].with_traceback(None)
         if kept not in self.built:
             try:
                 self.built[kept] = self._compiled(self.placed(kept))
             except FxquantError as error:
                 if kept == INT8:
                     raise
-                self.refused[kept] = f"cannot be built: {str(error).splitlines()[0]}"
-                raise UnbuildableError(self.refused[kept]) from error
+                self.refused[kept] = Refusal(f"cannot be built: {str(error).splitlines()[0]}")
+                raise self.refused[kept] from error
         return self.built[kept]
 
     def _compiled(self, placed: Any) -> Compiled:

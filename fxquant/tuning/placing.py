@@ -22,12 +22,12 @@ from fxquant.targets import X86
 __all__ = ["canonical_of", "place_again"]
 
 
-def canonical_of(prepared: Any) -> Any:
+def canonical_of(prepared: nn.Module) -> nn.Module:
     """The float graph that a prepared one was made of, with the same names of nodes."""
     return run_passes(prepared, (drop_quantizers,), None)
 
 
-def place_again(prepared: Any, recipe: Recipe) -> Any:
+def place_again(prepared: nn.Module, recipe: Recipe) -> nn.Module:
     """A prepared model quantized as ``recipe`` says, from the same float graph; nothing is shared with ``prepared``.
 
     A tensor that was quantized and still is, be it where a region now begins, keeps its range.

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
+from fxquant.behaviour import Passing, Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
-from fxquant.ops.behaviour import Passing, Weighted
 from fxquant.ops.calls import behaviour_of
 from fxquant.passes.apply_recipe import site_of
 from fxquant.passes.facts import Placed
@@ -51,7 +51,7 @@ class _Unit:
     has_weights: bool
 
 
-def regions_of(prepared: Any) -> list[Region]:
+def regions_of(prepared: nn.Module) -> list[Region]:
     """Every region worth trying, those that promise most first; the last covers all that is quantized.
 
     Ops that only pass values on follow what they read, so that they are in none.
@@ -102,7 +102,7 @@ def _paths(units: Iterable[_Unit]) -> frozenset[str]:
     return frozenset[str]().union(*(unit.paths for unit in units))
 
 
-def _units(prepared: Any) -> list[_Unit]:
+def _units(prepared: nn.Module) -> list[_Unit]:
     found = []
     canonical = graphs_of(canonical_of(prepared))
     for path, graph in graphs_of(prepared).items():

@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fxquant.errors import Refusal
 from fxquant.export.interleaved_timing import InterleavedTimes
 from fxquant.tuning.regions import Region
 
-__all__ = ["INT8", "Search", "Step", "UnbuildableError"]
+__all__ = ["INT8", "Search", "Step"]
 
 Kept = frozenset[str]
 """The paths of what is kept in float, with ``HALF`` among them where that computes in bfloat16."""
@@ -21,10 +22,6 @@ Measure = Callable[[Sequence[Kept], bool], Mapping[Kept, InterleavedTimes]]
 
 INT8: Kept = frozenset()
 _LEAST_GAIN = 0.02
-
-
-class UnbuildableError(Exception):
-    """A placement that the runtime cannot have; the message says why. Never leaves this package."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Search:
 
     Args:
         regions: what to try, in order; the last one is everything.
-        measure: see ``Measure``; raises ``UnbuildableError``.
+        measure: see ``Measure``; raises ``Refusal``.
         budget: seconds. No step begins that would end later, if it took as long as the longest so far; the two
             placements of the start and the confirmation at the end are measured in any case.
         clock: what time it is, in seconds.
@@ -102,8 +99,8 @@ class Search:
     def _start(self, everything: Kept) -> Kept:
         try:
             times = self.measure([INT8, everything], False)
-        except UnbuildableError as error:
-            self.steps.append(Step("everything", True, note=str(error)))
+        except Refusal as refusal:
+            self.steps.append(Step("everything", True, note=refusal.why))
             return INT8
         better = self._compare(self.regions[-1], True, times[INT8], times[everything])
         return everything if better else INT8
@@ -113,8 +110,8 @@ class Search:
         began, to_float = self.clock(), not region.paths <= current
         try:
             times = self.measure([current, trial], False)
-        except UnbuildableError as error:
-            self.steps.append(Step(region.name, to_float, note=str(error), to=_goal(region, to_float)))
+        except Refusal as refusal:
+            self.steps.append(Step(region.name, to_float, note=refusal.why, to=_goal(region, to_float)))
             return False
         finally:
             self._longest = max(self._longest, self.clock() - began)
@@ -131,7 +128,7 @@ class Search:
         placements = list(dict.fromkeys((INT8, everything, current)))
         try:
             times = self.measure(placements, True)
-        except UnbuildableError:  # all in float cannot be had; the others were
+        except Refusal:  # all in float cannot be had; the others were
             placements = list(dict.fromkeys((INT8, current)))
             times = self.measure(placements, True)
         self.final = {kept: 1e3 * times[kept].median for kept in placements}

@@ -23,12 +23,12 @@ from generator import Network, load, write
 from torch import Tensor, fx, nn
 
 import fxquant
+from fxquant.behaviour import FloatOnly, Measuring, Weighted
 from fxquant.capture.islands import graphs_of, islands_of
 from fxquant.errors import CaptureError, ExportError, InputError, RecipeError, SpecializationError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.agreement import agreement
 from fxquant.nn.fake_quantize import FakeQuantize
-from fxquant.ops.behaviour import FloatOnly, Measuring, Weighted
 from fxquant.recipe import Op, Recipe
 
 BATCH, OTHER = 3, 5

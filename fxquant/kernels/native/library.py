@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.abi import differences, layout_of
 from fxquant.kernels.native.sets import InstructionSet, chosen_set
 
@@ -137,10 +138,6 @@ _STRUCTURES = {
 """By their names in C++."""
 
 
-class _UnusableError(Exception):
-    """The library cannot be had; the message is a reason for the user."""
-
-
 @dataclass(frozen=True)
 class Library:
     """The kernels, compiled for one instruction set.
@@ -164,48 +161,45 @@ class Library:
         self.handle.fxquant_run(ctypes.addressof(steps), count, torch.get_num_threads(), _parallel())
 
 
-def missing() -> str | None:
+def missing() -> Refusal | None:
     """Why the native kernels do not run on this machine; None where they do."""
-    try:
-        load()
-    except _UnusableError as reason:
-        return str(reason)
-    return None
+    found = _attempt(chosen_set())
+    return found if isinstance(found, Refusal) else None
 
 
 @cache
-def _attempt(row: InstructionSet) -> Library | _UnusableError:
+def _attempt(row: InstructionSet) -> Library | Refusal:
     try:
         return _open(row)
-    except _UnusableError as reason:
-        return reason
+    except Refusal as refusal:
+        return refusal
 
 
 def load() -> Library:
     """The library for the instruction set in use, compiled if it never was.
 
     Raises:
-        _UnusableError: it cannot be had on this machine.
+        Refusal: it cannot be had on this machine.
         InputError: ``FXQUANT_ISA`` names no set of this processor.
     """
     found = _attempt(chosen_set())
-    if isinstance(found, _UnusableError):
-        raise found
+    if isinstance(found, Refusal):
+        raise found.with_traceback(None)
     return found
 
 
 def _open(row: InstructionSet) -> Library:
     if sys.platform != "linux":
-        raise _UnusableError(f"it is written for Linux, this is {sys.platform}")
+        raise Refusal(f"it is written for Linux, this is {sys.platform}")
     made = _compiled(row)
     try:
         library = ctypes.CDLL(str(made))
     except OSError as error:
-        raise _UnusableError(f"{made} could not be loaded: {error}") from error
+        raise Refusal(f"{made} could not be loaded: {error}") from error
     if not library.fxquant_runs_here():
-        raise _UnusableError("the compiled library does not fit this processor")
+        raise Refusal("the compiled library does not fit this processor")
     if found := list(differences(library, layout_of(_STRUCTURES, {"Kind": KINDS, "Flag": FLAGS}))):
-        raise _UnusableError(f"the compiled library reads other structures than fxquant fills: {'; '.join(found[:3])}")
+        raise Refusal(f"the compiled library reads other structures than fxquant fills: {'; '.join(found[:3])}")
     library.fxquant_run.argtypes = [c_void_p, ctypes.c_int, ctypes.c_int, c_void_p]
     library.fxquant_run.restype = None
     size, pairs = library.fxquant_weight_size(), bool(library.fxquant_pairs_of_bytes())
@@ -228,7 +222,7 @@ def _compiled(row: InstructionSet) -> Path:
             return made
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise _UnusableError("it is compiled when first used, and no C++ compiler was found (g++, clang++, or $CXX)")
+        raise Refusal("it is compiled when first used, and no C++ compiler was found (g++, clang++, or $CXX)")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as folder:
@@ -238,12 +232,12 @@ def _compiled(row: InstructionSet) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-                raise _UnusableError(f"{compiler} could not compile it for {row.name}: {first}")
+                raise Refusal(f"{compiler} could not compile it for {row.name}: {first}")
             content = fresh.read_bytes()
             made = root / f"native-{key}-{_digest(content)}.so"
             fresh.replace(made)
     except (OSError, subprocess.SubprocessError) as error:
-        raise _UnusableError(f"it could not be compiled into {root}: {error}") from error
+        raise Refusal(f"it could not be compiled into {root}: {error}") from error
     return made
 
 

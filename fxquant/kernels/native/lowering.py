@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.capture.measuring import is_measurement
+from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.data_flow import follows_data
 from fxquant.kernels.native.library import Library, load
 from fxquant.kernels.native.operations import Add, Operation, Pointwise
 from fxquant.kernels.native.weighted import Weighted
-from fxquant.kernels.native.weights import Unfit
 from fxquant.nn.form import form_of
 from fxquant.nn.integer import IntegerOp
 
@@ -82,10 +82,10 @@ def lower(graph: LeveledModule) -> NativeProgram:
     """The graph's lines.
 
     Raises:
-        Unfit: a node has no native kernel; says which, and why.
+        Refusal: a node has no native kernel; says which, and why.
     """
     if follows_data(graph):
-        raise Unfit("the model decides by its data what to compute")
+        raise Refusal("the model decides by its data what to compute")
     with torch.no_grad():
         return _Lowering(graph).program()
 
@@ -109,7 +109,7 @@ class _Lowering:
             if node.op != "placeholder":
                 self._lower(node, self.lines[-1])
         if not any(line.operation for line in self.lines):
-            raise Unfit("nothing in the model is computed in bytes")
+            raise Refusal("nothing in the model is computed in bytes")
         self._fuse()
         return NativeProgram(self.lines, [node.name for node in self.number], inputs, result, self.library)
 
@@ -132,20 +132,20 @@ class _Lowering:
         line.name = f"{node.name} ({part.entry.name})" if isinstance(part, IntegerOp) else node.name
         form = form_of(part)
         build = None if form is None else form.builder(part)
-        if build is not None:
+        if build is None or isinstance(build, Refusal):
+            self._as_python(node, part, line)
+        else:
             try:
                 line.operation = build(self, node, part)
-            except Unfit as reason:
-                raise Unfit(f"{line.name}: {reason}") from None
-        else:
-            self._as_python(node, part, line)
+            except Refusal as refusal:
+                raise refusal.at(line.name) from None
         if form is not None and form.moves:
             first = node.args[0][0] if isinstance(node.args[0], (tuple, list)) else node.args[0]
             line.moves, line.signed = True, self.is_signed(first)
 
     def _as_python(self, node: fx.Node, part: nn.Module | None, line: Line) -> None:
         if "writes" in node.meta:
-            raise Unfit(f"{node.name} writes in place, and the plan's steps would be in another order")
+            raise Refusal(f"{node.name} writes in place, and the plan's steps would be in another order")
         line.measures = is_measurement(node.op, node.target, node.args)
         if part is not None:
             line.run = part
@@ -166,17 +166,17 @@ class _Lowering:
     def operands(self, nodes: Sequence[Any]) -> list[int]:
         found = [self.number[a] for a in nodes if isinstance(a, fx.Node)]
         if len(found) != len(nodes):
-            raise Unfit("an operand is no tensor")
+            raise Refusal("an operand is no tensor")
         return found
 
     def is_signed(self, node: Any) -> bool:
         if not isinstance(node, fx.Node):
-            raise Unfit("an operand is no tensor")
+            raise Refusal("an operand is no tensor")
         return self.lines[self.number[node]].signed
 
     def gives(self, node: fx.Node, dtype: torch.dtype | None) -> None:
         if dtype not in (torch.uint8, torch.int8):
-            raise Unfit(f"its result is {dtype}")
+            raise Refusal(f"its result is {dtype}")
         self.lines[self.number[node]].signed = dtype == torch.int8
 
     # ---- epilogues

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.native.library import missing
 from fxquant.kernels.native.lowering import lower
 from fxquant.kernels.native.plan import Plan
-from fxquant.kernels.native.weights import Unfit
 
-__all__ = ["NATIVE", "NativeModel", "Unfit"]
+__all__ = ["NATIVE", "NativeModel"]
 
 NATIVE = "native"
 """What computes an op, in a report."""
@@ -36,13 +35,13 @@ class NativeModel:
         kernels: what computes each integer op, by the names of its nodes.
 
     Raises:
-        Unfit: the machine or a node of the graph is not for these kernels; says why.
+        Refusal: the machine or a node of the graph is not for these kernels; says why.
     """
 
     def __init__(self, model: LeveledModule) -> None:
-        reason = missing()
-        if reason is not None:
-            raise Unfit(reason)
+        refusal = missing()
+        if refusal is not None:
+            raise refusal.with_traceback(None)
         with torch.inference_mode(False), torch.device("cpu"):
             self.program, self.spec = lower(model), model.meta.get("call")
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
@@ -56,7 +55,7 @@ class NativeModel:
 
         Raises:
             InputError: an input is neither a plain number nor a tensor on the CPU that is not empty.
-            Unfit: an op of the model has no native kernel for inputs of these shapes.
+            Refusal: an op of the model has no native kernel for inputs of these shapes.
         """
         inputs = list(args) if self.spec is None else self.spec.bind(args, kwargs)
         result = self.run(inputs)
@@ -85,7 +84,7 @@ class NativeModel:
             plan = Plan(self.program, inputs)
         if not torch.equal(torch.get_rng_state(), before):
             torch.set_rng_state(before)
-            raise Unfit("the model draws random numbers, which a plan would hold")
+            raise Refusal("the model draws random numbers, which a plan would hold")
         return plan
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 from fxquant.kernels.native.layout import Image, folded, image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, AttentionNumbers, Step, TensorView
-from fxquant.kernels.native.weights import Rescaling, Unfit
+from fxquant.kernels.native.weights import Rescaling
 
 __all__ = [
     "Add",
@@ -143,7 +143,7 @@ class Pointwise(Operation):
     def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
         along = self.axis is not None and self.axis % max(1, y.ndim) != y.ndim - 1
         if along and (y.ndim != 4 or self.axis not in (1, -3)):
-            raise Unfit(f"it works along axis {self.axis} of {list(y.shape)}")
+            raise Refusal(f"it works along axis {self.axis} of {list(y.shape)}")
         if self.kind == "affine" or along:
             x, result = image(tensors[0]), image(y)
             return None if x is None or result is None else [x, result]
@@ -168,7 +168,7 @@ class Maximum(Operation):
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = self.function(torch.empty(x.shape, device="meta"), **self.attributes).shape
         if x.ndim != 4 or len(shape) not in (2, 4) or shape[:2] != x.shape[:2]:
-            raise Unfit(f"it makes {list(shape)} of {list(x.shape)}")
+            raise Refusal(f"it makes {list(shape)} of {list(x.shape)}")
         last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=torch.uint8, memory_format=last)
 
@@ -193,7 +193,7 @@ class Average(Maximum):
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         y = super().result(x)
         if self.form == "mean" and math.prod(y.shape[2:]) != 1:
-            raise Unfit(f"it makes {list(y.shape)} of {list(x.shape)}")
+            raise Refusal(f"it makes {list(y.shape)} of {list(x.shape)}")
         return y
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
@@ -326,7 +326,7 @@ class Attention(Operation):
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         key, value = others
         if not (x.ndim == key.ndim == value.ndim == 4 and x.shape[:2] == key.shape[:2] == value.shape[:2]):
-            raise Unfit("its operands are not (batch, heads, tokens, numbers) of one batch and number of heads")
+            raise Refusal("its operands are not (batch, heads, tokens, numbers) of one batch and number of heads")
         b, h, t, _ = x.shape
         return torch.empty(b, t, h, value.shape[3], dtype=torch.uint8).transpose(1, 2)
 

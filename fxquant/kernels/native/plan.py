@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.cut import cut
 from fxquant.kernels.native.layout import Image, axes_of, merged
 from fxquant.kernels.native.library import KINDS, Step, TensorView
@@ -20,7 +21,6 @@ from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.memory import Memory
 from fxquant.kernels.native.slices import in_slices
 from fxquant.kernels.native.walk import Recorded, Walk, filled, find_output_slices, from_outside, references
-from fxquant.kernels.native.weights import Unfit
 
 __all__ = ["Plan"]
 
@@ -68,7 +68,7 @@ class Plan:
         for line in sorted(wanted & walk.native):
             operation = self.program.lines[line].operation
             if operation is None or not operation.writes_floats:
-                raise Unfit(f"{self.program.lines[line].name}, which leaves the integers, is no tensor of floats")
+                raise Refusal(f"{self.program.lines[line].name}, which leaves the integers, is no tensor of floats")
             found[line] = walk.values[line]
         self.addresses = {value.untyped_storage().data_ptr(): line for line, value in found.items()}
         return found
@@ -159,7 +159,7 @@ def _axes(step: Step, x: Tensor, y: Tensor) -> Tensor:
     order = axes_of(y)
     sizes, (from_, to) = merged([y.shape[a] for a in order], [[t.stride(a) for a in order] for t in (x, y)])
     if len(sizes) > _AXES:
-        raise Unfit(f"it copies along {len(sizes)} axes")
+        raise Refusal(f"it copies along {len(sizes)} axes")
     numbers = torch.tensor([sizes, from_, to], dtype=torch.int64).t().contiguous()
     step.taps, step.numbers = len(numbers), numbers.data_ptr()
     return numbers

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 from fxquant.kernels.native.layout import Image, image
 from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
 from fxquant.kernels.native.memory import MEMORY_LINE
 from fxquant.kernels.native.operations import BorderOperation, Concatenation, Operation
 from fxquant.kernels.native.weighted import Weighted
-from fxquant.kernels.native.weights import Unfit
 
 __all__ = ["OutputSlice", "Recorded", "Walk", "filled", "find_output_slices", "from_outside", "references"]
 
@@ -79,7 +78,7 @@ class Walk:
             mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.is_own(t)]
             if mine and not (line.moves or line.measures):
                 if any(t.dtype == torch.uint8 for t in mine):
-                    raise Unfit("it computes outside the integers from what they gave")
+                    raise Refusal("it computes outside the integers from what they gave")
                 self.after.append(index)
             elif any(i in self.after for i in references(line)):
                 self.after.append(index)
@@ -88,8 +87,8 @@ class Walk:
                 self.native.add(index)
             else:
                 self.values[index] = line.run(*args, **kwargs)
-        except Unfit as reason:
-            raise Unfit(f"{line.name}: {reason}") from None
+        except Refusal as refusal:
+            raise refusal.at(line.name) from None
         except InputError as error:
             raise InputError(f"{line.name}: {error}") from None
 
@@ -110,7 +109,7 @@ class Walk:
                 continue
             if all(not isinstance(t, Tensor) or self.is_own(t) for t in pytree.tree_leaves(value)):
                 return value
-        raise Unfit("how it moves numbers is not written natively")
+        raise Refusal("how it moves numbers is not written natively")
 
     # ---- results
 
@@ -119,7 +118,7 @@ class Walk:
         if isinstance(operation, Concatenation):
             return self._concatenated(index, operation, [t for t in tensors if t.numel()] or tensors)
         if not all(t.numel() for t in tensors):
-            raise Unfit("an operand is empty")
+            raise Refusal("an operand is empty")
         wanted = {"image": torch.channels_last, "rows": torch.contiguous_format}.get(operation.layout)
         if wanted is not None:
             tensors = [self._laid(t, wanted) for t in tensors]
@@ -129,7 +128,7 @@ class Walk:
             tensors = [self._like(t, y) for t in tensors]
             images = operation.images(tensors, y)
             if images is None:
-                raise Unfit("its tensors lie in memory as no kernel reads them")
+                raise Refusal("its tensors lie in memory as no kernel reads them")
         if isinstance(operation, Weighted) and operation.by_lines:
             images[0] = self._behind_border(tensors[0], operation)
         self.steps.append(Recorded(operation, images))
@@ -138,9 +137,9 @@ class Walk:
     def _operand(self, line: int) -> Tensor:
         value = self.values[line]
         if not isinstance(value, Tensor):
-            raise Unfit("an operand is no tensor")
+            raise Refusal("an operand is no tensor")
         if line in self.after or (self.is_own(value) and value.dtype != torch.uint8):
-            raise Unfit("an operand was a float between two parts in integers")
+            raise Refusal("an operand was a float between two parts in integers")
         if not self.is_own(value) and line not in self.border.values():
             own = from_outside(value, self.program.lines[line].signed)
             # Floats are cloned, as bytes are copied: a caller's tensors may be parts of one, or one and the same.
@@ -168,7 +167,7 @@ class Walk:
 
     def _copy(self, x: Tensor, y: Tensor) -> Tensor:
         if not x.numel():
-            raise Unfit("an operand is empty")
+            raise Refusal("an operand is empty")
         size = (1, 1, 1, 1)
         self.steps.append(Recorded(None, [Image(x, size, (0, 0, 0)), Image(y, size, (0, 0, 0))]))
         return y
@@ -238,7 +237,7 @@ def from_outside(value: Tensor, signed: bool) -> Tensor:
     if value.is_floating_point():
         return value.float().contiguous()
     if value.dtype not in (torch.uint8, torch.int8) or signed != (value.dtype == torch.int8):
-        raise Unfit(f"an operand is a {value.dtype} tensor")
+        raise Refusal(f"an operand is a {value.dtype} tensor")
     room = torch.empty(value.numel() + MEMORY_LINE, dtype=torch.uint8)
     held = room[: value.numel()].view(value.shape)
     return held.copy_(torch.bitwise_xor(value, -128).view(torch.uint8) if signed else value)

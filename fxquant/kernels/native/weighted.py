@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 from fxquant.kernels.native.layout import image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, Library, PaddingRegion, Step, TensorView
 from fxquant.kernels.native.operations import Images, Operation, Sum, check_channels, set_addition, set_rescaling
 from fxquant.kernels.native.padding_regions import parts_of
 from fxquant.kernels.native.weights import (
     Halves,
-    Unfit,
     columns_weight,
     dense_weight,
     depthwise_weight,
@@ -27,9 +26,9 @@ from fxquant.kernels.native.weights import (
     per_block,
     rescaling_of,
 )
-from fxquant.kernels.saturation import INT32, channels_first, one_sided_sums
-from fxquant.kernels.weighted import Geometry, geometry_of, unfit
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.kernels.saturation import INT32, one_sided_sums
+from fxquant.kernels.weighted import Geometry, geometry_of, require_fit
+from fxquant.nn.accumulating import IntegerWeighted, channels_first
 
 __all__ = ["Weighted"]
 
@@ -56,27 +55,24 @@ class Weighted(Operation):
     halves: Halves | None = field(init=False, default=None)
 
     def __post_init__(self, part: IntegerWeighted) -> None:
-        weight, reason = channels_first(part), unfit(part)
-        if reason is not None:
-            raise Unfit(reason)
+        require_fit(part)
+        weight = channels_first(part)
         if weight.ndim == 4 and weight is not part.weight:
-            raise Unfit("it is a transposed convolution")
+            raise Refusal("it is a transposed convolution")
         if weight.ndim not in (2, 4):
-            raise Unfit("only convolutions over two dimensions and linear layers are written natively")
+            raise Refusal("only convolutions over two dimensions and linear layers are written natively")
         bias = folded_bias(part, weight, self.zero_point)
         above, below = one_sided_sums(part)
         largest = torch.maximum((bias + 255 * above).abs(), (bias - 255 * below).abs())
         if int(largest.max()) > INT32:
-            raise Unfit("its sums could overflow 32 bits")
+            raise Refusal("its sums could overflow 32 bits")
         self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
-        geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
-        if geometry is None:
-            raise Unfit("its padding is no number of zeros")
-        self.geometry, self.channels, self.depth = geometry, weight.shape[0], weight.shape[1]
+        self.geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
+        self.channels, self.depth = weight.shape[0], weight.shape[1]
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
         if self.depthwise and self.to_float:
-            raise Unfit("its sums leave as floats, and each channel has a filter of its own")
+            raise Refusal("its sums leave as floats, and each channel has a filter of its own")
         self._lay_out(part, weight, bias, largest)
         self.clamp = part.clamp if self.to_float else (None, None)
 
@@ -130,11 +126,11 @@ class Weighted(Operation):
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         if not self.linear and x.ndim != 4:
-            raise Unfit(f"its input has {x.ndim} axes")
+            raise Refusal(f"its input has {x.ndim} axes")
         check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
         y = self._own_result(x)
         if any(torch.broadcast_shapes(y.shape, t.shape) != y.shape for t in others):
-            raise Unfit(f"it is added to a tensor of shape {[list(t.shape) for t in others]}, which is larger")
+            raise Refusal(f"it is added to a tensor of shape {[list(t.shape) for t in others]}, which is larger")
         return y
 
     def _own_result(self, x: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.errors import Refusal
 from fxquant.kernels.native.library import Library
 from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
 
 __all__ = [
     "Halves",
     "Rescaling",
-    "Unfit",
     "addition",
     "channel_affine_numbers",
     "columns_weight",
@@ -34,10 +34,6 @@ __all__ = [
 
 
 _TYPE = {1: torch.int8, 2: torch.int16}
-
-
-class Unfit(Exception):  # noqa: N818 - an answer, not a failure
-    """An op has no native kernel; the message is a reason for the user."""
 
 
 def held(part: Any) -> tuple[int, int, int]:
@@ -90,21 +86,21 @@ def rescaling_of(part: Any, channels: int, largest: Tensor) -> Rescaling:
         largest: of each channel, or of all, the magnitude that no sum can exceed, int64.
     """
     if part.rounding != "single":
-        raise Unfit(f"its recipe rounds as {part.rounding!r}")
+        raise Refusal(f"its recipe rounds as {part.rounding!r}")
     zero_point, low, high = held(part)
     q = part.multiplier.reshape(-1).long().expand(channels)
     s = (31 - part.shift).reshape(-1).long().expand(channels)
     numbers = torch.ldexp(q.double(), -s)
     reach = largest * numbers
     if float(reach.max()) >= 2**30:
-        raise Unfit("its scale and those of its operands are too far apart")
+        raise Refusal("its scale and those of its operands are too far apart")
     # acc · q is an odd multiple of 2^(s - 1) only if both have that many factors of two together.
     twos = torch.where(q == 0, 0, torch.log2((q & -q).clamp(min=1).double()).long())
     if bool((twos + torch.frexp(largest.double()).exponent >= s).any()):
         never = reach < 0.5  # all of such a channel's sums round to nothing, and its s may be large
         q, s = q.masked_fill(never, 0), s.masked_fill(never, 1)
         if int(s.max()) > 54:
-            raise Unfit("its scale and those of its operands are too far apart")
+            raise Refusal("its scale and those of its operands are too far apart")
         r = (torch.ones_like(s) << (s - 1)) + (zero_point << s)
         return Rescaling("integers", torch.stack([q, r, s], dim=1), 0.0, low, high)
     single = numbers.float()
@@ -201,13 +197,13 @@ def folded_bias(part: IntegerWeighted, weight: Tensor, zero_point: int) -> Tenso
 def addition(part: IntegerSum, zero_points: tuple[int, int]) -> tuple[int, tuple[int, int], int, int, int]:
     """``(constant, q, shift, low, high)`` of a sum of two tensors with these held zero points."""
     if part.rounding == "float":
-        raise Unfit("its recipe rounds as 'float'")
+        raise Refusal("its recipe rounds as 'float'")
     zero_point, low, high = held(part)
     a, b, one = (int(q) for q in part.multipliers)
     shift = 31 - int(part.shift)
     constant = one - a * zero_points[0] - b * zero_points[1] + (1 << (shift - 1)) + (zero_point << shift)
     if not 17 <= shift <= 40 or abs(constant) >= 2**46:
-        raise Unfit("the scales of its operands and of its result are too far apart")
+        raise Refusal("the scales of its operands and of its result are too far apart")
     return constant, (a, b), shift, low, high
 
 

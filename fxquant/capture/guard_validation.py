@@ -1,4 +1,4 @@
-"""Whether what was captured holds for other inputs too: other calls, another batch size, another length or image size."""
+"""Guard validation: whether what was captured holds for other calls, another batch size, another length or image size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions that Python asks while a model is traced, and their answers.
+"""Guards: what Python asks while a model is traced, and what was answered.
 
 A size has an answer, which becomes a specialization; a rank has one, which is checked where inputs enter; a value of a
 tensor has none; the mode has one for inference, and for training it has two.
@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from fxquant.capture.findings import Specialization, expression, require, user_line
-from fxquant.capture.proxies import ModeFlag, UntraceableError, ValueProxy
+from fxquant.capture.proxies import ModeFlag, ValueProxy
 from fxquant.capture.values import UNKNOWN, FakeRun
+from fxquant.errors import Refusal
 
-__all__ = ["ModeAskedError", "Questions"]
+__all__ = ["ModeAskedError", "Guards"]
 
 
-class ModeAskedError(UntraceableError):
+class ModeAskedError(Refusal):
     """Python asked for ``self.training`` while tracing a model that will be trained."""
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class ModeAskedError(UntraceableError):
         )
 
 
-class Questions(fx.Tracer):
+class Guards(fx.Tracer):
     """The part of the tracer that answers.
 
     Attributes:
@@ -67,7 +68,7 @@ class Questions(fx.Tracer):
         """``len(x)``, written down as a specialization."""
         value = proxy.value
         if value is UNKNOWN:
-            raise UntraceableError("it needs a length that depends on data", "keep the number of elements fixed")
+            raise Refusal("it needs a length that depends on data", "keep the number of elements fixed")
         if isinstance(value, torch.Size):
             return self.rank(value)
         if isinstance(value, torch.Tensor):
@@ -83,16 +84,16 @@ class Questions(fx.Tracer):
             asked_at: the instruction that asked for an index.
 
         Raises:
-            UntraceableError: it depends on data.
+            Refusal: it depends on data.
         """
         value = proxy.value
         if value is UNKNOWN or isinstance(value, torch.Tensor):
             what = "the truth of" if kind is bool else "a number from"
             if self.fake is None:
-                raise UntraceableError(
+                raise Refusal(
                     f"Python needs {what} {expression(proxy.node)}", "give example_inputs, from which shapes are known"
                 )
-            raise UntraceableError(
+            raise Refusal(
                 f"Python needs {what} {expression(proxy.node)}, which depends on data",
                 "compute with tensors (torch.where) instead of branching on values",
             )
