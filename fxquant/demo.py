@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fxquant.errors import InputError
 from fxquant.flow import calibrate, convert, prepare
-from fxquant.report.diff import diff
+from fxquant.reporting.diff import diff
 
 __all__ = ["DigitNet", "run"]
 

@@ -224,12 +224,6 @@ def test_a_model_of_another_class_is_refused_and_one_that_cannot_be_captured_aga
     checked(found.html())
 
 
-def test_the_function_and_the_package_of_its_name_live_together():
-    from fxquant.report.diff import diff
-
-    assert fxquant.diff is diff and callable(fxquant.report)
-
-
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_script_is_javascript(tmp_path):
     script = resources.files("fxquant.page") / "source" / "page.js"

@@ -15,7 +15,7 @@ from fxquant.analysis.measures import Error, Histogram, HistogramCount, Noise, c
 from fxquant.analysis.spots import Spot
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantWeightedOp
-from fxquant.report.tabled import decibels
+from fxquant.reporting.tabled import decibels
 
 __all__ = ["Count", "LayerError", "cells_of", "record_of"]
 
@@ -122,9 +122,15 @@ class Count:
         scale = None if self.spot.grid is None else self.spot.grid.grid.scale
         self.accumulated.add(actual, expected, scale if scale is not None and scale.ndim == 0 else None)
 
+    def nothing(self) -> str | None:
+        """Why there are no numbers; None where there are some."""
+        if not self.was_reached:
+            return "no batch reaches it"
+        return "its results are empty in these batches" if not (self.alone.values or self.not_measured) else None
+
     def uses_its_grid(self) -> bool:
         """Whether the values take up half of the grid or more."""
-        return self.seen is not None and self.seen.used >= 0.5
+        return self.seen is not None and self.seen.reach >= 0.5
 
     def layer(self, shared_with: tuple[str, ...] = ()) -> LayerError:
         """What was counted; ``shared_with`` are other ops with the same quantizer, which use it well."""

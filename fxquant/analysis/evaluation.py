@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fxquant.errors import InputError
 from fxquant.export.agreement import compare_output
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.tabled import Tabled, decibels
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -33,8 +33,8 @@ from fxquant.flow import convert, quantizers_off, require_level
 from fxquant.inputs import arguments_of
 from fxquant.nn.modules import QuantOp
 from fxquant.onnx.names import integers_name
-from fxquant.report.census import module_at
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.census import module_at
+from fxquant.reporting.tabled import Tabled, decibels
 
 __all__ = ["FileErrors", "FileTensor", "errors_in_file"]
 

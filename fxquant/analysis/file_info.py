@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxquant.analysis.qdq_file import QdqFile
 from fxquant.errors import CheckpointError, InputError
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.tabled import Tabled
 
 __all__ = ["FileInfo", "FileTensorInfo", "info"]
 

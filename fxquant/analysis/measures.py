@@ -21,6 +21,8 @@ from fxquant.numerics.scheme import Scheme
 __all__ = ["Error", "Histogram", "HistogramCount", "Noise", "channel_peaks", "on_own_grid"]
 
 BINS = 64
+_AT_ONCE = 2**24
+"""torch.histc counts in the type of its input, and float32 stops counting there."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Histogram:
         step: its scale; of a grid per channel the mean.
         levels: how many integers it has.
         used: the largest share of the grid's span that the values take up, 0 to 1.
+        reach: the same, and above 1 where values lie beyond the grid: how many times as far as it reaches they do.
         clipped: the share of the values that lie beyond the grid by more than half a step.
     """
 
@@ -110,6 +113,7 @@ class Histogram:
     step: float
     levels: int
     used: float
+    reach: float
     clipped: float
 
 
@@ -122,7 +126,7 @@ class HistogramCount:
         self.upper = (scheme.qmax - zero_point) * self.scale
         self.counts: Tensor | None = None
         self.low = self.high = 0.0
-        self.used = 0.0
+        self.reach = 0.0
         self.beyond = self.values = 0
 
     def add(self, x: Tensor) -> None:
@@ -135,12 +139,12 @@ class HistogramCount:
             self.low = min(float(self.lower.min()), float(x.min()))
             self.high = max(float(self.upper.max()), float(x.max()), self.low + 1e-30)
             self.counts = torch.zeros(BINS, dtype=torch.float64)
-        found = torch.histc(x.clamp(self.low, self.high), BINS, self.low, self.high)
-        self.counts += found.double().cpu()
+        for part in x.flatten().split(_AT_ONCE):
+            self.counts += torch.histc(part.clamp(self.low, self.high), BINS, self.low, self.high).double().cpu()
         self.beyond += int(((x < lower - step / 2) | (x > upper + step / 2)).sum())
         self.values += x.numel()
         parts = torch.maximum(_share(x, upper), _share(-x, -lower))
-        self.used = max(self.used, float(parts.max()))
+        self.reach = max(self.reach, float(parts.max()))
 
     def histogram(self) -> Histogram | None:
         """What was counted; None where nothing was."""
@@ -154,7 +158,8 @@ class HistogramCount:
             grid_high=float(self.upper.max()),
             step=float(self.scale.mean()),
             levels=self.scheme.qmax - self.scheme.qmin + 1,
-            used=min(self.used, 1.0),
+            used=min(self.reach, 1.0),
+            reach=self.reach,
             clipped=self.beyond / self.values,
         )
 
@@ -168,6 +173,8 @@ def _share(x: Tensor, bound: Tensor) -> Tensor:
 def on_own_grid(x: Tensor, scheme: Scheme, axis: int | None) -> Tensor:
     """``x`` rounded to the finest grid of ``scheme`` that covers its own values: what a grid can give it at best without
     clipping."""
+    if not x.numel():
+        return x
     if axis is None:
         low, high = torch.aminmax(x)
     else:

@@ -29,7 +29,7 @@ from fxquant.flow import calibrate, prepare, quantizers_off, require_level
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.recipe import Recipe
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.tabled import Tabled, decibels
 from fxquant.targets import X86, Target
 
 __all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
@@ -200,6 +200,10 @@ class _Unit:
     def path(self) -> str:
         return self.first.path
 
+    @property
+    def spots(self) -> tuple[Spot, ...]:
+        return self.weighted if self.rounding is None else (*self.weighted, self.rounding)
+
 
 def _units(model: nn.Module) -> list[_Unit]:
     together: dict[tuple[str, str], list[Spot]] = {}
@@ -220,14 +224,21 @@ class _Session:
     def __init__(self, model: Any, kept: Sequence[Any], forward: Forward | None) -> None:
         self.model, self.kept, self.forward = model, kept, forward
         self.exact: list[list[Tensor]] = []
+        self.reached: set[Any] = set()
 
     def run_in_float(self) -> None:
-        """Take the outputs that all others are held against.
+        """Take the outputs that all others are held against, and see which parts of the model take part.
 
         Raises:
             InputError: there is none.
         """
-        self.exact = [self._outputs(batch) for batch in self.kept]
+        parts = {spot.part for spot in spots_of(self.model)}
+        hooks = [part.register_forward_hook(lambda part, *_: self.reached.add(part)) for part in parts]
+        try:
+            self.exact = [self._outputs(batch) for batch in self.kept]
+        finally:
+            for hook in hooks:
+                hook.remove()
         if not any(self.exact):
             raise InputError(f"sensitivity: {type(self.model).__name__} has no output of real numbers to measure.")
 
@@ -242,6 +253,8 @@ class _Session:
         for unit in units:
             if seconds is not None and time.perf_counter() - began > seconds:
                 left_out[unit.path] = f"the {seconds:.3g} seconds were used up"
+            elif not any(spot.part in self.reached for spot in unit.spots):
+                left_out[unit.path] = "no batch reaches it"
             elif (measured := self.measure(unit, bits)) is None:
                 left_out[unit.path] = "outputs have other shapes than in float, and cannot be compared one by one"
             else:

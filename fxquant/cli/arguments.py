@@ -15,7 +15,7 @@ from fxquant.errors import InputError
 from fxquant.image_folder import ImageFolder
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Recipe, Setting
-from fxquant.report.tabled import plain
+from fxquant.reporting.tabled import plain
 from fxquant.targets import PROCESSORS, TARGETS, X86
 
 __all__ = [

@@ -7,7 +7,7 @@ import json
 
 from fxquant.cli.arguments import Commands, add_json
 from fxquant.export.doctor import doctor
-from fxquant.report.op_table import op_rows, op_table
+from fxquant.reporting.op_table import op_rows, op_table
 
 __all__ = ["add_commands"]
 

@@ -35,9 +35,9 @@ from fxquant.export.runtimes import RUNTIMES
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.model_spec import build_model
 from fxquant.onnx.files import replacing
-from fxquant.report.coverage import coverage
-from fxquant.report.diff import diff
-from fxquant.report.tabled import plain
+from fxquant.reporting.coverage import coverage
+from fxquant.reporting.diff import diff
+from fxquant.reporting.tabled import plain
 from fxquant.targets import X86
 
 __all__ = ["add_commands"]

@@ -35,7 +35,7 @@ from fxquant.flow import calibrate, convert, prepare
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
 from fxquant.page.report import FORMATS, Report, report
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.tabled import Tabled
 
 __all__ = ["add_commands"]
 

@@ -11,7 +11,7 @@ from fxquant.errors import InputError
 from fxquant.onnx.files import replacing
 from fxquant.page.compare_html import page_of_two
 from fxquant.page.numbers import summary_numbers
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.tabled import Tabled, decibels
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report

@@ -10,10 +10,10 @@ from fxquant.page.charts import bar, histogram
 from fxquant.page.drawing import draw
 from fxquant.page.markup import Markup, anchor, join, table, tag
 from fxquant.page.numbers import agreement_words, megabytes, percent, summary_numbers
-from fxquant.report.census import short
-from fxquant.report.diff import Diff, GraphRows, row_cells
-from fxquant.report.findings_text import holds_text, island_line, island_name
-from fxquant.report.rows import Row, source_line
+from fxquant.reporting.census import short
+from fxquant.reporting.diff import Diff, GraphRows, row_cells
+from fxquant.reporting.findings_text import holds_text, island_line, island_name
+from fxquant.reporting.rows import Row, source_line
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from fxquant.page.numbers import agreement_words, summary_numbers
-from fxquant.report.rows import source_line
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.rows import source_line
+from fxquant.reporting.tabled import Tabled
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report

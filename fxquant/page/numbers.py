@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fxquant.export.agreement import OutputAgreement
-from fxquant.report.tabled import decibels
+from fxquant.reporting.tabled import decibels
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report

@@ -29,9 +29,9 @@ from fxquant.page.drawing import Drawn, drawn_graphs
 from fxquant.page.html import page_of
 from fxquant.page.markdown import markdown_of
 from fxquant.page.recipe_text import code_of
-from fxquant.report.coverage import Coverage, coverage
-from fxquant.report.diff import Diff, diff
-from fxquant.report.tabled import plain
+from fxquant.reporting.coverage import Coverage, coverage
+from fxquant.reporting.diff import Diff, diff
+from fxquant.reporting.tabled import plain
 
 __all__ = ["Report", "report"]
 
