@@ -14,6 +14,9 @@ from test_errors_by_layer import Small, batches, decibels, deep, on_grid, prepar
 
 import fxquant
 from fxquant.errors import CalibrationError, InputError
+from fxquant.nn.fake_quantize import WeightQuantize
+from fxquant.numerics.scheme import QUANTIZERS, Scheme
+from fxquant.quantizers import RULES, register
 
 
 def test_the_numbers_are_those_of_a_model_rounded_by_hand():
@@ -116,3 +119,69 @@ def test_outputs_of_other_shapes_are_not_compared():
     assert "fc" in found.left_out and "other shapes" in found.left_out["fc"] and "other shapes" in str(found)
     page = fxquant.report(model, prepared, [x], bits=(3,), progress=False)
     assert any("other shapes" in note for note in page.notes) and not page.outputs
+
+
+def with_weights(data: list[torch.Tensor], bits: int, quantizer: str) -> torch.nn.Module:
+    recipe = fxquant.Setting(weight=Scheme.weight(bits, quantizer=quantizer))
+    return prepared_small(data, recipe=recipe)[1]
+
+
+@pytest.mark.parametrize("rule", ["wrpn", "midrise", "lsq"])
+def test_other_bits_are_those_of_the_same_rule(rule):
+    """fc's result stays float: all that is rounded is its weight, as the rule does that at four bits from the start."""
+    data = batches()
+    own = fxquant.sensitivity(with_weights(data, 4, rule), data, bits=(4,), progress=False)["fc"]
+    other = fxquant.sensitivity(with_weights(data, 2, rule), data, bits=(4,), progress=False)["fc"]
+    plain = fxquant.sensitivity(with_weights(data, 2, "observed"), data, bits=(4,), progress=False)["fc"]
+    assert other.sqnr[4] == pytest.approx(own.sqnr[4], abs=0.01) and abs(plain.sqnr[4] - own.sqnr[4]) > 0.1
+
+
+def test_bits_that_a_rule_cannot_have_are_told():
+    data = batches()
+    prepared = with_weights(data, 2, "twn")
+    found = fxquant.sensitivity(prepared, data, bits=(8, 2), progress=False)
+    assert set(found["conv"].sqnr) == set(found["conv"].kl) == {2} and set(found["mean"].sqnr) == {8, 2}
+    reason = "the quantizer rule 'twn' of its weight has no 8 bits: its numbers are -1, 0 and 1"
+    assert {path for path, why in found.left_out.items() if why.startswith(reason)} == {
+        "conv at 8 bits",
+        "fc at 8 bits",
+    }
+    assert f"not measured: conv at 8 bits, fc at 8 bits: {reason}" in str(found)
+    row = next(row for row in found.records() if row["layer"] == "conv")
+    assert row["sqnr_8"] is None and row["sqnr_2"] == found["conv"].sqnr[2] and json.loads(found.to_json())
+    assert "Infinity" not in found.to_json() and "conv at 8 bits" in found.markdown() and found._repr_html_()
+    model = Small().eval()
+    page = fxquant.report(model, prepared, data, bits=(8, 4), progress=False)
+    assert "conv at 4 bits" in page.html() and "conv" not in {layer.path for layer in page.sensitivity.layers}
+
+
+class OnlyFew(WeightQuantize):
+    """A user's rule that says only when it is made which bits it has."""
+
+    def __init__(self, scheme: Scheme, **options: object) -> None:
+        if scheme.bits > 4:
+            raise ValueError("at most 4 bits")
+        super().__init__(scheme, **options)
+
+
+class Unregistered(WeightQuantize):
+    """A quantizer of a user's own that is put into a model by hand."""
+
+
+def test_quantizers_of_a_users_own_are_measured_at_bits_that_they_have():
+    data = batches()
+    kept = dict(RULES), dict(QUANTIZERS)
+    try:
+        register("few", weight=OnlyFew, estimator="minmax")
+        found = fxquant.sensitivity(with_weights(data, 4, "few"), data, bits=(8, 4, 3), progress=False)
+    finally:
+        for registry, before in zip((RULES, QUANTIZERS), kept, strict=True):
+            registry.clear()
+            registry.update(before)
+    assert set(found["conv"].sqnr) == {4, 3} and "ValueError: at most 4 bits" in found.left_out["conv at 8 bits"]
+    _, prepared = prepared_small(data)
+    own = prepared.conv.weight_quantizer
+    prepared.conv.weight_quantizer = Unregistered(own.scheme, axis=own.axis, channels=own.channels)
+    found = fxquant.sensitivity(prepared, data, bits=(8, 4), progress=False)
+    assert set(found["conv"].sqnr) == {8} and "no registered rule" in found.left_out["conv at 4 bits"]
+    assert isinstance(prepared.conv.weight_quantizer, Unregistered)

@@ -132,7 +132,7 @@ class QdqFile:
         def run(inputs: dict[str, Any]) -> dict[str, Tensor]:
             feeds = {name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()}
             try:
-                results = session.run(asked, feeds)
+                results = session.run(asked, feeds) if asked else []  # no name would mean all outputs
             except Exception as error:
                 shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
                 raise InputError(f"{self.path!r} does not take {shapes}: {error}") from error

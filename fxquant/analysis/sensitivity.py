@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from fxquant.analysis.batches import Forward, batches_of, left_alone, reals, require_ranges, run_batch, same_randomness
 from fxquant.analysis.measures import Noise
+from fxquant.analysis.other_bits import refusal, result_at, weight_at
 from fxquant.analysis.spots import Spot, spots_of
 from fxquant.capture.islands import level_of
 from fxquant.errors import InputError
 from fxquant.flow import calibrate, prepare, quantizers_off, require_level
 from fxquant.inputs import arguments_of, move_to
-from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.recipe import Recipe
 from fxquant.reporting.tabled import Tabled, decibels
 from fxquant.targets import X86, Target
@@ -41,7 +41,8 @@ class LayerSensitivity:
 
     Attributes:
         path, op: the layer: its weighted op, or the op that rounds.
-        sqnr: of the model's output in dB, by bits; of several outputs the least.
+        sqnr: of the model's output in dB, by bits; of several outputs the least. Bits that its quantizer rule cannot have
+            are not there.
         kl: in nats, by bits; None where no output is logits (two axes, several classes).
         weights: how many numbers its weight has.
     """
@@ -61,7 +62,7 @@ class Sensitivity(Tabled):
         name: the model's class.
         bits: what was tried.
         layers: one entry per layer, by the least bits, worst first.
-        left_out: what was not measured, by path, and why.
+        left_out: what was not measured, by path, and why; ``conv at 8 bits`` where it was at others.
         batches: how many were run for each.
     """
 
@@ -87,10 +88,10 @@ class Sensitivity(Tabled):
         has_kl = any(layer.kl is not None for layer in self.layers)
         rows = []
         for layer in self.layers:
-            kl = [f"{layer.kl[bits]:.2g}" if layer.kl else "" for bits in self.bits] if has_kl else []
-            rows.append(
-                [layer.path, layer.op, f"{layer.weights or ''}", *(decibels(layer.sqnr[b]) for b in self.bits), *kl]
-            )
+            nats = [(layer.kl or {}).get(bits) for bits in self.bits] if has_kl else []
+            kl = ["" if value is None else f"{value:.2g}" for value in nats]
+            sqnr = [decibels(layer.sqnr.get(bits)) for bits in self.bits]
+            rows.append([layer.path, layer.op, f"{layer.weights or ''}", *sqnr, *kl])
         return rows
 
     def title(self) -> str:
@@ -108,8 +109,8 @@ class Sensitivity(Tabled):
         rows = []
         for layer in self.layers:
             row: dict[str, Any] = {"layer": layer.path, "op": layer.op, "weights": layer.weights}
-            row |= {f"sqnr_{bits}": layer.sqnr[bits] for bits in self.bits}
-            row |= {f"kl_{bits}": layer.kl[bits] if layer.kl else None for bits in self.bits}
+            row |= {f"sqnr_{bits}": layer.sqnr.get(bits) for bits in self.bits}
+            row |= {f"kl_{bits}": (layer.kl or {}).get(bits) for bits in self.bits}
             rows.append(row)
         return rows
 
@@ -129,8 +130,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Round one layer alone, everything else in float, and measure the model's output: which layers need their bits.
 
-    Ranges are those of the calibrated model; at each number of bits the grid covers the same range. Roundings that an
-    algorithm has pinned count at their own bits.
+    Ranges are those of the calibrated model; at each number of bits the grid of a result covers the same range, and that of
+    a weight what its quantizer rule finds in it. Roundings that an algorithm has pinned count at their own bits. A rule
+    that cannot have some bits (ternary weights at 8) is listed with its reason.
 
     Example:
         >>> print(fxquant.sensitivity(prepared, loader, bits=(8, 4), batches=2))
@@ -163,7 +165,7 @@ def sensitivity(
     bar = tqdm(units, desc="sensitivity", unit="layer", disable=not progress or None)
     with left_alone(model), quantizers_off(model):
         found, left_out = session.measure_all(bar, tried, seconds)
-    order = sorted(found, key=lambda layer: layer.sqnr[min(tried)])
+    order = sorted(found, key=lambda layer: layer.sqnr[min(layer.sqnr)])
     return Sensitivity(type(model).__name__, tried, tuple(order), left_out, len(kept))
 
 
@@ -203,6 +205,10 @@ class _Unit:
     @property
     def spots(self) -> tuple[Spot, ...]:
         return self.weighted if self.rounding is None else (*self.weighted, self.rounding)
+
+    def refusal(self, bits: int) -> str | None:
+        """Why one of its parts cannot be rounded to ``bits``; None where all can."""
+        return next((why for spot in self.spots if (why := refusal(spot, bits)) is not None), None)
 
 
 def _units(model: nn.Module) -> list[_Unit]:
@@ -255,10 +261,16 @@ class _Session:
                 left_out[unit.path] = f"the {seconds:.3g} seconds were used up"
             elif not any(spot.part in self.reached for spot in unit.spots):
                 left_out[unit.path] = "no batch reaches it"
-            elif (measured := self.measure(unit, bits)) is None:
-                left_out[unit.path] = "outputs have other shapes than in float, and cannot be compared one by one"
             else:
-                found.append(measured)
+                refused = {width: why for width in bits if (why := unit.refusal(width)) is not None}
+                left_out |= {f"{unit.path} at {width} bits": why for width, why in refused.items()}
+                if len(refused) == len(bits):
+                    continue
+                measured = self.measure(unit, [width for width in bits if width not in refused])
+                if measured is None:
+                    left_out[unit.path] = "outputs have other shapes than in float, and cannot be compared one by one"
+                else:
+                    found.append(measured)
         return found, left_out
 
     def _outputs(self, batch: Any) -> list[Tensor]:
@@ -307,41 +319,11 @@ def _rounded(unit: _Unit, bits: int) -> Iterator[None]:
     """Inside, the weights and the result of ``unit`` are rounded to ``bits``."""
     with ExitStack() as stack:
         for spot in unit.weighted:
-            stack.enter_context(_weight_at(spot, bits))
+            stack.enter_context(weight_at(spot, bits))
         if unit.rounding is not None:
-            quantizer = _result_at(unit.rounding, bits)
+            quantizer = result_at(unit.rounding, bits)
             hook = unit.rounding.part.register_forward_hook(
                 lambda part, args, y: quantizer(y) if isinstance(y, Tensor) else y
             )
             stack.callback(hook.remove)
         yield
-
-
-@contextmanager
-def _weight_at(spot: Spot, bits: int) -> Iterator[None]:
-    own = spot.weight
-    assert own is not None
-    quantizer: FakeQuantize = own
-    if own.scheme.bits != bits:
-        quantizer = WeightQuantize(replace(own.scheme, bits=bits), axis=own.axis, channels=own.channels)
-        quantizer.to(own.scale.device)
-    before, quantizer.enabled = quantizer.enabled, True
-    spot.part.weight_quantizer = quantizer
-    try:
-        yield
-    finally:
-        spot.part.weight_quantizer = own
-        quantizer.enabled = before
-
-
-def _result_at(spot: Spot, bits: int) -> FakeQuantize:
-    own = spot.grid
-    assert own is not None
-    grid = own.grid
-    made = FakeQuantize(replace(grid.scheme, bits=bits), axis=own.axis, channels=own.channels)
-    made.to(grid.scale.device)
-    if bits == grid.scheme.bits:
-        made.set_grid(grid.scale, grid.zero_point)
-    else:
-        made.set_range((grid.qmin - grid.zero_point) * grid.scale, (grid.qmax - grid.zero_point) * grid.scale)
-    return made

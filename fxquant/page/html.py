@@ -164,7 +164,7 @@ def _sensitivity(report: Report, links: _Links) -> Markup | None:
         return None
     rows = []
     for layer, cells in zip(found.layers, found.cells(), strict=True):
-        bars = [bar(layer.sqnr[bits]) for bits in found.bits]
+        bars = [bar(layer.sqnr.get(bits)) for bits in found.bits]
         rows.append([links.to(layer.path), *cells[1:3], *bars, *cells[3 + len(bars) :]])
     words = "The model's output when this layer alone is rounded and everything else is float, most sensitive first."
     body = table(list(found.header()), rows) if rows else None
