@@ -207,3 +207,88 @@ def test_an_interrupted_report_leaves_nothing(given, tmp_path, capsys, monkeypat
     assert main(["report", *given, "--out", str(out), "--no-sensitivity"]) == 130
     assert "interrupted" in capsys.readouterr().err and out.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "--against", "target=phone"], "'target=phone': write one of x86"),
+        (["report", "--against", "processor=any,weight-bits=99"], "'99' is no number of bits"),
+        (["report", "--against", "keep-float=no.such"], "'no.such' matches nothing"),
+        (["report", "--json", "--format", "markdown"], "Leave one out"),
+        (["sensitivity", "--bits", "8,x"], "'8,x' is no list of bits from 2 to 16: write some, as 8,4"),
+        (["errors", "--onnx", "model.pt"], "--onnx model.pt: give a file that ends in .onnx"),
+        (["errors", "--onnx", "no_such.onnx"], "--onnx: there is no file 'no_such.onnx'"),
+        (["evaluate", "--quantized", "model.pt2"], "give a file that ends in .pt or .pth or .onnx"),
+        (["evaluate", "--quantized", "no_such.pt"], "--quantized: there is no file 'no_such.pt'"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_is_measured(arguments, words, given, capsys, monkeypatch):
+    def measured(*_, **__):
+        pytest.fail("a model was calibrated")
+
+    monkeypatch.setattr("fxquant.cli.seeing.calibrate", measured)
+    try:
+        code = main([arguments[0], *given, *arguments[1:]])
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert code in (1, 2) and captured.out == "" and words in captured.err.strip().splitlines()[-1]
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_at_once(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    monkeypatch.setattr("fxquant.cli.seeing.calibrate", lambda *_: pytest.fail("a model was calibrated"))
+    assert main(["report", *given, "--out", str(tmp_path / "r.html")]) == 1
+    assert "do not let you" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != ".")
+    assert main(["report", *given]) == 1  # report.html, where no --out is given
+    assert "do not let you" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["report", "errors", "sensitivity", "evaluate", "quantize"])
+def test_json_on_standard_output_is_all_that_is_there(command, given, tmp_path, capsys):
+    out = {
+        "report": ["--out", str(tmp_path / "r.html"), "--seconds", "1"],
+        "quantize": ["--out", str(tmp_path / "q.pt")],
+    }
+    found = json.loads(printed(capsys, [command, *given, *out.get(command, []), "--json"]), parse_constant=pytest.fail)
+    assert isinstance(found, dict)
+    if command in out:
+        assert Path(out[command][1]).stat().st_size > 0
+    if command == "report":
+        checked(Path(out[command][1]).read_text(encoding="utf-8"))
+
+
+def test_a_file_of_another_model_is_no_crash(given, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 192])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Flatten", ["x"], ["y"])], "other", [x], [y])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "other.onnx")
+    assert main(["evaluate", *given, "--quantized", str(tmp_path / "other.onnx")]) == 1
+    assert re.search(r"the quantized model gives \[4, 192\] .* it was not made of this model", capsys.readouterr().err)
+
+
+def test_an_evaluation_as_records_holds_the_accuracy():
+    logits = torch.eye(7)
+    found = evaluate(lambda batch: logits, lambda batch: logits.roll(1, 0), [logits], list(range(7)), progress=False)
+    (row,) = found.records()
+    assert (row["top1_float"], row["top1_quantized"], row["top5_float"]) == (1.0, 0.0, 1.0)
+    exact = evaluate(lambda batch: logits, lambda batch: logits, [logits], None, progress=False)
+    assert "logits exact against float" in str(exact) and exact.records()[0]["top1_float"] is None
+
+
+def test_an_interrupt_behind_everything_else_leaves_what_was_there(given, tmp_path, capsys, monkeypatch):
+    """The file is the last thing that quantize makes: where it is interrupted there is no new one, as the message says."""
+    order = []
+    monkeypatch.setattr("fxquant.cli.models.diff", lambda *_, **__: order.append(list(tmp_path.iterdir())) or raised())
+
+    def raised():
+        raise KeyboardInterrupt
+
+    assert main(["quantize", *given, "--out", str(tmp_path / "q.pt")]) == 130
+    assert order == [[]] and list(tmp_path.iterdir()) == []

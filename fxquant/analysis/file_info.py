@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fxquant.analysis.qdq_file import QdqFile
+from fxquant.checkpoint import unreadable
 from fxquant.errors import CheckpointError, InputError
-from fxquant.reporting.tabled import Tabled
+from fxquant.reporting.tabled import Tabled, megabytes
 
 __all__ = ["FileInfo", "FileTensorInfo", "info"]
 
@@ -69,7 +70,7 @@ class FileInfo(Tabled):
 
     def title(self) -> str:
         facts = "".join(f"\n  {name}: {value}" for name, value in self.facts.items())
-        return f"{self.path}: {self.form}, {self.bytes / 1e6:.3g} MB{facts}"
+        return f"{self.path}: {self.form}, {megabytes(self.bytes)}{facts}"
 
     def records(self) -> list[dict[str, Any]]:
         return [
@@ -98,7 +99,7 @@ def info(path: str | os.PathLike[str]) -> FileInfo:
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path!r}.")
+        raise InputError(f"{path!r} is a folder." if os.path.isdir(path) else f"there is no file {path!r}.")
     ending = os.path.splitext(path)[1].lower()
     if ending == ".onnx":
         return _onnx(path)
@@ -172,7 +173,7 @@ def _saved(path: str) -> FileInfo:
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise CheckpointError(f"{path!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{path!r} cannot be read: {unreadable(error)}.") from error
     if not isinstance(content, dict) or "fxquant" not in content or "state" not in content:
         raise CheckpointError(f"{path!r} was not written by fxquant.save; it holds a {type(content).__name__}.")
     state: dict[str, Tensor] = content["state"]

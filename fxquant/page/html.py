@@ -9,11 +9,12 @@ from fxquant.analysis.counts import LayerError
 from fxquant.page.charts import bar, histogram
 from fxquant.page.drawing import draw
 from fxquant.page.markup import Markup, anchor, join, table, tag
-from fxquant.page.numbers import agreement_words, megabytes, percent, summary_numbers
+from fxquant.page.numbers import agreement_words, percent, summary_numbers
 from fxquant.reporting.census import short
 from fxquant.reporting.diff import Diff, GraphRows, row_cells
 from fxquant.reporting.findings_text import holds_text, island_line, island_name
 from fxquant.reporting.rows import Row, source_line
+from fxquant.reporting.tabled import megabytes
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report
