@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from fxquant.cli import main
 from fxquant.errors import CheckpointError, InputError
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
+from fxquant.page.compare import ComparedLayer, Comparison
+from fxquant.reporting.tabled import plain
 
 SPEC = f"{Path(__file__).parent / 'golden' / 'model.py'}:Sample"
 
@@ -292,3 +295,18 @@ def test_an_interrupt_behind_everything_else_leaves_what_was_there(given, tmp_pa
 
     assert main(["quantize", *given, "--out", str(tmp_path / "q.pt")]) == 130
     assert order == [[]] and list(tmp_path.iterdir()) == []
+
+
+def test_a_table_without_rows_begins_with_what_there_is():
+    logits = torch.eye(7)
+    found = evaluate(lambda batch: logits, lambda batch: logits, [logits], None, progress=False)
+    assert str(found).startswith("the float model's class in 100.00 %")
+
+
+def test_a_gain_that_is_no_number_is_an_arrow():
+    rows = [
+        ComparedLayer("a", (None, None), accumulated, (8, 8)) for accumulated in ((math.inf, 30.0), (30.0, math.inf))
+    ]
+    found = Comparison(("1", "2"), {}, {}, tuple(rows), ("", ""))
+    assert [row[-1] for row in found.cells()] == ["↓", "↑"] and "inf" not in found.html()
+    assert [row["gain"] for row in json.loads(found.to_json() and json.dumps(plain(found.records())))] == [None, None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,11 @@ from digits import trained
 from test_errors_by_layer import Small, batches, decibels, deep, on_grid, prepared_small
 
 import fxquant
+from fxquant.analysis.evaluation import evaluate
+from fxquant.analysis.faults import Fault
+from fxquant.analysis.measures import Noise
 from fxquant.errors import CalibrationError, InputError
+from fxquant.export.agreement import compare_output
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.scheme import QUANTIZERS, Scheme
 from fxquant.quantizers import RULES, register
@@ -185,3 +191,67 @@ def test_quantizers_of_a_users_own_are_measured_at_bits_that_they_have():
     found = fxquant.sensitivity(prepared, data, bits=(8, 4), progress=False)
     assert set(found["conv"].sqnr) == {8} and "no registered rule" in found.left_out["conv at 4 bits"]
     assert isinstance(prepared.conv.weight_quantizer, Unregistered)
+
+
+class Masked(torch.nn.Module):
+    """Scores of which some are excluded, as -inf."""
+
+    def __init__(self, collapses: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.collapses = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4), collapses
+
+    def forward(self, x, excluded):
+        y = self.first(x)
+        y = self.last((y + 1000.0) - 1000.0 if self.collapses else y)
+        return y.masked_fill(excluded, float("-inf"))
+
+
+def test_masked_scores_are_no_signal_and_no_noise():
+    torch.manual_seed(0)
+    model, x = Masked().eval(), (torch.randn(32, 8), torch.rand(32, 4) > 0.6)
+    prepared = fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False)
+    with torch.no_grad(), fxquant.quantizers_off(prepared):
+        exact = prepared(*x).double()
+    with torch.no_grad():
+        integer = fxquant.convert(prepared)(*x).double()
+    kept = exact.isfinite()
+    assert 0.4 < float(kept.double().mean()) < 0.9 and torch.equal(kept, integer.isfinite())
+    expected = decibels(integer[kept].numpy(), exact[kept].numpy())
+    page = fxquant.report(model, prepared, [x], bits=(8, 4), progress=False)
+    assert page.outputs[0].sqnr == pytest.approx(expected, abs=0.01)
+    assert 0 <= page.outputs[0].difference < 0.1 and "nan" not in page.markdown()
+    for layer in page.sensitivity.layers:
+        assert all(10 < layer.sqnr[bits] < 100 and 0 <= layer.kl[bits] < 0.1 for bits in (8, 4))
+        assert layer.sqnr[8] > layer.sqnr[4]
+    found = evaluate(lambda batch: exact, lambda batch: integer, [x], None, progress=False)
+    keep = [(p, q) for p, q in zip(exact, integer, strict=True) if bool(p.isfinite().any())]
+    by_hand = sum(float((p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0)))[p.isfinite()].sum()) for p, q in keep)
+    assert found.sqnr == pytest.approx(expected, abs=0.01) and found.kl == pytest.approx(by_hand / 32, rel=1e-6)
+
+
+def test_masked_scores_do_not_hide_that_the_others_collapse():
+    torch.manual_seed(0)
+    model, x = Masked(collapses=True).eval(), (torch.randn(16, 8), torch.rand(16, 4) > 0.6)
+    with pytest.warns(UserWarning, match=r"rounding to 8 bits leaves -?\d+\.\d dB of an output"):
+        fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False)
+
+
+def test_another_infinity_is_noise_without_end():
+    exact, lost = torch.tensor([[1.0, -torch.inf, 2.0]]), torch.tensor([[1.0, -5.0, 2.0]])
+    noise = Noise()
+    noise.add(lost, exact)
+    assert noise.error().sqnr == -math.inf
+    assert compare_output("", lost, exact, None).sqnr == -math.inf
+    noise = Noise()
+    noise.add(torch.tensor([[1.5, -torch.inf, 2.0]]), exact)
+    assert noise.error().sqnr == pytest.approx(10 * math.log10(5 / 0.25), rel=1e-6)
+
+
+def test_what_was_not_measured_is_in_every_form_of_a_report():
+    data = batches()
+    model, prepared = prepared_small(data)
+    page = fxquant.report(model, prepared, data, seconds=1e-9, progress=False)
+    for shown in (page.markdown(), page.html()):
+        assert "seconds were used up" in shown
+    faults = tuple(Fault(f"layer{i}", "float", "stays", "keep", 1.0) for i in range(20))
+    assert "and 8 more" in replace(page, faults=faults).markdown()

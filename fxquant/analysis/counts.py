@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxquant.analysis.faults import Fault, Measured, faults_of
-from fxquant.analysis.measures import Error, Histogram, HistogramCount, Noise, channel_peaks, on_own_grid
+from fxquant.analysis.measures import Error, Histogram, HistogramCount, Noise, channel_peaks, finite, on_own_grid
 from fxquant.analysis.spots import Spot
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantWeightedOp
@@ -96,7 +96,7 @@ class Count:
         if self.seen is None:
             self.seen = HistogramCount(grid.scale, grid.zero_point, grid.scheme, quantizer.axis)
         self.seen.add(x)
-        self.best.add(on_own_grid(x.float(), grid.scheme, quantizer.axis), x)
+        self.best.add(on_own_grid(finite(x.float()), grid.scheme, quantizer.axis), finite(x))
 
     def _count_weight(self, weight: Tensor) -> None:
         quantizer = self.spot.weight

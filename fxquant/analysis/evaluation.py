@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fxquant.analysis.measures import divergence
 from fxquant.errors import InputError
 from fxquant.export.agreement import compare_output
 from fxquant.reporting.tabled import Tabled, in_decibels
@@ -99,7 +100,6 @@ def evaluate(
                 "it was not made of this model. Give the model that it was made of."
             )
     exact, rounded = (torch.cat([both[i] for both in results]).double() for i in (0, 1))
-    p, q = exact.log_softmax(1), rounded.log_softmax(1)
     note = ""
     if labels is not None and classes not in (None, exact.shape[1]):
         note = f"no accuracy: there are {classes} classes of samples, and the model has {exact.shape[1]}"
@@ -110,7 +110,7 @@ def evaluate(
         top5=None if right is None or exact.shape[1] < 6 else (_top(exact, right, 5), _top(rounded, right, 5)),
         same_top1=float((exact.argmax(1) == rounded.argmax(1)).double().mean()),
         sqnr=compare_output("", rounded, exact, None).sqnr,
-        kl=float((p.exp() * (p - q)).sum(1).mean()),
+        kl=divergence(rounded, exact) / len(exact),
         note=note,
     )
 

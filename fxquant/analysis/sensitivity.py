@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxquant.analysis.batches import Forward, batches_of, left_alone, reals, require_ranges, run_batch, same_randomness
-from fxquant.analysis.measures import Noise
+from fxquant.analysis.measures import Noise, divergence
 from fxquant.analysis.other_bits import refusal, result_at, weight_at
 from fxquant.analysis.spots import Spot, spots_of
 from fxquant.capture.islands import level_of
@@ -283,7 +283,7 @@ class _Session:
         kl: dict[int, float] = {}
         for width in bits:
             noise: list[Noise] = []
-            divergence = [0.0, 0]
+            lost = [0.0, 0]
             with _rounded(unit, width):
                 for batch, exact in zip(self.kept, self.exact, strict=True):
                     actual = self._outputs(batch)
@@ -292,11 +292,11 @@ class _Session:
                     noise += [Noise() for _ in range(len(exact) - len(noise))]
                     for counted, own, other in zip(noise, actual, exact, strict=False):
                         counted.add(own, other)
-                        divergence = [a + b for a, b in zip(divergence, _divergence(own, other), strict=True)]
+                        lost = [a + b for a, b in zip(lost, _divergence(own, other), strict=True)]
             errors = [counted.error() for counted in noise]
             sqnr[width] = min((error.sqnr for error in errors if error is not None), default=math.nan)
-            if divergence[1]:
-                kl[width] = divergence[0] / divergence[1]
+            if lost[1]:
+                kl[width] = lost[0] / lost[1]
         weights = sum(_count(spot) for spot in unit.weighted)
         return LayerSensitivity(unit.path, unit.first.op, sqnr, kl or None, weights)
 
@@ -305,8 +305,7 @@ def _divergence(actual: Tensor, expected: Tensor) -> tuple[float, int]:
     """The sum over rows of KL(p || q) in nats, and their number; nothing for what is no logits."""
     if expected.ndim != 2 or expected.shape[1] < 2:
         return 0.0, 0
-    p, q = expected.double().log_softmax(1), actual.double().log_softmax(1)
-    return float((p.exp() * (p - q)).sum()), expected.shape[0]
+    return divergence(actual, expected), expected.shape[0]
 
 
 def _count(spot: Spot) -> int:

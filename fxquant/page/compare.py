@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Comparison(Tabled):
                 layer.path,
                 *("" if bits is None else str(bits) for bits in layer.bits),
                 *map(decibels, (*layer.alone, *layer.accumulated)),
-                f"{layer.gain:+.1f}" if layer.gain else "",
+                _gain(layer.gain),
             ]
             for layer in self.layers
         ]
@@ -116,6 +117,13 @@ class Comparison(Tabled):
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.write(writer())
         return path
+
+
+def _gain(gain: float) -> str:
+    """``+3.2``; an arrow where one of the two is exact or lost, so that there is no number."""
+    if math.isinf(gain):
+        return "↑" if gain > 0 else "↓"
+    return f"{gain:+.1f}" if gain else ""
 
 
 def compared_with(first: Report, second: Report) -> Comparison:

@@ -153,9 +153,8 @@ def _errors(report: Report, links: _Links) -> Markup:
         "result, alone: what rounding the weight, the result, or both does to the result when the inputs are float. "
         "Accumulated: with everything before it rounded too; LSB are steps of the result's grid."
     )
-    left = [
-        tag("p", f"not measured: {path}: {reason}", _class="soft") for path, reason in report.errors.left_out.items()
-    ]
+    notes = [note for note in report.errors.notes() if not note.startswith("wrong: ")]
+    left = [tag("p", note, _class="soft") for note in notes]
     return join([tag("p", words, _class="soft"), _find("errors"), table(header, rows), *left])
 
 

@@ -72,8 +72,7 @@ class Tabled:
         align = _sides(self.header())
         table = tabulate(rows, list(self.header()), tablefmt="simple", disable_numparse=True, colalign=align)
         lines = [line.rstrip() for line in table.split("\n")] if rows else []
-        notes = list(self.notes())
-        return "\n".join([*([self.title(), ""] if self.title() else []), *lines, *(["", *notes] if notes else [])])
+        return "\n\n".join(part for part in (self.title(), "\n".join(lines), "\n".join(self.notes())) if part)
 
     def _repr_html_(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:
