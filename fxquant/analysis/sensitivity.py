@@ -32,7 +32,7 @@ from fxquant.recipe import Recipe
 from fxquant.reporting.tabled import Tabled, decibels
 from fxquant.targets import X86, Target
 
-__all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
+__all__ = ["LayerSensitivity", "Sensitivity", "checked_bits", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def sensitivity(
         InputError: there is no data, or ``bits`` is nothing that can be tried, or the model has no output of real numbers.
         CalibrationError: the model has no ranges yet.
     """
-    tried = _checked(bits)
+    tried = checked_bits(bits)
     kept = batches_of(data, batches, "sensitivity")
     if isinstance(model, nn.Module) and level_of(model) is None:
         model = _prepared(model, kept, recipe, target, forward)
@@ -169,7 +169,12 @@ def sensitivity(
     return Sensitivity(type(model).__name__, tried, tuple(order), left_out, len(kept))
 
 
-def _checked(bits: Sequence[int]) -> tuple[int, ...]:
+def checked_bits(bits: Sequence[int]) -> tuple[int, ...]:
+    """Each of ``bits`` once.
+
+    Raises:
+        InputError: they are nothing that can be tried.
+    """
     given = tuple(bits) if isinstance(bits, (tuple, list, range)) else ()
     if not given or any(isinstance(b, bool) or not isinstance(b, int) or not 2 <= b <= 16 for b in given):
         raise InputError(f"bits={bits!r}: give some numbers of bits, each 2 to 16, as (8, 4).")

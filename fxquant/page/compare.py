@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxquant.errors import InputError
-from fxquant.onnx.files import replacing
+from fxquant.onnx.files import checked_path, replacing
 from fxquant.page.compare_html import page_of_two
 from fxquant.page.numbers import summary_numbers
 from fxquant.reporting.tabled import Tabled, decibels
@@ -107,13 +107,14 @@ class Comparison(Tabled):
         """Write it to ``path``: ``.html``, ``.md`` or ``.json``; whole, or not at all.
 
         Raises:
-            InputError: the ending names none of these.
+            InputError: the ending names none of these, or there is no such folder.
         """
         path = os.fspath(path)
         writers = {".html": self.html, ".htm": self.html, ".md": self.markdown, ".json": self.to_json}
         writer: Any = writers.get(os.path.splitext(path)[1].lower())
         if writer is None:
             raise InputError(f"{path!r}: the ending names no form of a comparison. Write one of {', '.join(writers)}.")
+        path = checked_path(path, os.path.splitext(path)[1])
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.write(writer())
         return path
