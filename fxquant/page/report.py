@@ -166,12 +166,7 @@ def report(
     require_level(prepared, ("prepared",), "report")
     began = time.perf_counter()
     kept = batches_of(data, batches, "report")
-    if bits is not None:
-        bits = checked_bits(bits)
-    if sections is not None and not isinstance(sections, Mapping):
-        raise InputError(
-            f"sections={type(sections).__name__}: give a dict of headings and what is to be shown below them."
-        )
+    bits, shown = None if bits is None else checked_bits(bits), _sections(prepared, sections)
     options: dict[str, Any] = {"forward": forward, "progress": progress}
     found = _measured(model, prepared, kept, options)
     if bits is not None:
@@ -185,7 +180,7 @@ def report(
         title=title or compared.name,
         recipe=code_of(prepared),
         versions=_versions(),
-        sections=_sections(prepared, sections),
+        sections=shown,
         seconds=time.perf_counter() - began,
         **found,
     )
@@ -311,6 +306,10 @@ def _versions() -> dict[str, str]:
 
 
 def _sections(prepared: Any, given: Mapping[str, Any] | None) -> dict[str, str]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(
+            f"sections={type(given).__name__}: give a dict of headings and what is to be shown below them."
+        )
     found = {str(heading): str(shown) for heading, shown in (given or {}).items()}
     placement = prepared.__dict__.get("placement")
     if placement is not None:
