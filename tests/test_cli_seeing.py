@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -310,3 +311,74 @@ def test_a_gain_that_is_no_number_is_an_arrow():
     found = Comparison(("1", "2"), {}, {}, tuple(rows), ("", ""))
     assert [row[-1] for row in found.cells()] == ["↓", "↑"] and "inf" not in found.html()
     assert [row["gain"] for row in json.loads(found.to_json() and json.dumps(plain(found.records())))] == [None, None]
+
+
+def one_product(path, weight, scale, *, inputs=("x", "s"), options=None, more=(), constant=None):
+    """A file x -> QuantizeLinear -> DequantizeLinear -> MatMul with ``weight`` (4, 2) behind a DequantizeLinear."""
+    onnx = pytest.importorskip("onnx")
+    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [] if constant is None else [node("Constant", [], ["s"], value_float=constant)]
+    nodes += [
+        node("QuantizeLinear", list(inputs), ["q"], **(options or {})),
+        node("DequantizeLinear", ["q", *inputs[1:]], ["d"]),
+        node(
+            "DequantizeLinear", ["w", "ws"], ["wd"], **({"block_size": 2, "axis": 0} if scale.ndim > 1 else {"axis": 1})
+        ),
+        node("MatMul", ["d", "wd"], ["y"]),
+    ]
+    kept = [weight, onnx.numpy_helper.from_array(scale, "ws"), *more]
+    if constant is None:
+        kept.append(onnx.numpy_helper.from_array(np.float32(0.25), "s"))
+    x, y = value("x", onnx.TensorProto.FLOAT, [3, 4]), value("y", onnx.TensorProto.FLOAT, [3, 2])
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], kept)
+    opset = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    return info(path)
+
+
+def test_info_of_files_as_other_quantizers_write_them(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path, types = tmp_path / "file.onnx", onnx.TensorProto
+    integers = onnx.numpy_helper.from_array(np.arange(8, dtype=np.int8).reshape(4, 2), "w")
+    scale = np.full(2, 0.5, np.float32)
+    for given, bits in (
+        ({}, 8),
+        ({"inputs": ("x", "s", "")}, 8),  # a zero point that is left out by an empty name
+        ({"constant": 0.25}, 8),  # a scale that a Constant holds as a number
+        ({"options": {"output_dtype": types.INT16}}, 16),
+    ):
+        found = {tensor.name: tensor for tensor in one_product(path, integers, scale, **given).tensors}
+        assert (found["q"].bits, found["q"].scale, found["q"].zero_point) == (bits, (0.25, 0.25), 0)
+        assert (found["w"].bits, found["w"].scale) == (8, (0.5, 0.5))
+    four = onnx.helper.make_tensor("w", types.INT4, [4, 2], [1, 2, 3, 4, 5, 6, 7, -8])
+    assert {t.name: t.bits for t in one_product(path, four, scale).tensors} == {"w": 4, "q": 8}
+    float8 = onnx.helper.make_tensor("w", types.FLOAT8E4M3FN, [4, 2], bytes(8), raw=True)
+    for weight, own in ((float8, scale), (integers, np.ones((2, 2), np.float32))):
+        found = one_product(path, weight, own)
+        assert [tensor.name for tensor in found.tensors] == ["q"] and "not listed: w" in str(found)
+
+
+def test_a_rounding_without_a_zero_point_is_measured(tmp_path):
+    """Against float64: x / 0.25 rounded, the grid being 0 to 255."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    integers = onnx.numpy_helper.from_array(np.arange(8, dtype=np.int8).reshape(4, 2), "w")
+    one_product(tmp_path / "int8.onnx", integers, np.full(2, 0.5, np.float32), inputs=("x", "s", ""))
+    weight = onnx.numpy_helper.from_array(np.arange(8, dtype=np.float32).reshape(4, 2) * 0.5, "w")
+    value = onnx.helper.make_tensor_value_info
+    x, y = value("x", onnx.TensorProto.FLOAT, [3, 4]), value("y", onnx.TensorProto.FLOAT, [3, 2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "float.onnx")
+    data = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) * 9
+    found = fxquant.errors_by_layer(tmp_path / "int8.onnx", data, reference=tmp_path / "float.onnx", progress=False)
+    (rounded,) = found.activations
+    exact = data.double()
+    noise = ((exact / 0.25).round() * 0.25 - exact).square().sum()
+    by_hand = 10 * math.log10(float(exact.square().sum() / noise))
+    assert rounded.by_rounding.sqnr == pytest.approx(by_hand, abs=1e-3) and found.weights[0].weight.sqnr == math.inf
+
+
+def test_a_file_that_only_looks_like_ours_is_refused(tmp_path):
+    torch.save({"fxquant": 2, "state": {}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"was not written by fxquant\.save"):
+        info(tmp_path / "x.pt")

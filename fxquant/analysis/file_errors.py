@@ -67,7 +67,8 @@ class FileErrors(Tabled):
     Attributes:
         path: the file.
         weights, activations: one entry per tensor.
-        left_out: tensors of the file that the reference does not have, and integers that several layers share.
+        left_out: tensors of the file that the reference does not have, integers that several layers share, and weights that
+            are floats of 8 bits or scaled by blocks.
         batches: how many were run.
     """
 
@@ -95,12 +96,11 @@ class FileErrors(Tabled):
         return f"{os.path.basename(self.path)}: SQNR against float on {batches}, worst first"
 
     def notes(self) -> Sequence[str]:
+        if not self.left_out:
+            return []
         more = f" and {len(self.left_out) - 6} more" if len(self.left_out) > 6 else ""
-        return (
-            [f"not in the reference, or shared by several layers: {', '.join(self.left_out[:6])}{more}"]
-            if self.left_out
-            else []
-        )
+        why = "not in the reference, shared by several layers, or no integers with one scale a channel"
+        return [f"{why}: {', '.join(self.left_out[:6])}{more}"]
 
     def records(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -175,7 +175,7 @@ def errors_in_file(
 
 def _weights(file: QdqFile, floats: _Floats) -> tuple[list[FileTensor], list[str]]:
     found: list[FileTensor] = []
-    unknown: list[str] = []
+    unknown = file.unread()
     uses = Counter(name for name, *_ in file.weights())
     for name, values, scale, axis in file.weights():
         expected = (
