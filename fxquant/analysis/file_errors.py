@@ -99,7 +99,7 @@ class FileErrors(Tabled):
         if not self.left_out:
             return []
         more = f" and {len(self.left_out) - 6} more" if len(self.left_out) > 6 else ""
-        why = "not in the reference, shared by several layers, or no integers with one scale a channel"
+        why = "not in the reference, shared by several layers, or no integers with one scale per channel"
         return [f"{why}: {', '.join(self.left_out[:6])}{more}"]
 
     def records(self) -> list[dict[str, Any]]:
