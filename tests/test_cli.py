@@ -425,3 +425,16 @@ def test_the_demo_gives_json(capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in rows] == ["float", "int8, PTQ", "int8, QAT"]
     assert all(0 <= row["accuracy"] <= 1 and row["bytes"] > 0 for row in rows)
+
+
+def test_exit_codes_are_documented_where_they_are_looked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for text in (capsys.readouterr().out, readme, str(sys.modules["fxquant.cli"].__doc__)):
+        words = " ".join(text.split())
+        assert (
+            "0 it worked; 1 fxquant says what is wrong" in words
+            and "130 interrupted" in words
+            and "JSON value" in words
+        )
