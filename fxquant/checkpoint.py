@@ -7,6 +7,7 @@ made with, and its state dict. Loading runs the same passes on a fresh float mod
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -79,6 +80,15 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     torch.save(content, path)
 
 
+def unreadable(error: Exception) -> str:
+    """Why ``torch.load`` could not read a file, in a few words: its own are a page long."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):
+        return "torch.save did not write it, or it holds objects of classes and not tensors alone"
+    return str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+
+
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
 
@@ -94,7 +104,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {os.fspath(path)!r}.") from error
     except Exception as error:
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {unreadable(error)}.") from error
     if not isinstance(content, dict) or content.get("fxquant") not in (1, FORMAT):
         raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
     unfit = f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "

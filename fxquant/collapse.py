@@ -179,9 +179,12 @@ def _reals(value: Any) -> list[Tensor]:
 
 
 def _sqnr(actual: Tensor, expected: Tensor) -> float:
-    """Signal to noise in dB; infinite where there is no signal to lose, or shapes differ with the data."""
+    """Signal to noise in dB, of what is finite in float (masked scores are not); infinite where there is no signal to lose,
+    or shapes differ with the data."""
     if actual.shape != expected.shape:
         return math.inf
+    is_finite = torch.isfinite(expected)
+    actual, expected = actual[is_finite], expected[is_finite]
     signal = float(expected.double().square().sum())
     noise = float((actual.double() - expected.double()).square().sum())
     return 10 * math.log10(signal / noise) if signal > 0 and 0 < noise < math.inf and signal < math.inf else math.inf

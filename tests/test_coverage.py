@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.report.census import Share, short
-from fxquant.report.coverage import coverage
+from fxquant.reporting.census import Share, short
+from fxquant.reporting.coverage import coverage
 
 
 class Net(nn.Module):

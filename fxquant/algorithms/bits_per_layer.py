@@ -34,7 +34,7 @@ from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeighted
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Recipe, Setting
-from fxquant.report.census import macs_of
+from fxquant.reporting.census import macs_of
 from fxquant.targets import X86, Target
 
 __all__ = ["Assignment", "mixed_precision"]

@@ -14,7 +14,7 @@ from fxquant.errors import FxquantError, InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.audit import Audit, audit
 from fxquant.kernels.runner import kernel_of
-from fxquant.report.census import (
+from fxquant.reporting.census import (
     Share,
     absolute,
     is_float_op,
@@ -27,9 +27,9 @@ from fxquant.report.census import (
     uncounted,
     weights_share,
 )
-from fxquant.report.findings_text import capture_text
-from fxquant.report.island_macs import own_macs
-from fxquant.report.rows import op_text, path_of, source_line, target_of, told
+from fxquant.reporting.findings_text import capture_text
+from fxquant.reporting.island_macs import own_macs
+from fxquant.reporting.rows import op_text, path_of, source_line, target_of, told
 from fxquant.targets import X86
 
 __all__ = ["Coverage", "FloatOp", "IslandReport", "OpCount", "SkippedFold", "coverage"]
