@@ -22,7 +22,7 @@ from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeightedOp
 from fxquant.numerics.scheme import Scheme
 from fxquant.passes.facts import Folded
-from fxquant.quantizers import has_rule
+from fxquant.quantizers.registry import without_rule
 from fxquant.recipe import PLACES, Op, Place, Recipe, Setting
 from fxquant.targets import TARGETS, X86, Target
 
@@ -49,11 +49,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     if graph is None or "recipe" not in graph.settings:
         raise InputError(f"save takes what prepare, freeze or convert returned, not a {type(module).__name__}.")
     settings = graph.settings
-    own = [
-        f"{path}, a {type(q).__name__}"
-        for path, q in module.named_modules()
-        if isinstance(q, FakeQuantize) and not has_rule(q)
-    ]
+    own = without_rule(module)
     if own:
         raise CheckpointError(
             f"{len(own)} quantizers of your own cannot be rebuilt from a file: {', '.join(own[:4])}.\n"

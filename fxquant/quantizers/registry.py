@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxquant.errors import Refusal, SchemeError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
@@ -14,7 +15,7 @@ from fxquant.numerics.ranges import ESTIMATOR, RangeEstimator
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.numerics.scheme import ESTIMATORS, OBSERVED, QUANTIZERS, Scheme
 
-__all__ = ["RULES", "QuantizerRule", "has_rule", "register", "register_estimator", "rule_of"]
+__all__ = ["RULES", "QuantizerRule", "has_rule", "register", "register_estimator", "rule_of", "without_rule"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +163,9 @@ def has_rule(quantizer: FakeQuantize) -> bool:
     plain = type(quantizer) in (FakeQuantize, WeightQuantize) and not quantizer._parameters
     changed = "forward" in quantizer.__dict__ or quantizer._forward_hooks or quantizer._forward_pre_hooks
     return (plain and not changed) or rule_of(quantizer) is not None
+
+
+def without_rule(module: nn.Module) -> list[str]:
+    """The quantizers of ``module`` that cannot be made again from their schemes, each by its path and class."""
+    found = ((path, part) for path, part in module.named_modules() if isinstance(part, FakeQuantize))
+    return [f"{path}, a {type(part).__name__}" for path, part in found if not has_rule(part)]
