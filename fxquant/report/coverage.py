@@ -209,6 +209,10 @@ class Coverage:
 def coverage(module: nn.Module) -> Coverage:
     """Count what of a prepared, frozen or integer model is in integers.
 
+    Example:
+        >>> print(fxquant.coverage(int8))
+        >>> fxquant.coverage(int8).require(0.99)
+
     Raises:
         InputError: the model was not made by ``prepare`` or ``convert``.
     """
