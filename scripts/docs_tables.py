@@ -1,4 +1,4 @@
-"""Write the pages of ``docs/reference`` that the code knows: the ops, the targets, the processors and the quantizer rules.
+"""Write the pages of ``docs/reference`` that the code knows: ops, targets, rules, and who raises what.
 
 Run: python scripts/docs_tables.py           (--check: change nothing, and fail where a page is out of date)
 """
@@ -6,10 +6,14 @@ Run: python scripts/docs_tables.py           (--check: change nothing, and fail 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import fxquant.errors
 from fxquant.numerics.scheme import QUANTIZERS
 from fxquant.quantizers import RULES
 from fxquant.report.op_table import op_rows
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pages() -> dict[str, str]:
     """Each page's text by its file's name."""
-    return {"ops.md": _ops(), "targets.md": _targets(), "rules.md": _rules()}
+    return {"ops.md": _ops(), "targets.md": _targets(), "rules.md": _rules(), "raises.md": _raises()}
 
 
 def _ops() -> str:
@@ -187,6 +191,42 @@ quantization-aware training.
 *Starts from* is the estimator that sets the range when `calibrate` ends, unless the scheme names another.
 
 {table}"""
+
+
+_MODULES = ("fxquant", *(f"fxquant.{name}" for name in ("algorithms", "export", "quantizers", "runtimes", "targets")))
+
+
+def _raises() -> str:
+    """Read off the ``Raises:`` sections of public docstrings."""
+    found: dict[str, dict[str, str]] = {name: {} for name in fxquant.errors.__all__}
+    for module in map(importlib.import_module, _MODULES):
+        for name in module.__all__:
+            for errors, when in _raised(inspect.getdoc(getattr(module, name)) or ""):
+                for error in errors:
+                    found[error][f"{module.__name__}.{name}"] = when
+    sections = "".join(
+        f"\n## {error}\n\n{_table(['raised by', 'when'], ([f'`{by}`', when] for by, when in said.items()))}"
+        for error, said in found.items()
+        if said
+    )
+    return f"""{_MADE}
+# Who raises what
+
+As the docstrings of public functions and classes say it. Results have more: `Coverage.require` raises `FxquantError`.
+Calling a model with an input that the captured graph does not hold for raises `SpecializationError`. Cures:
+[Errors](../errors.md).
+{sections}"""
+
+
+def _raised(doc: str) -> Iterator[tuple[list[str], str]]:
+    """Which errors a docstring names, and when they are raised."""
+    _, mark, section = doc.partition("\nRaises:\n")
+    body = re.split(r"\n(?=\S)", section)[0] if mark else ""
+    for item in re.findall(r"^ {4}(\S.*(?:\n {5,}.*)*)", body, re.M):
+        names, _, when = " ".join(item.split()).partition(": ")
+        errors = [name for name in names.split(", ") if name in fxquant.errors.__all__]
+        if errors:
+            yield errors, when
 
 
 def _codes(words: Iterable[str]) -> str:

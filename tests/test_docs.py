@@ -83,6 +83,40 @@ def test_every_block_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_pat
         pages.run_page(page)
 
 
+@pytest.mark.parametrize(
+    "shown, printed, fits",
+    [
+        ("top-1 98.5 %", "top-1 97 %\n", True),
+        ("a  1\n---\nb  2", "a    3.5\n-----\nb      -4e-05\n", True),
+        ("relu stays", "relu goes\n", False),
+        ("a\nb", "a\n", False),
+        ("a\n...\nd", "a\nb\nc\nd\n", True),
+        ("a ... d", "a b\nc d\n", False),
+        ("[1, 2]", "[1, 2, 3]\n", False),
+        ("inf dB", "41.5 dB\n", True),
+    ],
+)
+def test_what_a_page_shows_is_compared_but_for_numbers(shown, printed, fits):
+    assert pages.matches(shown, printed) is fits
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("```python\nprint('a')\n```\n```text\nb\n```\n", "shows"),
+        ("```python\nimport fxquant\nfxquant.Scheme(bits=1)\n```\n", "the last block raised"),
+        ("```bash\nfxquant info nothing.pt\n```\n", "no file"),
+        ("```js\n1\n```\n", "nothing runs"),
+    ],
+)
+def test_a_page_that_is_wrong_is_found(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    (tmp_path / "page.md").write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match=says):
+        pages.run_page(tmp_path / "page.md")
+
+
 def test_code_that_is_not_run_is_that_of_tools_that_are_not_installed():
     where = {page.stem for page in PAGES for block in blocks_of(page.read_text("utf-8")) if block.language == "py"}
     assert where == {"coming-from"}
@@ -127,6 +161,11 @@ def public_names() -> Iterator[tuple[str, Any]]:
             yield f"{module}.{name}", getattr(importlib.import_module(module), name)
 
 
+def value_of(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 CALLABLES = {
     name: value
     for name, value in public_names()
@@ -137,13 +176,19 @@ CALLABLES = {
 
 def test_the_reference_has_every_public_name():
     errors = {f"fxquant.errors.{name}" for name in fxquant.errors.__all__ if name != "FxquantError"}
-    assert {name for name, _ in public_names()} | errors <= DOCUMENTED
+    shown = {id(value_of(name)) for name in DOCUMENTED}
+    assert not [name for name, value in public_names() if name not in DOCUMENTED and id(value) not in shown]
+    assert errors <= DOCUMENTED
+
+
+def test_no_name_of_the_reference_is_also_a_folder():
+    """``fxquant.report`` is the verb, and the builder, which reads files, would show the folder of that name."""
+    assert not [name for name in DOCUMENTED if (ROOT / name.replace(".", "/")).exists()]
 
 
 def test_what_the_reference_names_is_there_and_says_what_it_is():
     for name in DOCUMENTED:
-        module, _, attribute = name.rpartition(".")
-        value = getattr(importlib.import_module(module), attribute)
+        value = value_of(name)
         if inspect.isfunction(value) or inspect.isclass(value):
             assert inspect.getdoc(value), name
 
