@@ -49,7 +49,7 @@ NEEDS = {
 }
 """What a page imports beyond fxquant's own dependencies."""
 LONG = {"coming-from", "first-model", "detector", "transformer", "qat-lightning", "below-8-bits", "deploy", "debug"}
-LONG |= {"extend", "speed", "command-line", "recipes", "islands"}
+LONG |= {"index", "extend", "speed", "command-line", "recipes", "islands"}
 ALONE = {"extend"}
 """Pages that enter things into fxquant's tables, where they would stay: run in a process of their own."""
 
@@ -244,10 +244,11 @@ def tables_kept() -> Iterator[None]:
 
 
 SLOW = {"auto", "bench", "reconstruct", "export_executorch", "export_tflite", "report", "compile", "tune_placement"}
+SLOW |= {"export_onnx", "fxquant.runtimes.register"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=marks(name.rpartition(".")[2] in SLOW)) for name in CALLABLES]
+    "name", [pytest.param(name, marks=marks(name.rpartition(".")[2] in SLOW, name in SLOW)) for name in CALLABLES]
 )
 def test_every_public_callable_has_an_example_that_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
