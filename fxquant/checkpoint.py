@@ -41,6 +41,9 @@ _UNLIMITED = "vnni"
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a prepared, frozen or integer model to ``path``.
 
+    Example:
+        >>> fxquant.save(int8, "int8.pt")
+
     Raises:
         InputError: ``module`` did not come from fxquant.
         CheckpointError: it holds quantizers of a class that is not fxquant's.
@@ -87,6 +90,10 @@ def unreadable(error: Exception) -> str:
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
+
+    Example:
+        >>> fxquant.save(int8, "int8.pt")
+        >>> int8 = fxquant.load(model, "int8.pt")
 
     Args:
         model: the user's float model, as it was given to ``prepare``; not touched.

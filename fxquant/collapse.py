@@ -60,8 +60,8 @@ def warn_of_collapse(prepared: nn.Module, runs: Sequence[Callable[[], Any]], off
     warnings.warn(
         f"rounding to 8 bits leaves {left:.1f} dB of an output on the {'last' if run is runs[0] else 'first'} calibration "
         f"batch (signal to noise against the same model in float).{where}\n"
-        "  what to do: keep what computes its operands in float, by a recipe with Path(...) or Op(...) and None; "
-        "fxquant.tune_placement finds which.",
+        "  what to do: keep what computes its operands in float, by a recipe with their paths or Op(...) and None; "
+        "fxquant.errors_by_layer tells what each op loses.",
         stacklevel=4,  # past torch.no_grad and calibrate, to the line that calls it
     )
 

@@ -60,6 +60,7 @@ FOLDER holds images, or subfolders of images. The ending of --out says what is w
   .pt  .pth   what int8 = fxquant.load(model, "int8.pt") reads back
   .onnx       ONNX, for ONNX Runtime and others        .pte   ExecuTorch, for XNNPACK
   .xml        OpenVINO IR, with a .bin beside it       .pt2   a torch.export program
+  .tflite     LiteRT
 """
 _BENCH_EXAMPLES = """examples:
   fxquant bench torchvision:resnet18 --batch 1 8 --threads 1 2

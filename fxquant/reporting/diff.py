@@ -152,6 +152,9 @@ class Diff:
 def diff(before: nn.Module, after: nn.Module, *, color: bool | None = None, width: int | None = None) -> Diff:
     """Compare a model with what ``prepare`` or ``convert`` made of it.
 
+    Example:
+        >>> print(fxquant.diff(model, prepared))
+
     Args:
         before: the float model, or an earlier level of it, such as the prepared model.
         after: what fxquant made of it.
