@@ -18,8 +18,8 @@ from fxquant.flow import calibrate, convert, freeze, prepare, quantize, quantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.page.report import report
 from fxquant.recipe import Op, Recipe, Setting
-from fxquant.report.coverage import coverage
-from fxquant.report.diff import diff
+from fxquant.reporting.coverage import coverage
+from fxquant.reporting.diff import diff
 from fxquant.training import freeze_batchnorm, parameter_groups, reestimate_batchnorm
 from fxquant.tuning.ladder import auto
 from fxquant.tuning.placement import tune_placement

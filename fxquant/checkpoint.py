@@ -7,6 +7,7 @@ made with, and its state dict. Loading runs the same passes on a fresh float mod
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeightedOp
 from fxquant.numerics.scheme import Scheme
 from fxquant.passes.facts import Folded
-from fxquant.quantizers import has_rule
+from fxquant.quantizers.registry import without_rule
 from fxquant.recipe import PLACES, Op, Place, Recipe, Setting
 from fxquant.targets import TARGETS, X86, Target
 
@@ -40,6 +41,9 @@ _UNLIMITED = "vnni"
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a prepared, frozen or integer model to ``path``.
 
+    Example:
+        >>> fxquant.save(int8, "int8.pt")
+
     Raises:
         InputError: ``module`` did not come from fxquant.
         CheckpointError: it holds quantizers of a class that is not fxquant's.
@@ -48,11 +52,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     if graph is None or "recipe" not in graph.settings:
         raise InputError(f"save takes what prepare, freeze or convert returned, not a {type(module).__name__}.")
     settings = graph.settings
-    own = [
-        f"{path}, a {type(q).__name__}"
-        for path, q in module.named_modules()
-        if isinstance(q, FakeQuantize) and not has_rule(q)
-    ]
+    own = without_rule(module)
     if own:
         raise CheckpointError(
             f"{len(own)} quantizers of your own cannot be rebuilt from a file: {', '.join(own[:4])}.\n"
@@ -79,8 +79,21 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     torch.save(content, path)
 
 
+def unreadable(error: Exception) -> str:
+    """Why ``torch.load`` could not read a file, in a few words: its own are a page long."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):
+        return "torch.save did not write it, or it holds objects of classes and not tensors alone"
+    return str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+
+
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
+
+    Example:
+        >>> fxquant.save(int8, "int8.pt")
+        >>> int8 = fxquant.load(model, "int8.pt")
 
     Args:
         model: the user's float model, as it was given to ``prepare``; not touched.
@@ -94,7 +107,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {os.fspath(path)!r}.") from error
     except Exception as error:
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {unreadable(error)}.") from error
     if not isinstance(content, dict) or content.get("fxquant") not in (1, FORMAT):
         raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
     unfit = f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "

@@ -60,8 +60,8 @@ def warn_of_collapse(prepared: nn.Module, runs: Sequence[Callable[[], Any]], off
     warnings.warn(
         f"rounding to 8 bits leaves {left:.1f} dB of an output on the {'last' if run is runs[0] else 'first'} calibration "
         f"batch (signal to noise against the same model in float).{where}\n"
-        "  what to do: keep what computes its operands in float, by a recipe with Path(...) or Op(...) and None; "
-        "fxquant.tune_placement finds which.",
+        "  what to do: keep what computes its operands in float, by a recipe with their paths or Op(...) and None; "
+        "fxquant.errors_by_layer tells what each op loses.",
         stacklevel=4,  # past torch.no_grad and calibrate, to the line that calls it
     )
 
@@ -179,9 +179,12 @@ def _reals(value: Any) -> list[Tensor]:
 
 
 def _sqnr(actual: Tensor, expected: Tensor) -> float:
-    """Signal to noise in dB; infinite where there is no signal to lose, or shapes differ with the data."""
+    """Signal to noise in dB, of what is finite in float (masked scores are not); infinite where there is no signal to lose,
+    or shapes differ with the data."""
     if actual.shape != expected.shape:
         return math.inf
+    is_finite = torch.isfinite(expected)
+    actual, expected = actual[is_finite], expected[is_finite]
     signal = float(expected.double().square().sum())
     noise = float((actual.double() - expected.double()).square().sum())
     return 10 * math.log10(signal / noise) if signal > 0 and 0 < noise < math.inf and signal < math.inf else math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fxquant.errors import InputError
 from fxquant.flow import calibrate, convert, prepare
-from fxquant.report.diff import diff
+from fxquant.reporting.diff import diff
 
 __all__ = ["DigitNet", "run"]
 
@@ -112,22 +112,36 @@ def saved_size(model: nn.Module) -> int:
     return file.tell()
 
 
-def compare(models: Iterable[tuple[str, nn.Module]], data: Digits) -> str:
-    """A table of accuracy, size, and agreement with the first model, on the test images."""
+def compare(models: Iterable[tuple[str, nn.Module]], data: Digits) -> list[dict[str, Any]]:
+    """Accuracy, size, and agreement with the first model, on the test images; shares of 1."""
     labels = data.test[1]
-    lines: list[list[str]] = []
+    rows: list[dict[str, Any]] = []
     reference: Tensor | None = None
     for name, model in models:
         found = predictions(model, data)
-        agreement = "" if reference is None else _percent(found == reference)
+        agreement = None if reference is None else _share(found == reference)
         reference = found if reference is None else reference
-        lines.append([name, _percent(found == labels), f"{saved_size(model) / 1000:.0f} kB", agreement])
+        size = saved_size(model)
+        rows.append({"model": name, "accuracy": _share(found == labels), "bytes": size, "agreement": agreement})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """What ``compare`` found, as text."""
+    lines = [
+        [row["model"], _percent(row["accuracy"]), f"{row['bytes'] / 1000:.0f} kB", _percent(row["agreement"])]
+        for row in rows
+    ]
     header = ["model", "test accuracy", "size", "agrees with float"]
     return str(tabulate(lines, header, tablefmt="simple", colalign=["left", *["right"] * 3], disable_numparse=True))
 
 
-def _percent(hits: Tensor) -> str:
-    return f"{100 * hits.float().mean().item():.2f} %"
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 @contextmanager
@@ -141,8 +155,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(*, epochs: int = 12, qat_epochs: int = 6) -> None:
-    """Train, prepare, calibrate, convert, train with quantizers, convert, compare; say and print each step."""
+def run(*, epochs: int = 12, qat_epochs: int = 6) -> list[dict[str, Any]]:
+    """Train, prepare, calibrate, convert, train with quantizers, convert, compare; print each step, and give the last."""
     start = time.perf_counter()
     data = load_digits()
     torch.manual_seed(0)
@@ -161,5 +175,7 @@ def run(*, epochs: int = 12, qat_epochs: int = 6) -> None:
         train(trained, data, epochs=qat_epochs, lr=1e-3)
         qat = convert(trained)
         print(f"4  compare on {len(data.test[1])} digits held out; both int8 models compute in integers\n", flush=True)
-        print(compare([("float", model), ("int8, PTQ", ptq), ("int8, QAT", qat)], data))
+        found = compare([("float", model), ("int8, PTQ", ptq), ("int8, QAT", qat)], data)
+        print(table(found))
     print(f"\n{time.perf_counter() - start:.0f} s")
+    return found

@@ -36,7 +36,15 @@ __all__ = [
 
 
 class FxquantError(Exception):
-    """The root of the tree: catch this to catch everything fxquant raises on purpose."""
+    """The root of the tree: catch this to catch everything fxquant raises on purpose.
+
+    Example:
+        >>> try:
+        ...     fxquant.convert(model)
+        ... except fxquant.FxquantError as error:
+        ...     print(str(error).splitlines()[0])
+        convert takes a model at level prepared or frozen, and was given a Net.
+    """
 
 
 class CaptureError(FxquantError):

@@ -115,15 +115,16 @@ def prepare(
     quantization-aware training the result trains like the model did, with its parameters at the same names. A submodule
     that cannot be traced runs as its author wrote it, its parts captured inside; ``coverage`` lists these islands.
 
+    Example:
+        >>> prepared = fxquant.prepare(model, images, target="openvino", recipe={"head": None})
+
     Args:
         model: any ``nn.Module``, unmodified.
         example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
             Optional; answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
-        recipe: what is quantized how: a ``Recipe``, or the dict of selectors and settings that it is made of; by default,
-            and where it leaves something open, as the target has it.
-        target: where the model will run: ``"x86"`` (PyTorch on a CPU), ``"onnxruntime"``, ``"openvino"``,
-            ``"tensorrt"``, ``"xnnpack"``, ``"tflite"``, or a ``fxquant.targets.Target`` of your own.
+        recipe: what is quantized how: a ``Recipe``, or the dict that it is made of; what it leaves open is the target's.
+        target: where the model will run: a name of ``fxquant.targets.TARGETS``, or a ``Target`` of your own.
         processor: what it shall be right on, a name of ``fxquant.targets.PROCESSORS``; None for the target's (``"any"``).
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
             scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
@@ -197,6 +198,9 @@ def calibrate(
 ) -> Model:
     """Run data through a prepared model and set every quantizer's range from what it saw.
 
+    Example:
+        >>> fxquant.calibrate(prepared, loader, batches=32)
+
     Args:
         prepared: what ``prepare`` returned; its ranges are changed in place, and it is returned. The model's own state
             (streams, caches, counters) is afterwards what it was before.
@@ -251,6 +255,9 @@ def freeze(prepared: nn.Module) -> nn.Module:
     It shares nothing with ``prepared``: training on, or running either, leaves the other as it is.
     It rounds exactly as the integer model does, and is the reference that ``convert`` is held against.
 
+    Example:
+        >>> frozen = fxquant.freeze(prepared)
+
     Raises:
         CalibrationError: some quantizers have no range yet; names them.
         LevelError: a quantizer of a user's own rounds otherwise than its grid, see ``passes.settle_quantizers``.
@@ -275,6 +282,10 @@ def freeze(prepared: nn.Module) -> nn.Module:
 
 def convert(prepared: nn.Module, *, rounding: str | None = None, kernels: str = "auto") -> nn.Module:
     """The integer model: int8 weights, int32 biases, integers between quantize and dequantize.
+
+    Example:
+        >>> int8 = fxquant.convert(prepared)
+        >>> logits = int8(images)
 
     Args:
         prepared: a calibrated or trained model; not touched.
@@ -329,6 +340,9 @@ def quantize(
     """``prepare``, ``calibrate`` and ``convert`` in one: the integer model, calibrated on ``loader``.
 
     The first batch serves as example inputs unless others are given. Arguments and errors as of the three verbs.
+
+    Example:
+        >>> int8 = fxquant.quantize(model, loader)
     """
     iterator = iter(loader)
     first = next(iterator, None)
@@ -345,7 +359,12 @@ def quantize(
 
 @contextmanager
 def quantizers_off(prepared: nn.Module) -> Iterator[None]:
-    """Inside, the rewritten graph computes in float: no rounding, no observing."""
+    """Inside, the rewritten graph computes in float: no rounding, no observing.
+
+    Example:
+        >>> with fxquant.quantizers_off(prepared):
+        ...     logits = prepared(images)
+    """
     before = {part: part.enabled for part in prepared.modules() if isinstance(part, FakeQuantize)}
     for part in before:
         part.enabled = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class ImageFolder:
 
     Labels play no part in calibration, so that subfolders are only looked into. Where there are more than ``limit``
     images, every k-th in the order of their paths is taken: all classes take part, and every run sees the same ones.
+    Files and folders whose names begin with a dot are left out. Pictures of 16 bits are scaled to 8.
 
     Args:
         folder: where the images are.
@@ -28,11 +30,12 @@ class ImageFolder:
         resize: the length that the shorter side is scaled to.
         crop: the side of the square cut from the middle.
         channels: 3 for colour, 1 for grey.
-        mean, std: per channel, of images in [0, 1]; of three, the first counts where ``channels`` is 1.
+        mean, std: per channel, of images in [0, 1], std above 0; of three, the first counts where ``channels`` is 1.
         batch_size: images in a batch.
 
     Raises:
-        InputError: the folder does not exist or holds no image; while iterating, that a file cannot be read.
+        InputError: the folder does not exist or holds no image, or mean and std are no such numbers; while iterating, that a
+            file cannot be read.
     """
 
     def __init__(
@@ -49,8 +52,14 @@ class ImageFolder:
     ) -> None:
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError(f"there is no folder {str(folder)!r}.")
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+            is_file = f"{str(folder)!r} is a file: give the folder that holds the images."
+            raise InputError(is_file if folder.exists() else f"there is no folder {str(folder)!r}.")
+        for name, values in (("mean", mean), ("std", std)):
+            fits = len(values) in (channels, 3) and all(math.isfinite(v) and (v > 0 or name == "mean") for v in values)
+            if not fits:
+                above = " above 0" if name == "std" else ""
+                raise InputError(f"{name}={tuple(values)}: give one number{above} for each of {channels} channels.")
+        found = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
         if not found:
             raise InputError(f"{str(folder)!r} holds no image ({', '.join(e.lstrip('.') for e in ENDINGS)}).")
         step = 1 if limit is None else max(len(found) / limit, 1.0)
@@ -71,10 +80,35 @@ class ImageFolder:
 
         try:
             with Image.open(path) as image:
-                tensor: Tensor = self._transform(image.convert(self._mode))
-        except OSError as error:
-            raise InputError(f"{str(path)!r} cannot be read as an image: {error}") from error
+                tensor: Tensor = self._transform(_in_eight_bits(image, path).convert(self._mode))
+        except InputError:
+            raise
+        except Exception as error:  # PIL's readers raise whatever a broken file makes them
+            reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "")
+            raise InputError(
+                f"{str(path)!r} cannot be read as an image: {reason or type(error).__name__}. Remove it, or save it anew."
+            ) from error
         return tensor
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in ENDINGS and not is_hidden and path.is_file()
+
+
+def _in_eight_bits(image: Any, path: Path) -> Any:
+    """``image``, where it has 16 bits with its values scaled: PIL's own conversion cuts them off at 255."""
+    import numpy as np
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise InputError(
+            f"{str(path)!r} holds numbers of 32 bits, of which none is known to be white. Save it with 8 or 16 bits."
+        )
+    return Image.fromarray((values / 257).round().astype("uint8"))
 
 
 def _transform(resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> Any:

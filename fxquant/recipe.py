@@ -20,6 +20,9 @@ __all__ = ["FIRST", "INPUT", "LAST", "OUTPUT", "Op", "Place", "Recipe", "Setting
 class Setting:
     """How an op is quantized: its weight, if it has one, and its output.
 
+    Example:
+        >>> Setting(weight=Scheme.weight(4), activation=Scheme.activation(8, estimator="mse"))
+
     Args:
         weight: the weight's scheme; None for the target's own.
         activation: the output's scheme; None for the target's own.
@@ -52,7 +55,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Op:
-    """Selects every op of one name, as the op table spells it: ``Op("softmax")``."""
+    """Selects every op of one name, as the op table spells it: ``Op("softmax")``.
+
+    Example:
+        >>> Recipe({Op("add"): Setting(activation=Scheme.activation(16))})
+    """
 
     name: str
 

@@ -20,6 +20,10 @@ def freeze_batchnorm(prepared: nn.Module, frozen: bool = True) -> nn.Module:
     """Hold the statistics of every quantized batch norm still, in training mode too; γ and β go on training.
 
     For the last part of training, so that it sees the numbers that will be deployed (Krishnamoorthi, 1806.08342, §3.2).
+
+    Example:
+        >>> prepared = fxquant.prepare(model, images, qat=True).train()
+        >>> fxquant.freeze_batchnorm(prepared)  # for the last epochs
     """
     parts: list[Any] = list(prepared.modules())
     for part in parts:
@@ -41,6 +45,10 @@ def reestimate_batchnorm(
     Quantized weights drift from the averages that training kept; do this before converting, at 4 bits and below above
     all (Nagel et al., 2203.11086, §4.2). Ranges and weights stay as they are. Frozen statistics are taken anew too, and
     stay frozen afterwards.
+
+    Example:
+        >>> prepared = fxquant.prepare(model, images, qat=True).train()
+        >>> fxquant.reestimate_batchnorm(prepared, loader, batches=50)
 
     Raises:
         CalibrationError: the loader is empty; then, and where a batch fails, nothing has changed.

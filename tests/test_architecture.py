@@ -28,7 +28,7 @@ STOREYS = (
     ("analysis", "benchmark", "tuning"),
     ("algorithms", "checkpoint", "export"),
     ("flow", "training"),
-    ("calibration", "choose_ranges", "collapse", "reach", "report"),
+    ("calibration", "choose_ranges", "collapse", "reach", "reporting"),
     ("passes", "runtimes"),
     ("targets",),
     ("inputs", "recipe", "onnx"),
@@ -119,10 +119,28 @@ def test_targets_are_data():
             assert {ast.unparse(getattr(n, "func", n)) for n in inside} <= {"Scheme", "frozenset"}, path
 
 
+def test_no_name_hides_a_module_of_the_same_name():
+    """``import fxquant.a.b as c`` gives the attribute ``b`` of ``fxquant.a``: another object of that name would be given."""
+    known = {module_name(path) for path in FILES}
+    for path in FILES:
+        if path.name == "__init__.py":
+            parts = {own.stem for own in path.parent.glob("*.py")} | {
+                own.parent.name for own in path.parent.glob("*/*.py")
+            }
+            bound = {
+                alias.asname or alias.name
+                for node in ast.walk(TREES[path])
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+                if f"{node.module}.{alias.name}" not in known
+            }
+            assert not parts & bound, f"{module_name(path)} gives {parts & bound} as something else than its module"
+
+
 def test_passes_know_no_runtime():
     """What a runtime wants stands in its target; a pass reads the fields."""
     for path in FILES:
-        if name_of(path) in ("passes", "flow", "report", "nn", "graph", "ops"):
+        if name_of(path) in ("passes", "flow", "reporting", "nn", "graph", "ops"):
             texts = {n.value for n in ast.walk(TREES[path]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
             assert not texts & set(TARGETS), module_name(path)
 
@@ -237,7 +255,7 @@ FREE_OF_OPS = (
     "algorithms",
     "analysis",
     "passes",
-    "report",
+    "reporting",
     "export",
     "onnx",
     "graph",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from op_cases import mostly_long
 from PIL import Image
 
 import fxquant
+from fxquant import demo
 from fxquant.behaviour import FloatOnly, Measuring
 from fxquant.cli import main
+from fxquant.errors import InputError
 from fxquant.export.to_executorch import executorch_session
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
@@ -258,3 +262,179 @@ def test_ops_lists_every_op_of_the_table(capsys):
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]}
     hidden = {name for name, entry in TABLE.items() if isinstance(entry.behaviour, (FloatOnly, Measuring))}
     assert listed == set(TABLE) - hidden
+
+
+def refused(arguments, capsys) -> str:
+    """What a command says that does not do what it was asked: in one message, without a traceback, with nothing printed."""
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert code in (1, 2) and captured.out == "" and "Traceback" not in captured.err
+    return captured.err.strip().splitlines()[-1] if code == 2 else captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mean", "0.5,0.5"], "'0.5,0.5': write one number, or three, as 0.485,0.456,0.406"),
+        (["--mean", "a,b,c"], "'a,b,c': write one number, or three"),
+        (["--mean", "inf"], "write one number, or three"),
+        (["--std", "0.2,0,0.2"], "write numbers above 0, as 0.229,0.224,0.225"),
+        (["--std", "0"], "write numbers above 0"),
+        (["--std", "nan"], "write one number, or three"),
+        (["--images", "few"], "few is not 1 or more: write a whole number"),
+        (["--weight-bits", "17"], "'17' is no number of bits: write one of 2 to 16"),
+        (["--activation-bits", "x"], "'x' is no number of bits"),
+        (["--target", "phone"], "invalid choice: 'phone'"),
+    ],
+)
+def test_what_an_option_cannot_be_is_said_in_a_sentence(arguments, message, images, capsys):
+    given = ["quantize", SPEC, "--data", str(images), *SIZE, "--out", "x.pt"]
+    assert message in refused([*given, *arguments], capsys)
+    assert not Path("x.pt").exists()
+
+
+MODELS = """
+import sys
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class Settings:
+    width: "int" = 3
+
+def raises():
+    raise RuntimeError("no licence\\nfound")
+
+def ends():
+    sys.exit(3)
+
+def reads():
+    from beside import WIDTH
+    return nn.Conv2d(3, WIDTH, 1)
+
+class Net(nn.Conv2d):
+    def __init__(self, width=4):
+        super().__init__(3, width, 1)
+
+class Talks(Net):
+    def __init__(self):
+        print("a print of the model's own")
+        super().__init__()
+"""
+
+
+def test_what_a_models_own_file_raises_is_said_with_its_line(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(MODELS)
+    (tmp_path / "beside.py").write_text("WIDTH = 5\n")
+    (tmp_path / "wrong.py").write_text("def f(:\n")
+    (tmp_path / "lacks.py").write_text("\nimport no_such_package\n")
+    for spec, words in (
+        ("nets.py:raises", f"raises() raises RuntimeError: no licence found ({tmp_path / 'nets.py'}:11)"),
+        ("nets.py:ends", "ends() raises SystemExit: 3"),
+        ("nets.py:Net(width='wide')", "Net(width='wide') raises TypeError"),
+        ("nets.py:nothing", "has no function or class 'nothing'. It has Settings, raises, ends, reads, Net, Talks."),
+        ("wrong.py:f", f"is not Python: invalid syntax ({tmp_path / 'wrong.py'}:1)"),
+        ("lacks.py:f", f"No module named 'no_such_package' ({tmp_path / 'lacks.py'}:2)"),
+    ):
+        assert words in refused(["diff", f"{tmp_path}/{spec}"], capsys)
+    assert "torchvision:resnet18(width=3) raises TypeError" in refused(
+        ["diff", "torchvision:resnet18(width=3)"], capsys
+    )
+    assert build_model(f"{tmp_path}/nets.py:reads").out_channels == 5
+
+
+def test_a_model_of_random_weights_is_the_same_in_every_command():
+    before = torch.get_rng_state()
+    first, second = (build_model(SPEC).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_files_that_are_no_weights_are_told_in_a_sentence(tmp_path, capsys):
+    (tmp_path / "w.csv").write_text("x")
+    torch.save(build_model(SPEC), tmp_path / "whole.pt")
+    for path, words in (
+        (tmp_path / "w.csv", "torch.save did not write it"),
+        (tmp_path / "whole.pt", "objects of classes"),
+    ):
+        told = refused(["diff", SPEC, "--weights", str(path)], capsys)
+        assert words in told and "model.state_dict()" in told and len(told.splitlines()) == 1
+    assert "Is a directory" in refused(["diff", SPEC, "--weights", str(tmp_path)], capsys)
+    for ending, words in ((".onnx", "fxquant errors MODEL --onnx"), (".pt", "fxquant info"), (".bin", "--weights")):
+        (tmp_path / f"file{ending}").write_bytes(b"x")
+        assert words in refused(["diff", str(tmp_path / f"file{ending}")], capsys)
+
+
+def test_pictures_of_all_kinds(tmp_path, capsys):
+    values = torch.arange(400, dtype=torch.int32).reshape(20, 20).numpy()
+    Image.fromarray((values * 164).astype("uint16")).save(tmp_path / "sixteen.png")
+    Image.fromarray((values * 164 / 257).round().astype("uint8")).save(tmp_path / "sixteen_as_eight.png")
+    (tmp_path / "._sixteen.png").write_bytes(b"a resource fork, as macOS leaves them")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "half.png").write_bytes(b"")
+    for channels in (1, 3):
+        both = next(iter(ImageFolder(tmp_path, resize=20, crop=20, channels=channels, mean=[0] * 3, std=[1] * 3)))
+        assert both.shape[0] == 2 and float((both[0] - both[1]).abs().max()) <= 1.01 / 255
+        assert 0.4 < float(both[0].mean()) < 0.6
+    Image.fromarray(values.astype("float32")).save(tmp_path / "numbers.tif")
+    with pytest.raises(InputError, match=r"numbers\.tif' holds numbers of 32 bits"):
+        next(iter(ImageFolder(tmp_path, resize=20, crop=20)))
+    for options in ({"mean": (0.5,)}, {"std": (0.5, 0, 1)}, {"std": (0.5, float("nan"), 1)}):
+        with pytest.raises(InputError, match=r"for each of 3 channels"):
+            ImageFolder(tmp_path, **options)
+    with pytest.raises(InputError, match="is a file: give the folder"):
+        ImageFolder(tmp_path / "sixteen.png")
+
+
+def broken_by_its_reader(*_, **__):
+    raise SyntaxError("broken PNG file")
+
+
+def test_whatever_a_pictures_reader_raises_names_the_picture(images, monkeypatch):
+    monkeypatch.setattr(Image, "open", broken_by_its_reader)
+    with pytest.raises(InputError, match=r"1\.png' cannot be read as an image: broken PNG file"):
+        next(iter(ImageFolder(images)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["diff", "NETS", "--shape", "8x8"],
+        ["diff", "NETS", "--shape", "8x8", "--coverage", "--out", "d.txt"],
+        ["bench", "NETS", "--shape", "1,3,8,8", "--runtimes", "torch", "--rounds", "1", "--no-memory"],
+        ["ops"],
+        ["doctor"],
+    ],
+)
+def test_with_json_standard_output_is_one_json_value(arguments, tmp_path, capsys, monkeypatch):
+    """The model's own file prints; a number that is not finite is no JSON."""
+    (tmp_path / "nets.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    assert main([f"{tmp_path}/nets.py:Talks" if word == "NETS" else word for word in arguments] + ["--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out, parse_constant=pytest.fail) and "of the model's own" not in captured.out
+    assert ("of the model's own" in captured.err) == ("NETS" in arguments)
+
+
+def test_the_demo_gives_json(capsys, monkeypatch):
+    monkeypatch.setattr("fxquant.demo.run", partial(demo.run, epochs=1, qat_epochs=1))
+    assert main(["demo", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == ["float", "int8, PTQ", "int8, QAT"]
+    assert all(0 <= row["accuracy"] <= 1 and row["bytes"] > 0 for row in rows)
+
+
+def test_exit_codes_are_documented_where_they_are_looked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for text in (capsys.readouterr().out, readme, str(sys.modules["fxquant.cli"].__doc__)):
+        words = " ".join(text.split())
+        assert (
+            "0 it worked; 1 fxquant says what is wrong" in words
+            and "130 interrupted" in words
+            and "JSON value" in words
+        )

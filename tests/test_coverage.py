@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.report.census import Share, short
-from fxquant.report.coverage import coverage
+from fxquant.reporting.census import Share, short
+from fxquant.reporting.coverage import coverage
 
 
 class Net(nn.Module):
@@ -372,3 +372,32 @@ def test_weights_alone_fail_what_is_required():
     found = replace(coverage(fxquant.prepare(_Bilinear().eval(), torch.randn(2, 16))), macs=Share(100, 100))
     with pytest.raises(FxquantError, match=r"3\.0 % .* weights are in integers"):
         found.require(0.99)
+
+
+class TwoBranches(nn.Module):
+    """One of two convolutions, by the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often, self.seldom = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.often(x) if x.mean() > 0 else self.seldom(x)
+
+
+def test_what_no_graph_has_is_named():
+    """A branch that the example did not take stays in float: it was missing from the list, and only shares told of it."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), TwoBranches()).eval()
+    with torch.no_grad():  # means of the result on either side of zero
+        model[0].weight.zero_()
+        model[0].bias.fill_(1.0)
+    prepared = fxquant.prepare(model, torch.ones(2, 3, 4, 4))
+    fxquant.calibrate(prepared, [torch.ones(2, 3, 4, 4)], progress=False)
+    for made in (prepared, fxquant.convert(prepared)):
+        found = {op.path: op.reason for op in fxquant.coverage(made).float_ops}
+        assert set(found) == {"1", "1.seldom"} and "did not call it" in found["1.seldom"]
+        assert fxquant.coverage(made).weights.total - fxquant.coverage(made).weights.integer == 4 * 3 * 9
+    with pytest.raises(FxquantError, match=r"1\.seldom"):
+        fxquant.coverage(prepared).require(0.99)
+    named = fxquant.prepare(model, torch.ones(2, 3, 4, 4), leaves=["1"])
+    assert {op.path for op in fxquant.coverage(named).float_ops} == {"1"}, "what was asked for is told once"

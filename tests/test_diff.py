@@ -15,9 +15,9 @@ from torch import nn
 import fxquant
 from fxquant.errors import InputError
 from fxquant.graph.leveled import LeveledModule
-from fxquant.report.diff import Diff, diff
-from fxquant.report.paths import elide, near
-from fxquant.report.terminal import paint, visible_length
+from fxquant.reporting.diff import Diff, diff
+from fxquant.reporting.paths import elide, near
+from fxquant.reporting.terminal import paint, visible_length
 
 GOLDEN = Path(__file__).parent / "golden"
 

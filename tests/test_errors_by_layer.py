@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.analysis.measures import HistogramCount
 from fxquant.errors import CalibrationError, InputError, LevelError
 from fxquant.nn.fake_quantize import FakeQuantize
 
@@ -310,3 +312,106 @@ def test_what_runs_otherwise_when_quantized_is_left_out_with_the_reason():
     assert found.left_out and all(path.startswith("part") for path in found.left_out)
     assert set(found.left_out.values()) == {"the model's own code calls it otherwise when it is quantized"}
     assert "not measured: part" in str(found)
+
+
+class WritesInPlace(nn.Module):
+    """An island that writes into what it was given, and into what its own layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) > 1e9:
+            return x
+        x.mul_(3.0)
+        y = self.fc(x)
+        y[y < 0] = 0
+        return y
+
+
+class ChoosesBySign(nn.Module):
+    """An island that runs one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive, self.negative = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.positive(x) if float(x.detach().mean()) > 0 else self.negative(x)
+
+
+class SelectsRows(nn.Module):
+    """An island whose layer is given as many rows as there are positive ones: none of some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x[x[:, 0] > 0]).sum(0, keepdim=True)
+
+
+def around(island: nn.Module) -> tuple[nn.Module, list[Tensor], nn.Module]:
+    """A model around ``island``, whose first layer changes nothing; one positive batch and one negative; and it prepared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), island=island, b=nn.Linear(8, 4))).eval()
+    with torch.no_grad():
+        model.a.weight.copy_(torch.eye(8))
+        model.a.bias.zero_()
+    data = [torch.rand(4, 8) + 1, -torch.rand(4, 8) - 1]
+    return model, data, fxquant.calibrate(fxquant.prepare(model, data[0]), data, progress=False)
+
+
+def test_what_an_island_writes_in_place_is_no_error_of_the_layer_before_it():
+    _, data, prepared = around(WritesInPlace())
+    for made in (prepared, fxquant.convert(prepared)):
+        reference = None if made is prepared else prepared
+        found = fxquant.errors_by_layer(made, data, reference=reference, progress=False)
+        for path in ("a", "island.fc.linear"):  # 8 bits leave some 40 dB; held against what was written, some 5
+            assert found[path].accumulated.sqnr > 30
+        assert not found.left_out
+
+
+def test_layers_that_only_some_batches_reach_are_measured_on_those():
+    _, data, prepared = around(ChoosesBySign())  # the example is positive: the other layer stays in float
+    both = fxquant.errors_by_layer(prepared, data, progress=False)
+    inside = {layer.path for layer in both.layers if layer.path.startswith("island.positive.")}
+    assert len(inside) == 2 and not both.left_out
+    assert all(both[path].accumulated.values == 32 for path in inside)
+    found = fxquant.errors_by_layer(prepared, data[1:], progress=False)
+    assert found.left_out == dict.fromkeys(inside, "no batch reaches it")
+    assert {layer.path for layer in found.layers} == {layer.path for layer in both.layers} - inside
+    tried = fxquant.sensitivity(prepared, data[1:], bits=(4,), progress=False)
+    assert tried.left_out == found.left_out and all(math.isfinite(layer.sqnr[4]) for layer in tried.layers)
+
+
+def test_empty_results_are_no_error_and_are_told_where_there_are_no_others():
+    model, data, prepared = around(SelectsRows())
+    both = fxquant.errors_by_layer(prepared, data, progress=False)
+    assert both["island.fc"].alone.values == 32 and not both.left_out
+    empty = fxquant.errors_by_layer(prepared, data[1:], progress=False)
+    assert empty["island.fc"].alone is None
+    assert empty.left_out == {"island.fc": "its results are empty in these batches"}
+    assert "empty" in fxquant.report(model, prepared, data[1:], bits=None, progress=False).html()
+
+
+def test_histograms_count_beyond_what_float32_counts():
+    scheme = fxquant.Scheme.activation(8)
+    count = HistogramCount(torch.tensor(0.1), torch.tensor(0), scheme, None)
+    count.add(torch.zeros(1).expand(2**24 + 77))
+    assert sum(count.histogram().counts) == 2**24 + 77
+
+
+def test_how_far_values_lie_beyond_the_grid_is_that_of_all_batches():
+    calm, wild = torch.linspace(-1, 1, 64).reshape(8, 8), torch.linspace(-5, 5, 64).reshape(8, 8)
+    torch.manual_seed(0)
+    prepared = fxquant.calibrate(fxquant.prepare(nn.Linear(8, 8).eval(), calm), [calm], progress=False)
+    found = fxquant.errors_by_layer(prepared, [calm, wild], progress=False)["input_1_quantizer"]
+    assert found.histogram.reach == pytest.approx(5, rel=0.02)  # the grid's end lies within a step of 1
+    saturates = next(fault for fault in found.faults if fault.kind == "saturates")
+    far = float(saturates.what.partition("up to ")[2].split()[0])
+    assert far == pytest.approx(5, rel=0.02)
+    positive = fxquant.calibrate(fxquant.prepare(nn.Linear(8, 8).eval(), calm.abs()), [calm.abs()], progress=False)
+    found = fxquant.errors_by_layer(positive, [calm.abs(), -calm.abs()], progress=False)["input_1_quantizer"]
+    assert any("where it ends at 0" in fault.what for fault in found.faults if fault.kind == "saturates")

@@ -184,3 +184,50 @@ def test_four_bits_and_a_graph_with_several_inputs(tmp_path):
     for name in ("a", "b"):
         (own,) = [tensor.weight for tensor in found.weights if tensor.name.startswith(f"{name}.weight")]
         assert own.sqnr == pytest.approx(layers[name].weight.sqnr, abs=0.01)
+
+
+class Keyed(torch.nn.Module):
+    """Takes a dict of two tensors of one shape, which only their keys tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8)
+
+    def forward(self, batch):
+        return (self.left(batch["left"]) + self.right(batch["right"])).relu()
+
+
+class Named(Keyed):
+    """Takes the two by name."""
+
+    def forward(self, left, right):
+        return super().forward({"left": left, "right": right})
+
+
+@pytest.mark.parametrize("kind", [Keyed, Named])
+def test_inputs_are_found_by_their_keys_and_not_by_their_order(kind, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    data = [{name: torch.randn(4, 6, generator=generator) for name in ("left", "right")} for _ in range(2)]
+    turned = [{name: batch[name] for name in ("right", "left")} for batch in data]
+    example = (data[0],) if kind is Keyed else data[0]
+    prepared = fxquant.calibrate(fxquant.prepare(kind().eval(), example), data, progress=False)
+    path = tmp_path / "two.onnx"
+    fxquant.export_onnx(prepared, path)
+    found = fxquant.errors_by_layer(path, data, reference=prepared, progress=False)
+    assert all(tensor.accumulated.sqnr > 30 for tensor in found.activations)
+    assert fxquant.errors_by_layer(path, turned, reference=prepared, progress=False) == found
+    inputs = [value.name for value in onnx.load(path).graph.input]
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 6]) for name in (*inputs, "out")]
+    node = onnx.helper.make_node("Sub", inputs, ["out"])
+    graph = onnx.helper.make_graph([node], "float", values[:2], values[2:])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "float.onnx")
+    by_input = [dict(reversed(list(zip(inputs, batch.values(), strict=True)))) for batch in data]
+    found = fxquant.errors_by_layer(path, by_input, reference=tmp_path / "float.onnx", progress=False)
+    assert len(found.activations) == 2 and all(tensor.accumulated.sqnr > 30 for tensor in found.activations)
+    with pytest.raises(InputError, match="is quantized itself"):
+        fxquant.errors_by_layer(path, by_input, reference=path)
+    others = [{"up": data[0]["left"], "down": data[0]["right"]}]
+    with pytest.raises(InputError, match=f"keys up, down, and the file takes {', '.join(inputs)}"):
+        fxquant.errors_by_layer(path, others, reference=tmp_path / "float.onnx")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +77,12 @@ def test_a_file_on_integers_has_no_other_operators_than_its_forms_say(name):
         node.op_type for node in graph.node if node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
     }
     assert found <= allowed
+
+
+def test_a_process_that_only_imports_the_package_has_every_form():
+    code = "import fxquant; from fxquant.nn.form import FORMS; print(*sorted(form.__name__ for form in FORMS))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == sorted(form.__name__ for form in forms_of_the_package() - {IntegerOp})
 
 
 # --- a form from outside -----------------------------------------------------------------------------------------------

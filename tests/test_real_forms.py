@@ -166,7 +166,7 @@ def test_every_form_of_the_table_holds_what_it_is_written_with(name):
 @pytest.mark.parametrize(("rounding", "off"), [("single", 1.5 * 2**-23), ("double", 0.0), ("float", 0.0)])
 @pytest.mark.parametrize("outputs", [True, False])
 def test_weight_scales_come_back_as_the_docstring_says(rounding, off, outputs):
-    """``passes.real_forms``: exact with 31 bits, within 1.5 · 2^-23 with odd 24, within 2^-23 with none."""
+    """``forms.weighted``: exact with 31 bits, within 1.5 · 2^-23 with odd 24, within 2^-23 with none."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1))
     x = torch.randn(4, 3, 16, 16)

@@ -225,12 +225,6 @@ def test_a_model_of_another_class_is_refused_and_one_that_cannot_be_captured_aga
     checked(found.html())
 
 
-def test_the_function_and_the_package_of_its_name_live_together():
-    from fxquant.report.diff import diff
-
-    assert fxquant.diff is diff and callable(fxquant.report)
-
-
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_script_is_javascript(tmp_path):
     script = resources.files("fxquant.page") / "source" / "page.js"
@@ -359,3 +353,37 @@ def test_awkward_models_have_a_page_and_stay_as_they_were(qat):
         assert all(layer.alone is not None or layer.not_measured for layer in found.errors.layers), name
         shown += 1
     assert shown > 100
+
+
+def test_what_a_report_cannot_use_is_told_before_anything_is_measured(tmp_path):
+    data = batches()
+    model, prepared = prepared_small(data, deep())
+    for options, words in (
+        ({"bits": (1,)}, "each 2 to 16"),
+        ({"bits": 8}, "each 2 to 16"),
+        ({"batches": -1}, "batches=-1: give how many"),
+        ({"batches": 0}, "1 or more"),
+        ({"sections": ["a text"]}, "sections=list: give a dict"),
+    ):
+        with pytest.raises(InputError, match=re.escape(words)):
+            fxquant.report(model, prepared, data, progress=False, **options)
+    with pytest.raises(InputError, match="evaluate gave a str; it has to give one number"):
+        fxquant.report(model, prepared, data, bits=None, evaluate=lambda model: "good", progress=False)
+    found = fxquant.report(model, prepared, data, bits=None, progress=False)
+    with pytest.raises(InputError, match="it was given a int"):
+        found.compare(3)
+    (tmp_path / "r.html").mkdir()
+    for shown in (found, found.compare(found)):
+        with pytest.raises(InputError, match="there is no folder"):
+            shown.save(tmp_path / "no" / "r.html")
+        with pytest.raises(InputError, match="is a folder"):
+            shown.save(tmp_path / "r.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_model_of_the_same_class_that_it_was_not_made_of_is_refused():
+    """nn.Sequential is the class of many: here one gives other shapes."""
+    data = batches()
+    _, prepared = prepared_small(data, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)))
+    with pytest.raises(InputError, match="not made from the first"):
+        fxquant.report(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), prepared, data, bits=None, progress=False)

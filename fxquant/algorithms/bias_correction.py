@@ -81,6 +81,9 @@ def bias_correction(layer: Layer, generator: torch.Generator) -> Refusal | None:
 def correct_biases(prepared: Model) -> Model:
     """Correct the bias of every layer whose input's mean follows from batch norms, without data.
 
+    Example:
+        >>> int8 = fxquant.convert(correct_biases(prepared))
+
     Args:
         prepared: a calibrated model that ``prepare`` made of a model with batch norms; changed in place. Roundings stay, and
             are pinned with the new bias, which follows from the float one: a second call changes nothing, and what

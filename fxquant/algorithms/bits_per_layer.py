@@ -34,7 +34,7 @@ from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Recipe, Setting
-from fxquant.report.census import macs_of
+from fxquant.reporting.census import macs_of
 from fxquant.targets import X86, Target, get
 
 __all__ = ["Assignment", "mixed_precision"]

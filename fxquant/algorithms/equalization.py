@@ -32,6 +32,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.passes.facts import Folded
+from fxquant.passes.fold_batchnorm import pads
 
 __all__ = ["equalize", "require_uncalibrated"]
 
@@ -141,7 +142,10 @@ def _factor(first: Channels, second: Channels) -> Tensor:
 
 def _absorb(graph: LeveledModule, link: Link, first: Channels, second: Channels) -> None:
     """Move high biases of ``link`` from its first to its second layer."""
-    if first.bias is None or second.bias is None or not _only_relu(graph, link) or _pads(graph, link.readers[0]):
+    if first.bias is None or second.bias is None or not _only_relu(graph, link):
+        return
+    reader = link.readers[0]
+    if pads(call_of(reader, graph.get_submodule(str(reader.target))).attributes.get("padding", 0)):
         return
     statistics = Folded(link.source).statistics
     assert statistics is not None
@@ -160,10 +164,3 @@ def _only_relu(graph: LeveledModule, link: Link) -> bool:
         if behaviour.bounds(call_of(node, graph.get_submodule(str(node.target)))) != (0.0, None):
             return False
     return bool(link.between)
-
-
-def _pads(graph: LeveledModule, node: fx.Node) -> bool:
-    padding = call_of(node, graph.get_submodule(str(node.target))).attributes.get("padding", 0)
-    if isinstance(padding, str):
-        return padding != "valid"
-    return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)

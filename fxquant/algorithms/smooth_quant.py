@@ -49,6 +49,10 @@ def smooth(
     For transformers, whose norms give a few channels a hundred times the others' range. Call it between ``prepare`` and
     ``calibrate``.
 
+    Example:
+        >>> prepared = smooth(fxquant.prepare(model, images), loader)
+        >>> fxquant.calibrate(prepared, loader)
+
     Args:
         prepared: what ``prepare`` returned, not calibrated yet; its layers get new parameters, the user's model stays.
         loader: batches as for ``calibrate``.

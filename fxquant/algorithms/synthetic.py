@@ -41,7 +41,7 @@ def synthesize(
     """Batches for ``calibrate`` and ``recover`` where there are no data, from the statistics of a model's batch norms.
 
     Example:
-        >>> made = synthesize(model, torch.zeros(64, 3, 224, 224))
+        >>> made = synthesize(model, images)  # one batch, for its form and shapes
         >>> fxquant.calibrate(prepared, made)
 
     Args:

@@ -29,6 +29,8 @@ def batches_of(data: Any, batches: int | None, verb: str) -> list[Any]:
     Raises:
         InputError: there is none; ``verb`` is who asks.
     """
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        raise InputError(f"{verb}: batches={batches!r}: give how many to use, 1 or more, or None for all.")
     if isinstance(data, (Tensor, Mapping)):
         return [data]
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fxquant.analysis.faults import Fault, Measured, faults_of
-from fxquant.analysis.measures import Error, Histogram, HistogramCount, Noise, channel_peaks, on_own_grid
+from fxquant.analysis.measures import Error, Histogram, HistogramCount, Noise, channel_peaks, finite, on_own_grid
 from fxquant.analysis.spots import Spot
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantWeightedOp
-from fxquant.report.tabled import decibels
+from fxquant.reporting.tabled import decibels
 
 __all__ = ["Count", "LayerError", "cells_of", "record_of"]
 
@@ -96,7 +96,7 @@ class Count:
         if self.seen is None:
             self.seen = HistogramCount(grid.scale, grid.zero_point, grid.scheme, quantizer.axis)
         self.seen.add(x)
-        self.best.add(on_own_grid(x.float(), grid.scheme, quantizer.axis), x)
+        self.best.add(on_own_grid(finite(x.float()), grid.scheme, quantizer.axis), finite(x))
 
     def _count_weight(self, weight: Tensor) -> None:
         quantizer = self.spot.weight
@@ -122,9 +122,15 @@ class Count:
         scale = None if self.spot.grid is None else self.spot.grid.grid.scale
         self.accumulated.add(actual, expected, scale if scale is not None and scale.ndim == 0 else None)
 
+    def nothing(self) -> str | None:
+        """Why there are no numbers; None where there are some."""
+        if not self.was_reached:
+            return "no batch reaches it"
+        return "its results are empty in these batches" if not (self.alone.values or self.not_measured) else None
+
     def uses_its_grid(self) -> bool:
         """Whether the values take up half of the grid or more."""
-        return self.seen is not None and self.seen.used >= 0.5
+        return self.seen is not None and self.seen.reach >= 0.5
 
     def layer(self, shared_with: tuple[str, ...] = ()) -> LayerError:
         """What was counted; ``shared_with`` are other ops with the same quantizer, which use it well."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from fxquant.algorithms.store import Store
@@ -36,9 +37,9 @@ from fxquant.errors import InputError
 from fxquant.flow import quantizers_off, require_level
 from fxquant.nn.integer import IntegerOp, Quantize
 from fxquant.numerics.affine import dequantize
-from fxquant.report.census import module_at
-from fxquant.report.coverage import Coverage, coverage
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.census import module_at
+from fxquant.reporting.coverage import Coverage, coverage
+from fxquant.reporting.tabled import Tabled
 
 __all__ = ["LayerError", "LayerErrors", "errors_by_layer"]
 
@@ -204,7 +205,7 @@ class _Session:
             def in_float(spot: Spot, part: Any, args: Any, kwargs: Any, result: Any) -> None:
                 key: Any = spot
                 number = calls[spot] = calls.get(spot, -1) + 1
-                store.put(key, number, result)
+                store.put(key, number, tree_map_only(Tensor, _copied, result))
                 self.counts[spot].count_alone(args, kwargs, result)
 
             with same_randomness(), quantizers_off(self.prepared), _hooks(self.prepared_parts(), in_float):
@@ -219,10 +220,8 @@ class _Session:
 
             with same_randomness(), _hooks(self.watched, rounded):
                 run_batch(self.model, batch, self.forward)
-            for spot in self.spots:
-                if spot not in calls:
-                    self.left_out.setdefault(spot.path, "no batch reaches it")
-                elif calls[spot] != seen.get(spot, -1) and spot in self.watched.values():
+            for spot in set(self.watched.values()):
+                if calls.get(spot) != seen.get(spot):
                     self.left_out[spot.path] = "the model's own code calls it otherwise when it is quantized"
 
     def prepared_parts(self) -> dict[nn.Module, Spot]:
@@ -236,6 +235,9 @@ class _Session:
 
     def result(self, covered: Coverage, batches: int) -> LayerErrors:
         """What all batches came to."""
+        for spot in self.spots:
+            if (reason := self.counts[spot].nothing()) is not None:
+                self.left_out.setdefault(spot.path, reason)
         layers = [self.counts[s].layer(self._sharing(s)) for s in self.spots if self.counts[s].was_reached]
         order = sorted(layers, key=lambda layer: layer.alone.sqnr if layer.alone is not None else float("inf"))
         faults = [fault for layer in layers for fault in layer.faults]
@@ -250,6 +252,11 @@ class _Session:
             left_out=self.left_out,
             batches=batches,
         )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """What ``tensor`` holds now: the model's own code may write into it after the call."""
+    return tensor.detach().clone()
 
 
 def _real(part: Any, result: Any) -> Any:

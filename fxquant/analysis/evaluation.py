@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fxquant.analysis.measures import divergence
 from fxquant.errors import InputError
 from fxquant.export.agreement import compare_output
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.tabled import Tabled, in_decibels
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -53,11 +54,16 @@ class Evaluation(Tabled):
 
     def notes(self) -> Sequence[str]:
         agreement = f"the float model's class in {100 * self.same_top1:.2f} % of {self.rows} images"
-        lines = [f"{agreement}; logits {decibels(self.sqnr)} dB against float, KL {self.kl:.2g} nats"]
+        lines = [f"{agreement}; logits {in_decibels(self.sqnr)} against float, KL {self.kl:.2g} nats"]
         return [*lines, *([self.note] if self.note else [])]
 
     def records(self) -> list[dict[str, Any]]:
-        return [{"rows": self.rows, "same_top1": self.same_top1, "sqnr": self.sqnr, "kl": self.kl}]
+        right = {
+            f"{name}_{which}": None if both is None else both[i]
+            for name, both in (("top1", self.top1), ("top5", self.top5))
+            for i, which in enumerate(("float", "quantized"))
+        }
+        return [{"rows": self.rows, **right, "same_top1": self.same_top1, "sqnr": self.sqnr, "kl": self.kl}]
 
 
 def evaluate(
@@ -87,8 +93,13 @@ def evaluate(
             results.append((_logits(run_float(batch)), _logits(run_quantized(batch))))
     if not results:
         raise InputError("evaluate was given no data.")
+    for exact, rounded in results:
+        if exact.shape != rounded.shape:
+            raise InputError(
+                f"the quantized model gives {list(rounded.shape)} for a batch, and the float one {list(exact.shape)}: "
+                "it was not made of this model. Give the model that it was made of."
+            )
     exact, rounded = (torch.cat([both[i] for both in results]).double() for i in (0, 1))
-    p, q = exact.log_softmax(1), rounded.log_softmax(1)
     note = ""
     if labels is not None and classes not in (None, exact.shape[1]):
         note = f"no accuracy: there are {classes} classes of samples, and the model has {exact.shape[1]}"
@@ -99,7 +110,7 @@ def evaluate(
         top5=None if right is None or exact.shape[1] < 6 else (_top(exact, right, 5), _top(rounded, right, 5)),
         same_top1=float((exact.argmax(1) == rounded.argmax(1)).double().mean()),
         sqnr=compare_output("", rounded, exact, None).sqnr,
-        kl=float((p.exp() * (p - q)).sum(1).mean()),
+        kl=divergence(rounded, exact) / len(exact),
         note=note,
     )
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fxquant.analysis.measures import Error, Histogram
-from fxquant.report.coverage import Coverage
-from fxquant.report.findings_text import island_name
-from fxquant.report.rows import source_line
+from fxquant.reporting.coverage import Coverage
+from fxquant.reporting.findings_text import island_name
+from fxquant.reporting.rows import source_line
 
 __all__ = ["Fault", "Measured", "faults_of", "few_bits", "float_faults"]
 
@@ -113,11 +113,10 @@ def _grid(
     lost = f"{error.sqnr:.1f} dB are left, where a grid over its own values leaves {best.sqnr:.1f}"
     whose = "its weight" if of else "its result"
     if histogram.clipped > 0 and histogram.used >= 0.5:
-        reach = max(
-            histogram.high / (histogram.grid_high or math.inf), histogram.low / (histogram.grid_low or math.inf)
-        )
         share = f"{100 * histogram.clipped:.2g} % of the values lie beyond the grid"
-        what = f"{whose} saturates: {share}, up to {reach:.3g} times as far"
+        past = (histogram.reach - 1) * max(-histogram.grid_low, histogram.grid_high)
+        far = f"up to {histogram.reach:.4g} times as far" if past > histogram.step / 2 else "where it ends at 0"
+        what = f"{whose} saturates: {share}, {far}"
         repair = (
             "calibrate with data of its range, or with estimator='minmax'"
             if not of

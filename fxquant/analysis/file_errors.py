@@ -23,18 +23,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from fxquant.analysis.batches import batches_of, left_alone
+from fxquant.analysis.batches import batches_of, left_alone, run_batch
 from fxquant.analysis.measures import Error, Noise
 from fxquant.analysis.qdq_file import QdqFile, Rounded
 from fxquant.analysis.spots import end_of_chain, spots_of
+from fxquant.capture.calls import Call
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError
+from fxquant.export.signature import Signature
 from fxquant.flow import convert, quantizers_off, require_level
 from fxquant.inputs import arguments_of
 from fxquant.nn.modules import QuantOp
 from fxquant.onnx.names import integers_name
-from fxquant.report.census import module_at
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.census import module_at
+from fxquant.reporting.tabled import Tabled, decibels
 
 __all__ = ["FileErrors", "FileTensor", "errors_in_file"]
 
@@ -65,7 +67,8 @@ class FileErrors(Tabled):
     Attributes:
         path: the file.
         weights, activations: one entry per tensor.
-        left_out: tensors of the file that the reference does not have, and integers that several layers share.
+        left_out: tensors of the file that the reference does not have, integers that several layers share, and weights that
+            are floats of 8 bits or scaled by blocks.
         batches: how many were run.
     """
 
@@ -93,12 +96,11 @@ class FileErrors(Tabled):
         return f"{os.path.basename(self.path)}: SQNR against float on {batches}, worst first"
 
     def notes(self) -> Sequence[str]:
+        if not self.left_out:
+            return []
         more = f" and {len(self.left_out) - 6} more" if len(self.left_out) > 6 else ""
-        return (
-            [f"not in the reference, or shared by several layers: {', '.join(self.left_out[:6])}{more}"]
-            if self.left_out
-            else []
-        )
+        why = "not in the reference, shared by several layers, or no integers with one scale per channel"
+        return [f"{why}: {', '.join(self.left_out[:6])}{more}"]
 
     def records(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -123,7 +125,8 @@ def errors_in_file(
 
     Args:
         path: an ONNX file, from ``export_onnx`` or another quantizer.
-        data: batches as for ``errors_by_layer``, of sizes that the file takes.
+        data: batches as for ``errors_by_layer``, of sizes that the file takes; tensors with keys are found by the names of
+            the file's inputs, others are given in order.
         reference: the prepared model that the file was made of; or the path of the float ONNX file that another quantizer
             made it of, with the same names of tensors and, behind a weight's name, ``_quantized``.
         batches: stop after that many.
@@ -172,7 +175,7 @@ def errors_in_file(
 
 def _weights(file: QdqFile, floats: _Floats) -> tuple[list[FileTensor], list[str]]:
     found: list[FileTensor] = []
-    unknown: list[str] = []
+    unknown = file.unread()
     uses = Counter(name for name, *_ in file.weights())
     for name, values, scale, axis in file.weights():
         expected = (
@@ -212,6 +215,11 @@ class _OfFile(_Floats):
 
     def __init__(self, path: str | os.PathLike[str], quantized: QdqFile) -> None:
         self.file = QdqFile(path)
+        if any(True for _ in self.file.weights()) or any(True for _ in self.file.roundings()):
+            raise InputError(
+                f"the reference {os.fspath(path)!r} is quantized itself.\n"
+                "  what to do: give the float file that the quantized one was made of, or the prepared model."
+            )
         self.inputs = quantized.inputs
         self._run: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None
 
@@ -263,7 +271,8 @@ class _OfPrepared(_Floats):
         found = self.tensors.get(own) if self.is_folded else None
         if found is None:
             return None
-        return found.detach().transpose(-1, -2) if changed == "transposed" else found.detach()
+        found = found.detach().cpu()
+        return found.transpose(-1, -2) if changed == "transposed" else found
 
     def has(self, own: Rounded) -> bool:
         return own.integers in self.known
@@ -280,13 +289,12 @@ class _OfPrepared(_Floats):
         def keep(part: nn.Module, args: Any, result: Any) -> None:
             calls[part] += 1
             if calls[part] == 1 and isinstance(result, Tensor):
-                found[integers_name(self.parts[part], set())] = result.detach()
+                found[integers_name(self.parts[part], set())] = result.detach().cpu().clone()  # before a write into it
 
         hooks = [part.register_forward_hook(keep) for part in self.parts]
         try:
-            args, kwargs = arguments_of(self.prepared, batch)
             with left_alone(self.prepared), quantizers_off(self.prepared), torch.no_grad():
-                self.prepared(*args, **kwargs)
+                run_batch(self.prepared, batch, None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -294,14 +302,30 @@ class _OfPrepared(_Floats):
 
     def feeds(self, batch: Any) -> dict[str, Tensor]:
         args, kwargs = arguments_of(self.prepared, batch)
-        return _named(kwargs or args, self.inputs)
+        try:
+            signature = Signature(self.prepared, Call(args, kwargs))
+            named = dict(zip(signature.input_names, signature.tensors(args, kwargs), strict=True))
+        except InputError:  # objects that no file takes; its tensors may be given in order
+            named = {}
+        return _named(named if set(self.inputs) <= set(named) else kwargs or args, self.inputs)
 
 
 def _named(batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a batch by the names of a file's inputs."""
+    """The tensors of a batch by the names of a file's inputs: by key where it has keys, else in order.
+
+    Raises:
+        InputError: it has too few tensors, or has keys, and others than the inputs.
+    """
     if isinstance(batch, Mapping) and set(names) <= set(batch):
         return {name: batch[name] for name in names}
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    parts = batch if isinstance(batch, (tuple, list)) else [batch]
+    keys = [str(key) for part in parts if isinstance(part, Mapping) for key in part]
+    if keys and (len(names) > 1 or len(leaves) != 1):
+        raise InputError(
+            f"a batch has the keys {', '.join(keys)}, and the file takes {', '.join(names)}.\n"
+            "  what to do: name the tensors as the file's inputs are named, or give them as a tuple in that order."
+        )
     if len(leaves) < len(names):
         raise InputError(f"a batch has {len(leaves)} tensors, and the file takes {len(names)}: {', '.join(names)}.")
     return dict(zip(names, leaves, strict=False))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fxquant.analysis.qdq_file import QdqFile
+from fxquant.checkpoint import unreadable
 from fxquant.errors import CheckpointError, InputError
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.tabled import Tabled, megabytes
 
 __all__ = ["FileInfo", "FileTensorInfo", "info"]
 
@@ -68,8 +69,8 @@ class FileInfo(Tabled):
         ]
 
     def title(self) -> str:
-        facts = "".join(f"\n  {name}: {value}" for name, value in self.facts.items())
-        return f"{self.path}: {self.form}, {self.bytes / 1e6:.3g} MB{facts}"
+        facts = "".join(f"\n  {name}: {value}" for name, value in self.facts.items() if value)
+        return f"{self.path}: {self.form}, {megabytes(self.bytes)}{facts}"
 
     def records(self) -> list[dict[str, Any]]:
         return [
@@ -98,7 +99,7 @@ def info(path: str | os.PathLike[str]) -> FileInfo:
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path!r}.")
+        raise InputError(f"{path!r} is a folder." if os.path.isdir(path) else f"there is no file {path!r}.")
     ending = os.path.splitext(path)[1].lower()
     if ending == ".onnx":
         return _onnx(path)
@@ -114,17 +115,14 @@ def _onnx(path: str) -> FileInfo:
     made_by = {name: node for node in nodes for name in node.output}
     products = [node for node in nodes if node.op_type in _PRODUCTS]
     integer = [node for node in products if _is_integer(node, made_by)]
-    sizes = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int32": 32}
-    kinds = file.onnx.TensorProto.DataType
     tensors = []
     for name, values, scale, _ in file.weights():
-        bits = sizes.get(kinds.Name(file.constants[name].data_type).lower(), 8)
+        bits = file.bits(file.constants[name].data_type)
         span = (float(scale.min()), float(scale.max()))
         tensors.append(FileTensorInfo(name, "bias" if bits == 32 else "weight", bits, tuple(values.shape), span, None))
     for own in file.roundings():
         node = made_by[own.integers]
-        kind = file.constants[node.input[2]].data_type if len(node.input) > 2 else kinds.UINT8
-        bits = sizes.get(kinds.Name(kind).lower(), 8)
+        bits = file.bits(_kind(file, node))
         zero = int(own.zero_point) if own.zero_point.ndim == 0 else None
         span = (float(own.scale.min()), float(own.scale.max()))
         tensors.append(FileTensorInfo(own.integers, "activation", bits, None, span, zero))
@@ -140,7 +138,17 @@ def _onnx(path: str) -> FileInfo:
         "coverage": f"{len(integer)} of {len(products)} products and convolutions read integers only",
         "bits": _bits(tensors),
     }
+    if others := file.unread():
+        facts["not listed"] = f"{', '.join(others[:4])}: of floats, or scaled by blocks or by what is computed"
     return FileInfo(path, os.path.getsize(path) + beside, form, facts, tuple(tensors))
+
+
+def _kind(file: QdqFile, node: Any) -> int:
+    """The type that a QuantizeLinear gives: that of its zero point, or what it says, or else unsigned bytes."""
+    if len(node.input) > 2 and node.input[2]:
+        return int(file.constants[node.input[2]].data_type)
+    told = (int(attribute.i) for attribute in node.attribute if attribute.name == "output_dtype")
+    return next(told, 0) or int(file.onnx.TensorProto.UINT8)
 
 
 def _is_integer(node: Any, made_by: dict[str, Any]) -> bool:
@@ -172,8 +180,8 @@ def _saved(path: str) -> FileInfo:
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise CheckpointError(f"{path!r} cannot be read: {error}") from error
-    if not isinstance(content, dict) or "fxquant" not in content or "state" not in content:
+        raise CheckpointError(f"{path!r} cannot be read: {unreadable(error)}.") from error
+    if not isinstance(content, dict) or not {"fxquant", "state", "model", "level"} <= set(content):
         raise CheckpointError(f"{path!r} was not written by fxquant.save; it holds a {type(content).__name__}.")
     state: dict[str, Tensor] = content["state"]
     tensors = [

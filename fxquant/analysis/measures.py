@@ -18,9 +18,11 @@ from fxquant.numerics.affine import broadcast, scale_and_zero_point
 from fxquant.numerics.gradients import fake_quantize
 from fxquant.numerics.scheme import Scheme
 
-__all__ = ["Error", "Histogram", "HistogramCount", "Noise", "channel_peaks", "on_own_grid"]
+__all__ = ["Error", "Histogram", "HistogramCount", "Noise", "channel_peaks", "divergence", "finite", "on_own_grid"]
 
 BINS = 64
+_AT_ONCE = 2**24
+"""torch.histc counts in the type of its input, and float32 stops counting there."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ class Noise:
         self.has_steps = False
 
     def add(self, actual: Tensor, expected: Tensor, scale: Tensor | None = None, axis: int | None = None) -> None:
-        """Count ``actual`` against ``expected``, of one shape; ``scale`` is the grid's, per channel along ``axis``."""
+        """Count ``actual`` against ``expected``, of one shape; ``scale`` is the grid's, per channel along ``axis``.
+
+        Where both are the same infinity, as masked scores are, or both NaN, there is neither signal nor noise.
+        """
         if not expected.numel():
             return
-        apart = actual.detach().float() - expected.detach().float()
-        self.signal += _square(expected)
+        actual, expected = actual.detach().float(), expected.detach().float()
+        alike = (actual == expected) | (torch.isnan(actual) & torch.isnan(expected))
+        apart = (actual - expected).masked_fill(alike, 0.0).nan_to_num(math.inf, math.inf, -math.inf)
+        self.signal += _square(finite(expected))
         self.noise += _square(apart)
         self.largest = max(self.largest, float(apart.abs().max()))
         self.values += expected.numel()
@@ -78,8 +85,22 @@ class Noise:
         )
 
 
+def finite(x: Tensor) -> Tensor:
+    """``x`` with 0 for what is infinite or NaN."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
 def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.detach().flatten(), dtype=torch.float64)) ** 2
+
+
+def divergence(actual: Tensor, expected: Tensor) -> float:
+    """Σ KL(p || q) over rows in nats, p and q the softmax of ``expected`` and ``actual`` (n, classes), at least 0.
+
+    A class that ``expected`` excludes (-inf) counts nothing; roundings of float64 below 0 are 0.
+    """
+    p, q = expected.detach().double().log_softmax(1), actual.detach().double().log_softmax(1)
+    return max(float(torch.where(torch.isneginf(expected), 0.0, p.exp() * (p - q)).sum()), 0.0)
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -99,6 +120,7 @@ class Histogram:
         step: its scale; of a grid per channel the mean.
         levels: how many integers it has.
         used: the largest share of the grid's span that the values take up, 0 to 1.
+        reach: the same, and above 1 where values lie beyond the grid: how many times as far as it reaches they do.
         clipped: the share of the values that lie beyond the grid by more than half a step.
     """
 
@@ -110,6 +132,7 @@ class Histogram:
     step: float
     levels: int
     used: float
+    reach: float
     clipped: float
 
 
@@ -122,25 +145,25 @@ class HistogramCount:
         self.upper = (scheme.qmax - zero_point) * self.scale
         self.counts: Tensor | None = None
         self.low = self.high = 0.0
-        self.used = 0.0
+        self.reach = 0.0
         self.beyond = self.values = 0
 
     def add(self, x: Tensor) -> None:
-        """Count the values of ``x`` before they are rounded."""
+        """Count the values of ``x`` before they are rounded, those that are finite."""
+        x = finite(x.detach().float())
         if not x.numel():
             return
-        x = x.detach().float()
         lower, upper, step = (broadcast(t, x.ndim, self.axis) for t in (self.lower, self.upper, self.scale))
         if self.counts is None:
             self.low = min(float(self.lower.min()), float(x.min()))
             self.high = max(float(self.upper.max()), float(x.max()), self.low + 1e-30)
             self.counts = torch.zeros(BINS, dtype=torch.float64)
-        found = torch.histc(x.clamp(self.low, self.high), BINS, self.low, self.high)
-        self.counts += found.double().cpu()
+        for part in x.flatten().split(_AT_ONCE):
+            self.counts += torch.histc(part.clamp(self.low, self.high), BINS, self.low, self.high).double().cpu()
         self.beyond += int(((x < lower - step / 2) | (x > upper + step / 2)).sum())
         self.values += x.numel()
         parts = torch.maximum(_share(x, upper), _share(-x, -lower))
-        self.used = max(self.used, float(parts.max()))
+        self.reach = max(self.reach, float(parts.max()))
 
     def histogram(self) -> Histogram | None:
         """What was counted; None where nothing was."""
@@ -154,7 +177,8 @@ class HistogramCount:
             grid_high=float(self.upper.max()),
             step=float(self.scale.mean()),
             levels=self.scheme.qmax - self.scheme.qmin + 1,
-            used=min(self.used, 1.0),
+            used=min(self.reach, 1.0),
+            reach=self.reach,
             clipped=self.beyond / self.values,
         )
 
@@ -168,6 +192,8 @@ def _share(x: Tensor, bound: Tensor) -> Tensor:
 def on_own_grid(x: Tensor, scheme: Scheme, axis: int | None) -> Tensor:
     """``x`` rounded to the finest grid of ``scheme`` that covers its own values: what a grid can give it at best without
     clipping."""
+    if not x.numel():
+        return x
     if axis is None:
         low, high = torch.aminmax(x)
     else:
@@ -182,4 +208,4 @@ def channel_peaks(x: Tensor) -> Tensor | None:
     if x.ndim < 2 or not x.numel():
         return None
     axis = 1 if x.ndim in (4, 5) else x.ndim - 1
-    return x.detach().abs().transpose(0, axis).flatten(1).amax(1)
+    return finite(x.detach()).abs().transpose(0, axis).flatten(1).amax(1)

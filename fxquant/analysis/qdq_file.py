@@ -64,11 +64,25 @@ class QdqFile:
             raise InputError(f"{self.path!r} cannot be read as ONNX: {error}") from error
         self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
         for node in self.model.graph.node:
-            held = [attribute for attribute in node.attribute if attribute.name == "value"]
-            if node.op_type == "Constant" and held:
-                self.constants[node.output[0]] = held[0].t
+            if node.op_type == "Constant":
+                self.constants.update((node.output[0], held) for held in self._held(node))
         self.inputs = [value.name for value in self.model.graph.input if value.name not in self.constants]
         self.made = {name for node in self.model.graph.node for name in node.output} | set(self.inputs)
+
+    def _held(self, node: Any) -> Iterator[Any]:
+        """The tensor of a Constant, whichever of its attributes has it."""
+        for attribute in node.attribute:
+            if attribute.name == "value":
+                yield attribute.t
+            elif attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
+                value = self.onnx.helper.get_attribute_value(attribute)
+                dtype = torch.float32 if "float" in attribute.name else torch.int64
+                yield self.onnx.numpy_helper.from_array(torch.tensor(value, dtype=dtype).numpy())
+
+    def bits(self, kind: int) -> int | None:
+        """The width of a tensor's type in bits, where it is one of integers."""
+        name = self.onnx.TensorProto.DataType.Name(kind).lower()
+        return int(name.lstrip("uint")) if name.lstrip("u").startswith("int") else None
 
     def tensor(self, name: str) -> Tensor:
         """A constant of the file."""
@@ -79,12 +93,14 @@ class QdqFile:
         return torch.from_numpy(array.astype(wide).copy())
 
     def weights(self) -> Iterator[tuple[str, Tensor, Tensor, int | None]]:
-        """Every constant behind a DequantizeLinear: its name, what it stands for, its scale, and the axis of that."""
+        """Every constant of integers behind a DequantizeLinear, with one scale or one per channel: its name, what it stands
+        for, its scale, and the axis of that."""
         for node in self.model.graph.node:
             if (
                 node.op_type == "DequantizeLinear"
                 and node.input[0] in self.constants
                 and node.input[1] in self.constants
+                and self.bits(self.constants[node.input[0]].data_type) is not None
             ):
                 scale, zero_point = self._grid(node)
                 q = self.tensor(node.input[0]).long()
@@ -93,11 +109,18 @@ class QdqFile:
                 axis = self._axis(node) % q.ndim if scale.ndim else None
                 yield node.input[0], dequantize(q, scale, zero_point, axis=axis), scale, axis
 
+    def unread(self) -> list[str]:
+        """The constants behind a DequantizeLinear that ``weights`` leaves out: floats, or scaled by blocks or computed."""
+        read = {name for name, *_ in self.weights()}
+        nodes = [node for node in self.model.graph.node if node.op_type == "DequantizeLinear"]
+        names = dict.fromkeys(node.input[0] for node in nodes if node.input[0] in self.constants)
+        return [name for name in names if name not in read]
+
     def roundings(self) -> Iterator[Rounded]:
         """Every QuantizeLinear of a tensor that is computed."""
         for node in self.model.graph.node:
             if node.op_type == "QuantizeLinear" and node.input[0] in self.made and node.input[0] not in self.constants:
-                if all(name in self.constants for name in node.input[1:]):
+                if all(name in self.constants for name in node.input[1:] if name):
                     yield Rounded(node.input[0], node.output[0], *self._grid(node), self._axis(node))
 
     def _grid(self, node: Any) -> tuple[Tensor, Tensor]:
@@ -132,7 +155,7 @@ class QdqFile:
         def run(inputs: dict[str, Any]) -> dict[str, Tensor]:
             feeds = {name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()}
             try:
-                results = session.run(asked, feeds)
+                results = session.run(asked, feeds) if asked else []  # no name would mean all outputs
             except Exception as error:
                 shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
                 raise InputError(f"{self.path!r} does not take {shapes}: {error}") from error

@@ -14,26 +14,25 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxquant.analysis.batches import Forward, batches_of, left_alone, reals, require_ranges, run_batch, same_randomness
-from fxquant.analysis.measures import Noise
+from fxquant.analysis.measures import Noise, divergence
+from fxquant.analysis.other_bits import refusal, result_at, weight_at
 from fxquant.analysis.spots import Spot, spots_of
 from fxquant.capture.islands import level_of
-from fxquant.errors import InputError
+from fxquant.errors import InputError, Refusal
 from fxquant.flow import calibrate, prepare, quantizers_off, require_level
 from fxquant.inputs import arguments_of, move_to
-from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
-from fxquant.quantizers import rule_of
 from fxquant.recipe import Recipe
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.tabled import Tabled, decibels
 from fxquant.targets import X86, Target
 
-__all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
+__all__ = ["LayerSensitivity", "Sensitivity", "checked_bits", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class LayerSensitivity:
 
     Attributes:
         path, op: the layer: its weighted op, or the op that rounds.
-        sqnr: of the model's output in dB, by bits; of several outputs the least. Bits that its rule cannot hold lack.
-        kl: in nats, likewise; None where no output is logits (two axes, several classes).
+        sqnr: of the model's output in dB, by bits; of several outputs the least. Bits that its quantizer rule cannot have
+            are not there.
+        kl: in nats, by bits; None where no output is logits (two axes, several classes).
         weights: how many numbers its weight has.
     """
 
@@ -62,8 +62,7 @@ class Sensitivity(Tabled):
         name: the model's class.
         bits: what was tried.
         layers: one entry per layer, by the least bits, worst first.
-        left_out: what was not measured, by path, and why.
-        unheld: the bits that a layer's rule cannot hold, by path, and why.
+        left_out: what was not measured, by path, and why; ``conv at 8 bits`` where it was at others.
         batches: how many were run for each.
     """
 
@@ -72,7 +71,6 @@ class Sensitivity(Tabled):
     layers: tuple[LayerSensitivity, ...]
     left_out: dict[str, str]
     batches: int
-    unheld: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def __getitem__(self, path: str) -> LayerSensitivity:
         """The entry of the layer at ``path``."""
@@ -90,8 +88,9 @@ class Sensitivity(Tabled):
         has_kl = any(layer.kl is not None for layer in self.layers)
         rows = []
         for layer in self.layers:
-            kl = [f"{layer.kl[b]:.2g}" if layer.kl and b in layer.kl else "" for b in self.bits] if has_kl else []
-            sqnr = [decibels(layer.sqnr[b]) if b in layer.sqnr else "" for b in self.bits]
+            nats = [(layer.kl or {}).get(bits) for bits in self.bits] if has_kl else []
+            kl = ["" if value is None else f"{value:.2g}" for value in nats]
+            sqnr = [decibels(layer.sqnr.get(bits)) for bits in self.bits]
             rows.append([layer.path, layer.op, f"{layer.weights or ''}", *sqnr, *kl])
         return rows
 
@@ -103,9 +102,6 @@ class Sensitivity(Tabled):
         reasons: dict[str, list[str]] = {}
         for path, reason in self.left_out.items():
             reasons.setdefault(reason, []).append(path)
-        for path, refused in self.unheld.items():
-            for bits, reason in refused.items():
-                reasons.setdefault(f"at {bits} bits {reason}", []).append(path)
         more = {reason: f" and {len(paths) - 4} more" if len(paths) > 4 else "" for reason, paths in reasons.items()}
         return [f"not measured: {', '.join(paths[:4])}{more[reason]}: {reason}" for reason, paths in reasons.items()]
 
@@ -114,13 +110,13 @@ class Sensitivity(Tabled):
         for layer in self.layers:
             row: dict[str, Any] = {"layer": layer.path, "op": layer.op, "weights": layer.weights}
             row |= {f"sqnr_{bits}": layer.sqnr.get(bits) for bits in self.bits}
-            row |= {f"kl_{bits}": layer.kl.get(bits) if layer.kl else None for bits in self.bits}
+            row |= {f"kl_{bits}": (layer.kl or {}).get(bits) for bits in self.bits}
             rows.append(row)
         return rows
 
 
 def sensitivity(
-    model: nn.Module,
+    model: Any,
     data: Any,
     *,
     bits: Sequence[int] = (8, 4),
@@ -134,9 +130,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Round one layer alone, everything else in float, and measure the model's output: which layers need their bits.
 
-    Ranges are those of the calibrated model; at each number of bits the grid covers the same range. A weight is rounded by
-    the rule that its scheme names, a learned range of other bits starting from the weight; where the rule has no such bits
-    (``xnor`` has 2), the table says so. Roundings that an algorithm has pinned count at their own bits.
+    Ranges are those of the calibrated model; at each number of bits the grid of a result covers the same range, and that of
+    a weight what its quantizer rule finds in it. Roundings that an algorithm has pinned count at their own bits. A rule
+    that cannot have some bits (ternary weights at 8) is listed with its reason.
 
     Example:
         >>> print(fxquant.sensitivity(prepared, loader, bits=(8, 4), batches=2))
@@ -158,7 +154,7 @@ def sensitivity(
         InputError: there is no data, or ``bits`` is nothing that can be tried, or the model has no output of real numbers.
         CalibrationError: the model has no ranges yet.
     """
-    tried = _checked(bits)
+    tried = checked_bits(bits)
     kept = batches_of(data, batches, "sensitivity")
     if isinstance(model, nn.Module) and level_of(model) is None:
         model = _prepared(model, kept, recipe, target, forward)
@@ -170,11 +166,15 @@ def sensitivity(
     with left_alone(model), quantizers_off(model):
         found, left_out = session.measure_all(bar, tried, seconds)
     order = sorted(found, key=lambda layer: layer.sqnr[min(layer.sqnr)])
-    unheld = {unit.path: refused for unit in units if (refused := _refused(unit, tried))}
-    return Sensitivity(type(model).__name__, tried, tuple(order), left_out, len(kept), unheld)
+    return Sensitivity(type(model).__name__, tried, tuple(order), left_out, len(kept))
 
 
-def _checked(bits: Sequence[int]) -> tuple[int, ...]:
+def checked_bits(bits: Sequence[int]) -> tuple[int, ...]:
+    """Each of ``bits`` once.
+
+    Raises:
+        InputError: they are nothing that can be tried.
+    """
     given = tuple(bits) if isinstance(bits, (tuple, list, range)) else ()
     if not given or any(isinstance(b, bool) or not isinstance(b, int) or not 2 <= b <= 16 for b in given):
         raise InputError(f"bits={bits!r}: give some numbers of bits, each 2 to 16, as (8, 4).")
@@ -207,6 +207,14 @@ class _Unit:
     def path(self) -> str:
         return self.first.path
 
+    @property
+    def spots(self) -> tuple[Spot, ...]:
+        return self.weighted if self.rounding is None else (*self.weighted, self.rounding)
+
+    def refusal(self, bits: int) -> Refusal | None:
+        """Why one of its parts cannot be rounded to ``bits``; None where all can."""
+        return next((why for spot in self.spots if (why := refusal(spot, bits)) is not None), None)
+
 
 def _units(model: nn.Module) -> list[_Unit]:
     together: dict[tuple[str, str], list[Spot]] = {}
@@ -227,14 +235,21 @@ class _Session:
     def __init__(self, model: Any, kept: Sequence[Any], forward: Forward | None) -> None:
         self.model, self.kept, self.forward = model, kept, forward
         self.exact: list[list[Tensor]] = []
+        self.reached: set[Any] = set()
 
     def run_in_float(self) -> None:
-        """Take the outputs that all others are held against.
+        """Take the outputs that all others are held against, and see which parts of the model take part.
 
         Raises:
             InputError: there is none.
         """
-        self.exact = [self._outputs(batch) for batch in self.kept]
+        parts = {spot.part for spot in spots_of(self.model)}
+        hooks = [part.register_forward_hook(lambda part, *_: self.reached.add(part)) for part in parts]
+        try:
+            self.exact = [self._outputs(batch) for batch in self.kept]
+        finally:
+            for hook in hooks:
+                hook.remove()
         if not any(self.exact):
             raise InputError(f"sensitivity: {type(self.model).__name__} has no output of real numbers to measure.")
 
@@ -247,15 +262,20 @@ class _Session:
         left_out: dict[str, str] = {}
         self.run_in_float()
         for unit in units:
-            held = [width for width in bits if width not in _refused(unit, bits)]
-            if not held:
-                left_out[unit.path] = "its rule holds none of these bits"
-            elif seconds is not None and time.perf_counter() - began > seconds:
+            if seconds is not None and time.perf_counter() - began > seconds:
                 left_out[unit.path] = f"the {seconds:.3g} seconds were used up"
-            elif (measured := self.measure(unit, held)) is None:
-                left_out[unit.path] = "outputs have other shapes than in float, and cannot be compared one by one"
+            elif not any(spot.part in self.reached for spot in unit.spots):
+                left_out[unit.path] = "no batch reaches it"
             else:
-                found.append(measured)
+                refused = {width: str(why) for width in bits if (why := unit.refusal(width)) is not None}
+                left_out |= {f"{unit.path} at {width} bits": why for width, why in refused.items()}
+                if len(refused) == len(bits):
+                    continue
+                measured = self.measure(unit, [width for width in bits if width not in refused])
+                if measured is None:
+                    left_out[unit.path] = "outputs have other shapes than in float, and cannot be compared one by one"
+                else:
+                    found.append(measured)
         return found, left_out
 
     def _outputs(self, batch: Any) -> list[Tensor]:
@@ -268,7 +288,7 @@ class _Session:
         kl: dict[int, float] = {}
         for width in bits:
             noise: list[Noise] = []
-            divergence = [0.0, 0]
+            lost = [0.0, 0]
             with _rounded(unit, width):
                 for batch, exact in zip(self.kept, self.exact, strict=True):
                     actual = self._outputs(batch)
@@ -277,11 +297,11 @@ class _Session:
                     noise += [Noise() for _ in range(len(exact) - len(noise))]
                     for counted, own, other in zip(noise, actual, exact, strict=False):
                         counted.add(own, other)
-                        divergence = [a + b for a, b in zip(divergence, _divergence(own, other), strict=True)]
+                        lost = [a + b for a, b in zip(lost, _divergence(own, other), strict=True)]
             errors = [counted.error() for counted in noise]
             sqnr[width] = min((error.sqnr for error in errors if error is not None), default=math.nan)
-            if divergence[1]:
-                kl[width] = divergence[0] / divergence[1]
+            if lost[1]:
+                kl[width] = lost[0] / lost[1]
         weights = sum(_count(spot) for spot in unit.weighted)
         return LayerSensitivity(unit.path, unit.first.op, sqnr, kl or None, weights)
 
@@ -290,8 +310,7 @@ def _divergence(actual: Tensor, expected: Tensor) -> tuple[float, int]:
     """The sum over rows of KL(p || q) in nats, and their number; nothing for what is no logits."""
     if expected.ndim != 2 or expected.shape[1] < 2:
         return 0.0, 0
-    p, q = expected.double().log_softmax(1), actual.double().log_softmax(1)
-    return float((p.exp() * (p - q)).sum()), expected.shape[0]
+    return divergence(actual, expected), expected.shape[0]
 
 
 def _count(spot: Spot) -> int:
@@ -299,63 +318,16 @@ def _count(spot: Spot) -> int:
     return 0 if weight is None else weight.numel()
 
 
-def _refused(unit: _Unit, bits: Sequence[int]) -> dict[int, str]:
-    """Of ``bits`` those that a rule of ``unit`` cannot hold, and why."""
-    own = [(spot.weight, "weight") for spot in unit.weighted]
-    own += [] if unit.rounding is None else [(unit.rounding.grid, "tensor")]
-    found = dict[int, str]()
-    for quantizer, kind in own:
-        rule = None if quantizer is None else rule_of(quantizer)
-        for width in bits:
-            if rule is not None and quantizer is not None and width != quantizer.scheme.bits:
-                refusal = rule.refusal(replace(quantizer.scheme, bits=width), kind)
-                if refusal is not None:
-                    found.setdefault(width, f"{rule.name} cannot hold them: {refusal}")
-    return found
-
-
 @contextmanager
 def _rounded(unit: _Unit, bits: int) -> Iterator[None]:
     """Inside, the weights and the result of ``unit`` are rounded to ``bits``."""
     with ExitStack() as stack:
         for spot in unit.weighted:
-            stack.enter_context(_weight_at(spot, bits))
+            stack.enter_context(weight_at(spot, bits))
         if unit.rounding is not None:
-            quantizer = _result_at(unit.rounding, bits)
+            quantizer = result_at(unit.rounding, bits)
             hook = unit.rounding.part.register_forward_hook(
                 lambda part, args, y: quantizer(y) if isinstance(y, Tensor) else y
             )
             stack.callback(hook.remove)
         yield
-
-
-@contextmanager
-def _weight_at(spot: Spot, bits: int) -> Iterator[None]:
-    own = spot.weight
-    assert own is not None
-    quantizer: FakeQuantize = own
-    if own.scheme.bits != bits:
-        rule = rule_of(own)
-        cls = WeightQuantize if rule is None or rule.weight is None else rule.weight
-        quantizer = cls(replace(own.scheme, bits=bits), axis=own.axis, channels=own.channels)
-        quantizer.to(own.scale.device).train(own.training)
-    before, quantizer.enabled = quantizer.enabled, True
-    spot.part.weight_quantizer = quantizer
-    try:
-        yield
-    finally:
-        spot.part.weight_quantizer = own
-        quantizer.enabled = before
-
-
-def _result_at(spot: Spot, bits: int) -> FakeQuantize:
-    own = spot.grid
-    assert own is not None
-    grid = own.grid
-    made = FakeQuantize(replace(grid.scheme, bits=bits), axis=own.axis, channels=own.channels)
-    made.to(grid.scale.device)
-    if bits == grid.scheme.bits:
-        made.set_grid(grid.scale, grid.zero_point)
-    else:
-        made.set_range((grid.qmin - grid.zero_point) * grid.scale, (grid.qmax - grid.zero_point) * grid.scale)
-    return made

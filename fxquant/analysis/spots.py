@@ -11,8 +11,8 @@ from torch import fx, nn
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize
-from fxquant.report.census import absolute, module_at
-from fxquant.report.rows import op_text
+from fxquant.reporting.census import absolute, module_at
+from fxquant.reporting.rows import op_text
 
 __all__ = ["Spot", "end_of_chain", "spots_of"]
 

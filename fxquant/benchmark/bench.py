@@ -60,11 +60,13 @@ def bench(
 ) -> Benchmark:
     """Measure a model in float and in int8, in every runtime, interleaved within one process.
 
+    Example:
+        >>> print(fxquant.bench(model, images, calibration=loader, runtimes=["torch"], threads=1, memory=False))
+
     Args:
         model: a float model, unmodified, which is prepared and calibrated here; or what ``prepare``, ``freeze`` or
             ``convert`` returned. Not touched.
-        example_inputs: as for ``prepare``. None for the first batch of ``calibration``, or for noise of the shapes that
-            the model was prepared with.
+        example_inputs: as for ``prepare``; None for calibration's first batch, or noise of the shapes of ``prepare``.
         calibration: batches to calibrate on, as for ``calibrate``; the example inputs where None.
         recipe, target, processor: how a float model is quantized, as for ``prepare``.
         reference: the float model to compare a converted one with.
@@ -72,8 +74,7 @@ def bench(
             your own (``fxquant.runtimes``). One that is not installed, or does not take the model, gets a row that says so.
         threads: how many threads, one number or several; None for the runtimes' own choice.
         batches: batch sizes, one or several: the rows of the example, repeated or cut off. None for the example as it is.
-        compiled: also time the float model behind ``torch.compile``.
-        compile_limit: seconds that compiling may take.
+        compiled, compile_limit: also time the float model behind ``torch.compile``; seconds that compiling may take.
         memory: also measure what each needs in a process of its own, which takes some seconds each.
         noise: the example inputs are noise, and the table shall say so.
         rounds: rounds of each contender.

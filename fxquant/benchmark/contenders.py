@@ -20,6 +20,7 @@ from fxquant.checkpoint import save
 from fxquant.errors import FxquantError, MissingPackageError, Refusal
 from fxquant.export.deployment import Deployment
 from fxquant.export.to_onnx import OnnxFile, deployed
+from fxquant.export.trace import first_line
 from fxquant.runtimes import RUNNABLE, Runtime
 from fxquant.runtimes.pytorch import torch_threads
 
@@ -102,7 +103,7 @@ def _compiled(model: nn.Module, limit: float, call: Call, threads: int | None) -
     except OutOfTimeError:
         raise Refusal(f"torch.compile took more than {limit:g} s") from None
     except Exception as error:  # compilers raise what they like
-        raise Refusal(f"torch.compile fails: {_first_line(error)}") from error
+        raise Refusal(f"torch.compile fails: {first_line(error)[:160]}") from error
     return run
 
 
@@ -118,7 +119,7 @@ class _File:
         except MissingPackageError:
             raise Refusal(_missing("pip install 'fxquant[onnx]'")) from None
         except FxquantError as error:
-            raise Refusal(f"no ONNX file: {_first_line(error)}") from error
+            raise Refusal(f"no ONNX file: {first_line(error)[:160]}") from error
         return made
 
     def build(self, runtime: Runtime, call: Call, threads: int | None) -> Run:
@@ -128,7 +129,7 @@ class _File:
         try:
             return runtime.compiled(self.model, threads)
         except FxquantError as error:
-            raise Refusal(_first_line(error)) from error
+            raise Refusal(first_line(error)[:160]) from error
 
     def size(self) -> int | None:
         return self.content().size
@@ -146,10 +147,6 @@ def _carry(model: nn.Module, call: Call, *, runtime: Runtime | str = "torch") ->
 
 def _missing(remedy: str) -> str:
     return f"not installed: {remedy}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
 def _once(make: Callable[[], int]) -> Callable[[], int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from fxquant.errors import InputError
 from fxquant.image_folder import ImageFolder
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Recipe, Setting
-from fxquant.report.tabled import plain
+from fxquant.reporting.tabled import plain
 from fxquant.targets import PROCESSORS, TARGETS, X86
 
 __all__ = [
@@ -24,12 +27,15 @@ __all__ = [
     "add_images",
     "add_json",
     "add_model",
+    "bits_of",
     "example_of",
     "images_of",
     "note_random_weights",
+    "only_json",
     "positive",
     "print_json",
     "recipe_of",
+    "require_file",
     "require_folder_of",
     "shape_of",
     "size_of",
@@ -71,8 +77,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="modules kept in float: 'fc', 'layer4.*'",
     )
     bits = "2 to 16; the target's own by default"
-    parser.add_argument("--weight-bits", type=positive, metavar="N", help=f"of every weight, {bits}")
-    parser.add_argument("--activation-bits", type=positive, metavar="N", help=f"of every tensor between ops, {bits}")
+    parser.add_argument("--weight-bits", type=bits_of, metavar="N", help=f"of every weight, {bits}")
+    parser.add_argument("--activation-bits", type=bits_of, metavar="N", help=f"of every tensor between ops, {bits}")
 
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool, batch_size: int) -> None:
@@ -84,8 +90,8 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool, batch_size: i
     parser.add_argument("--crop", type=positive, default=224, metavar="N", help="centre square (default %(default)s)")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="grey or colour (default %(default)s)")
     imagenet = "a channel, or one number for all; default ImageNet's"
-    parser.add_argument("--mean", type=numbers_of, default=(0.485, 0.456, 0.406), metavar="R,G,B", help=imagenet)
-    parser.add_argument("--std", type=numbers_of, default=(0.229, 0.224, 0.225), metavar="R,G,B", help=imagenet)
+    parser.add_argument("--mean", type=mean_of, default=(0.485, 0.456, 0.406), metavar="R,G,B", help=imagenet)
+    parser.add_argument("--std", type=std_of, default=(0.229, 0.224, 0.225), metavar="R,G,B", help=imagenet)
 
 
 def images_of(options: argparse.Namespace) -> ImageFolder:
@@ -109,6 +115,16 @@ def require_folder_of(path: str) -> None:
         raise InputError(f"{path!r} cannot be written: it is a folder.")
     if not os.path.isdir(folder):
         raise InputError(f"{path!r} cannot be written: there is no folder {folder!r}.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path!r} cannot be written: the rights of the folder {folder!r} do not let you.")
+
+
+def require_file(option: str, path: str, endings: tuple[str, ...]) -> None:
+    """Say at once that a file which an option names is not there, or is of another kind."""
+    if os.path.splitext(path)[1].lower() not in endings:
+        raise InputError(f"{option} {path}: give a file that ends in {' or '.join(endings)}.")
+    if not os.path.isfile(path):
+        raise InputError(f"{option}: there is no file {path!r}.")
 
 
 def where(options: argparse.Namespace, default: str = X86.name) -> dict[str, Any]:
@@ -149,10 +165,20 @@ def size_of(model: nn.Module) -> int:
 
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more: write a whole number that is, as 8")
     return value
+
+
+def bits_of(text: str) -> int:
+    """A number of bits, 2 to 16."""
+    if not text.strip().isdecimal() or not 2 <= int(text) <= 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits: write one of 2 to 16, as 8")
+    return int(text)
 
 
 class _Image(tuple[int, ...]):
@@ -171,12 +197,24 @@ def shape_of(text: str) -> tuple[int, ...]:
     return _Image(sizes) if len(sizes) == 2 and separator == "x" else sizes
 
 
-def numbers_of(text: str) -> tuple[float, ...]:
+def mean_of(text: str) -> tuple[float, ...]:
     """One number for all channels, or three."""
-    values = tuple(float(part) for part in text.split(","))
-    if len(values) not in (1, 3):
-        raise argparse.ArgumentTypeError(f"{text} is neither one number nor three")
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write one number, or three, as 0.485,0.456,0.406")
     return values * 3 if len(values) == 1 else values
+
+
+def std_of(text: str) -> tuple[float, ...]:
+    """One number above 0 for all channels, or three."""
+    values = mean_of(text)
+    if min(values) <= 0:
+        words = "images are divided by these: write numbers above 0, as 0.229,0.224,0.225"
+        raise argparse.ArgumentTypeError(f"{text!r}: {words}")
+    return values
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -184,12 +222,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
-def print_json(value: Any) -> None:
+@contextlib.contextmanager
+def only_json(options: argparse.Namespace) -> Iterator[None]:
+    """Inside, where ``--json`` was given, standard output holds what ``print_json`` prints and nothing else.
+
+    What a model's own file prints, or a library, goes to standard error.
+    """
+    options.stdout = sys.stdout
+    is_json = getattr(options, "json", False) in (True, "-")
+    with contextlib.redirect_stdout(sys.stderr) if is_json else contextlib.nullcontext():
+        yield
+
+
+def print_json(options: argparse.Namespace, value: Any) -> None:
     """Dataclasses and containers as JSON on standard output; numbers that are not finite are null."""
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False), file=options.stdout)
 
 
 def note_random_weights(options: argparse.Namespace) -> None:
     """Say, beside the results, that a model of a library has no trained weights."""
     if options.weights is None and options.spec.startswith(("torchvision:", "timm:")):
-        print("note: these are random weights; give trained ones with --weights FILE", file=sys.stderr)
+        text = "these are random weights, the same in every command; give trained ones with --weights FILE"
+        print(f"note: {text}", file=sys.stderr)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fxquant import __version__
 from fxquant.cli import machine, models, seeing
+from fxquant.cli.arguments import only_json
 from fxquant.errors import FxquantError
 
 __all__ = ["main"]
@@ -27,6 +28,7 @@ _EXAMPLES = """examples:
   fxquant doctor                                          what this machine has: kernels, runtimes, compiler
 
 exit codes: 0 it worked; 1 fxquant says what is wrong; 2 the command was not understood; 130 interrupted
+With --json standard output holds one JSON value and nothing else, and with exit code 1 nothing.
 """
 
 
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with only_json(options):
+            options.run(options)
     except FxquantError as error:
         print(f"fxquant: {error}", file=sys.stderr)
         return 1

@@ -34,9 +34,9 @@ from fxquant.export.by_ending import FORMATS, TARGET_OF, require_format, write_a
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.model_spec import build_model
 from fxquant.onnx.files import replacing
-from fxquant.report.coverage import coverage
-from fxquant.report.diff import diff
-from fxquant.report.tabled import plain
+from fxquant.reporting.coverage import coverage
+from fxquant.reporting.diff import diff
+from fxquant.reporting.tabled import megabytes, plain
 from fxquant.runtimes import RUNNABLE as RUNTIMES
 from fxquant.targets import X86
 
@@ -60,6 +60,7 @@ FOLDER holds images, or subfolders of images. The ending of --out says what is w
   .pt  .pth   what int8 = fxquant.load(model, "int8.pt") reads back
   .onnx       ONNX, for ONNX Runtime and others        .pte   ExecuTorch, for XNNPACK
   .xml        OpenVINO IR, with a .bin beside it       .pt2   a torch.export program
+  .tflite     LiteRT
 """
 _BENCH_EXAMPLES = """examples:
   fxquant bench torchvision:resnet18 --batch 1 8 --threads 1 2
@@ -85,7 +86,8 @@ def _add_diff(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--shape", type=shape_of, metavar="NxCxHxW", help=SHAPE)
     parser.add_argument("--qat", action="store_true", help="prepare for training: batch norms stay")
     parser.add_argument("--coverage", action="store_true", help="also count ops, and list what stayed in float")
-    parser.add_argument("--out", metavar="FILE", help="write to FILE, without colours, instead of printing")
+    out = "write to FILE, without colours, instead of printing; as JSON where it ends in .json"
+    parser.add_argument("--out", metavar="FILE", help=out)
     parser.add_argument("--width", type=positive, metavar="N", help="columns; the terminal's by default")
     add_json(parser)
     parser.set_defaults(run=_run_diff)
@@ -137,15 +139,17 @@ def _run_diff(options: argparse.Namespace) -> None:
     example, recipe = example_of(model, options.shape), recipe_of(options)
     prepared = prepare(model, example, qat=options.qat, recipe=recipe, **where(options))
     compared = diff(model, prepared, width=options.width)
+    covered = coverage(prepared) if options.coverage else None
+    found: dict[str, Any] = {"diff": compared, "coverage": covered}
+    counted = [] if covered is None else [str(covered)]
+    if options.out is not None:
+        text = "\n\n".join([compared.text(width=options.width), *counted])
+        is_json = os.path.splitext(options.out)[1].lower() == ".json"
+        _write(options.out, f"{json.dumps(plain(found), indent=2) if is_json else text}\n")
     if options.json:
-        found: dict[str, Any] = {"diff": compared, "coverage": coverage(prepared) if options.coverage else None}
-        return (
-            print_json(found) if options.out is None else _write(options.out, json.dumps(plain(found), indent=2) + "\n")
-        )
-    counted = [str(coverage(prepared))] if options.coverage else []
-    if options.out is None:
-        return print("\n\n".join([str(compared), *counted]))
-    return _write(options.out, "\n\n".join([compared.text(width=options.width), *counted]) + "\n")
+        print_json(options, found)
+    elif options.out is None:
+        print("\n\n".join([str(compared), *counted]))
 
 
 def _write(path: str, text: str) -> None:
@@ -164,23 +168,24 @@ def _run_quantize(options: argparse.Namespace) -> None:
     prepared = prepare(model, example, recipe=recipe_of(options), **where(options, TARGET_OF.get(ending, X86.name)))
     calibrate(prepared, images)
     integer = convert(prepared)
+    compared, before = diff(model, integer), size_of(model)  # all that may fail or be interrupted comes before the file
     told = ""
     if ending in FORMATS:
         told = write_as(integer, options.out, next(iter(images))[:2])
     else:
         with replacing(options.out) as new:
             save(integer, new)
-    compared = diff(model, integer)
-    size, before = os.path.getsize(options.out), size_of(model)
+    size = os.path.getsize(options.out)
     if options.json:
         facts = {"images": len(images.paths), "out": options.out, "bytes": size, "float_bytes": before, "told": told}
-        return print_json({**facts, "summary": compared.summary(), "diff": compared if options.diff else None})
+        note_random_weights(options)
+        return print_json(options, {**facts, "summary": compared.summary(), "diff": compared if options.diff else None})
     if told:
         print(told)
     if options.diff:
         print(f"{compared}\n")
     print(f"calibrated on {len(images.paths)} images; {compared.summary()}")
-    print(f"{options.out}: {size / 1e6:.2f} MB, from {before / 1e6:.2f} MB")
+    print(f"{options.out}: {megabytes(size)}, from {megabytes(before)}")
     note_random_weights(options)
     return None
 
@@ -207,10 +212,12 @@ def _run_bench(options: argparse.Namespace) -> None:
         noise=options.data is None,
         rounds=options.rounds,
     )
-    rows = json.dumps({"spec": options.spec, **found.as_dict()}, indent=1)
-    if options.json not in (None, "-"):
-        _write(options.json, rows)
-    print(rows if options.json == "-" else found)
+    rows = {"spec": options.spec, **found.as_dict()}
+    if options.json == "-":
+        return print_json(options, rows)
+    if options.json is not None:
+        _write(options.json, json.dumps(plain(rows), indent=1))
+    return print(found)
 
 
 def _require_ending(path: str) -> str:

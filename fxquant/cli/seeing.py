@@ -13,6 +13,7 @@ from torch import nn
 from fxquant.analysis.errors import errors_by_layer
 from fxquant.analysis.evaluation import evaluate
 from fxquant.analysis.file_info import info
+from fxquant.analysis.qdq_file import QdqFile
 from fxquant.analysis.sensitivity import sensitivity
 from fxquant.checkpoint import load
 from fxquant.cli.arguments import (
@@ -20,10 +21,13 @@ from fxquant.cli.arguments import (
     add_images,
     add_json,
     add_model,
+    bits_of,
     images_of,
     note_random_weights,
     positive,
+    print_json,
     recipe_of,
+    require_file,
     require_folder_of,
     shape_of,
     take_shape,
@@ -34,9 +38,10 @@ from fxquant.flow import calibrate, convert, prepare
 from fxquant.image_folder import ImageFolder
 from fxquant.model_spec import build_model
 from fxquant.page.report import FORMATS, Report, report
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.tabled import Tabled
 from fxquant.runtimes.onnxruntime import onnxruntime_session
 from fxquant.runtimes.runtime import run_session
+from fxquant.targets import PROCESSORS, TARGETS
 
 __all__ = ["add_commands"]
 
@@ -102,18 +107,24 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _run_report(options: argparse.Namespace) -> None:
     form = _form(options)
-    if options.out is not None:
-        require_folder_of(options.out)
+    out = options.out or ("report.html" if form == "html" else None)
+    if out is not None:
+        require_folder_of(out)
     model, images = _model_and_images(options)
+    if options.against:  # what cannot be prepared so is told before the first one is measured
+        changed = argparse.Namespace(**{**vars(options), **options.against})
+        _uncalibrated(changed, model)
     found: Any = _report(options, model, images)
     if options.against:
-        changed = argparse.Namespace(**{**vars(options), **options.against})
         found = found.compare(_report(changed, model, images))
-    out = options.out or ("report.html" if form == "html" else None)
-    if out is None:
-        print(found.to_json(indent=2) if form == "json" else found.markdown())
+    if out is not None:
+        found.save(out)
+    if options.json:
+        print_json(options, found)
+    elif out is not None:
+        print(out)
     else:
-        print(found.save(out))
+        print(found.to_json(indent=2) if form == "json" else found.markdown())
     note_random_weights(options)
 
 
@@ -121,9 +132,13 @@ def _form(options: argparse.Namespace) -> str:
     ending = None if options.out is None else FORMATS.get(os.path.splitext(options.out)[1].lower())
     if options.out is not None and ending is None:
         raise InputError(f"--out {options.out}: the ending names no form. Write one of {', '.join(FORMATS)}.")
-    given = options.format or ("json" if options.json else None)
+    given = options.format or ("json" if options.json and options.out is None else None)
     if ending is not None and given not in (None, ending):
-        raise InputError(f"--out {options.out} is {ending}, and {given} was asked for.")
+        raise InputError(
+            f"--out {options.out} is {ending}, and {given} was asked for. Leave --format out, or change --out."
+        )
+    if options.json and options.out is None and given != "json":
+        raise InputError(f"--json prints JSON, and --format {given} was asked for. Leave one out, or give --out FILE.")
     return ending or given or "html"
 
 
@@ -141,6 +156,9 @@ def _told(options: argparse.Namespace) -> str:
 
 
 def _run_errors(options: argparse.Namespace) -> None:
+    if options.onnx is not None:
+        require_file("--onnx", options.onnx, (".onnx",))
+        QdqFile(options.onnx)  # what cannot be read is told before calibration
     model, images = _model_and_images(options)
     prepared = _prepared(options, model, images)
     subject, reference = (prepared, None) if options.onnx is None else (options.onnx, prepared)
@@ -154,13 +172,13 @@ def _run_sensitivity(options: argparse.Namespace) -> None:
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    if options.quantized is not None and not os.path.isfile(options.quantized):
-        raise InputError(f"--quantized: there is no file {options.quantized!r}.")
+    if options.quantized is not None:
+        require_file("--quantized", options.quantized, (".pt", ".pth", ".onnx"))
     model, images = _model_and_images(options)
     labels, classes = _labels(images, Path(options.data))
     if options.quantized is None:
         run: Any = convert(_prepared(options, model, images))
-    elif options.quantized.endswith(".onnx"):
+    elif options.quantized.lower().endswith(".onnx"):
         session = onnxruntime_session(options.quantized)
         run = lambda batch: run_session(session, [batch])[0]  # noqa: E731
     else:
@@ -170,11 +188,16 @@ def _run_evaluate(options: argparse.Namespace) -> None:
 
 def _run_info(options: argparse.Namespace) -> None:
     found = info(options.file)
-    print(found.to_json(indent=2) if options.json else found)
+    if options.json:
+        return print_json(options, found)
+    return print(found)
 
 
 def _show(options: argparse.Namespace, found: Tabled) -> None:
-    print(found.to_json(indent=2) if options.json else found)
+    if options.json:
+        print_json(options, found)
+    else:
+        print(found)
     note_random_weights(options)
 
 
@@ -185,8 +208,12 @@ def _model_and_images(options: argparse.Namespace) -> tuple[nn.Module, ImageFold
 
 
 def _prepared(options: argparse.Namespace, model: nn.Module, images: ImageFolder) -> Any:
+    return calibrate(_uncalibrated(options, model), images)
+
+
+def _uncalibrated(options: argparse.Namespace, model: nn.Module) -> Any:
     example = torch.zeros(1, options.channels, options.crop, options.crop)
-    return calibrate(prepare(model, example, recipe=recipe_of(options), **where(options)), images)
+    return prepare(model, example, recipe=recipe_of(options), **where(options))
 
 
 def _labels(images: ImageFolder, folder: Path) -> tuple[list[int] | None, int | None]:
@@ -200,12 +227,9 @@ def _labels(images: ImageFolder, folder: Path) -> tuple[list[int] | None, int | 
 
 def _bits(text: str) -> tuple[int, ...]:
     try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or any(not 2 <= bits <= 16 for bits in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of bits from 2 to 16, as 8,4")
-    return found
+        return tuple(bits_of(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of bits from 2 to 16: write some, as 8,4") from None
 
 
 def _against(text: str) -> dict[str, Any]:
@@ -215,11 +239,12 @@ def _against(text: str) -> dict[str, Any]:
         name, mark, value = part.partition("=")
         if name not in _AGAINST or not mark or not value:
             raise argparse.ArgumentTypeError(f"{part!r}: write NAME=VALUE, with a name of {', '.join(_AGAINST)}")
+        known = list(TARGETS) if name == "target" else list(PROCESSORS) if name == "processor" else [value]
+        if value not in known:
+            raise argparse.ArgumentTypeError(f"{part!r}: write one of {', '.join(known)} behind {name}=")
         key = name.replace("-", "_")
         if name == "keep-float":
             found.setdefault(key, []).append(value)
-        elif name.endswith("bits"):
-            found[key] = _bits(value)[0]
         else:
-            found[key] = value
+            found[key] = bits_of(value) if name.endswith("bits") else value
     return found

@@ -72,20 +72,25 @@ class NodeAgreement:
 
 
 def compare_output(name: str, actual: Tensor, expected: Tensor, scale: float | None) -> OutputAgreement:
-    """``actual`` beside ``expected``, of the same shape; ``scale`` is the step of its grid, if it has one."""
+    """``actual`` beside ``expected``, of the same shape; ``scale`` is the step of its grid, if it has one.
+
+    Where both are the same infinity, as masked scores are, or both NaN, they are equal, and no signal.
+    """
     own, other = actual.detach().double(), expected.detach().double()
-    difference, largest = _largest((own - other).abs()), _largest(other.abs())
-    noise, signal = float((own - other).square().sum()), float(other.square().sum())
+    is_finite, alike = torch.isfinite(other), (own == other) | (torch.isnan(own) & torch.isnan(other))
+    apart, real = torch.where(alike, 0.0, own - other), torch.where(is_finite, other, 0.0)
+    difference, largest = _largest(apart.abs()), _largest(real.abs())
+    noise, signal = float(apart.square().sum()), float(real.square().sum())
     is_score = expected.ndim == 2 and expected.shape[1] > 1 and expected.is_floating_point()
     tolerance = 1e-6 * largest if scale is None else scale / 2
-    same = (own - other).abs() <= tolerance
+    same = apart.abs() <= tolerance
     return OutputAgreement(
         name=name,
         rows=int(expected.shape[0]) if expected.ndim else 1,
         difference=difference / largest if largest else difference,
         lsb=None if scale is None else difference / scale,
         equal=float(same.double().mean()) if same.numel() else 1.0,
-        sqnr=math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf,
+        sqnr=math.inf if not noise else 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf,
         top1=float((own.argmax(1) == other.argmax(1)).double().mean()) if is_score else None,
     )
 

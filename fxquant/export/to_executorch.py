@@ -71,6 +71,10 @@ def export_executorch(
 ) -> ExecutorchReport:
     """Write a quantized model as an ExecuTorch program for XNNPACK. Prepare it with ``target="xnnpack"``.
 
+    Example:
+        >>> prepared = fxquant.calibrate(fxquant.prepare(model, images, target="xnnpack"), loader)
+        >>> print(export_executorch(prepared, "model.pte", images))
+
     Args:
         model: what ``calibrate``, ``freeze`` or ``convert`` returned, or a trained prepared model; not touched.
         path: the file, ``….pte``. It is replaced only once everything has succeeded.

@@ -139,6 +139,9 @@ def export_onnx(
 ) -> ExportReport:
     """Write a quantized model as an ONNX file that any runtime can load.
 
+    Example:
+        >>> print(fxquant.export_onnx(int8, "int8.onnx", images, verify="nodes"))
+
     Args:
         model: what ``calibrate``, ``freeze`` or ``convert`` returned, or a trained prepared model; not touched.
         path: the file, ``….onnx``. It is replaced only once everything has succeeded.

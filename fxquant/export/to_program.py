@@ -43,6 +43,9 @@ def export_program(
     ``torch.export.export(int8, (x,))`` gives the integer form too, for models that take and return plain tensors by
     position; dicts, keywords and the like need this function, since torch.export runs a graph module by its flat inputs.
 
+    Example:
+        >>> torch.export.save(export_program(int8, images), "int8.pt2")
+
     Args:
         model: what ``calibrate``, ``freeze`` or ``convert`` returned, or a trained prepared model; not touched. The
             program shares the tensors of a converted one.

@@ -101,6 +101,10 @@ def export_tflite(
 ) -> TfliteReport:
     """Write a quantized model as a LiteRT file. Prepare it with ``target="tflite"``.
 
+    Example:
+        >>> prepared = fxquant.calibrate(fxquant.prepare(model, images, target="tflite"), loader)
+        >>> print(export_tflite(prepared, "model.tflite", images))
+
     Args:
         model: what ``calibrate``, ``freeze`` or ``convert`` returned, or a trained prepared model; not touched.
         path: the file, ``….tflite``. It is replaced only once everything has succeeded.

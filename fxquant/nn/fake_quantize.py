@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import LevelError
+from fxquant.errors import InputError, LevelError
 from fxquant.nn.grid import Grid
 from fxquant.nn.grid_state import GridState
 from fxquant.nn.pinning import Pinned
@@ -172,7 +172,15 @@ class FakeQuantize(GridState):
         backward pass: that is activation checkpointing, which runs again what was observed already.
 
         A mask has the range of all masks, and passes unrounded: 0 and 1 are on its grid. Whole numbers have none.
+
+        Raises:
+            InputError: ``x`` is no tensor.
         """
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"an input of the model is a {type(x).__module__}.{type(x).__name__}, where its graph reads a tensor.\n"
+                "  what to do: give tensors, as torch.from_numpy(array); batches of another form need forward=."
+            )
         if x.dtype == torch.bool:
             x = torch.tensor([0.0, 1.0], device=x.device)
         if not x.is_floating_point():

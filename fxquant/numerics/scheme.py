@@ -28,6 +28,10 @@ QUANTIZERS = {OBSERVED: "minmax"}
 class Scheme:
     """How one kind of tensor is quantized.
 
+    Example:
+        >>> print(Scheme(bits=4, symmetric=True, signed=True))
+        s4 symmetric per-tensor
+
     Args:
         bits: width of the integer, 2 to 16.
         symmetric: the zero point is fixed (0 for signed grids, ``2**(bits-1)`` for unsigned ones); otherwise it is chosen
@@ -104,6 +108,10 @@ class Scheme:
     @classmethod
     def activation(cls, bits: int = 8, **others: Any) -> Scheme:
         """The scheme of tensors between ops: unsigned affine, one scale for all.
+
+        Example:
+            >>> print(Scheme.activation(8, signed=True))
+            s8 affine per-tensor
 
         Args:
             bits: width of the integer, 2 to 16.

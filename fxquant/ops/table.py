@@ -1,6 +1,7 @@
 """The op table: which entry a call belongs to, and the named fake-quant class of each function.
 
-The families are imported here and nowhere else; an entry enters the table by being made.
+The families are imported here and nowhere else; an entry enters the table by being made, and the integer forms that entries
+name enter theirs (``nn.form``) with ``fxquant.forms``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+import fxquant.forms  # noqa: F401 - enters the forms of the package
 from fxquant.behaviour import Weighted
 from fxquant.nn.modules import QuantOp, QuantWeightedOp
 from fxquant.ops import (

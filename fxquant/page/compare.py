@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxquant.errors import InputError
-from fxquant.onnx.files import replacing
+from fxquant.onnx.files import checked_path, replacing
 from fxquant.page.compare_html import page_of_two
 from fxquant.page.numbers import summary_numbers
-from fxquant.report.tabled import Tabled, decibels
+from fxquant.reporting.tabled import Tabled, decibels
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report
@@ -75,7 +76,7 @@ class Comparison(Tabled):
                 layer.path,
                 *("" if bits is None else str(bits) for bits in layer.bits),
                 *map(decibels, (*layer.alone, *layer.accumulated)),
-                f"{layer.gain:+.1f}" if layer.gain else "",
+                _gain(layer.gain),
             ]
             for layer in self.layers
         ]
@@ -106,16 +107,24 @@ class Comparison(Tabled):
         """Write it to ``path``: ``.html``, ``.md`` or ``.json``; whole, or not at all.
 
         Raises:
-            InputError: the ending names none of these.
+            InputError: the ending names none of these, or there is no such folder.
         """
         path = os.fspath(path)
         writers = {".html": self.html, ".htm": self.html, ".md": self.markdown, ".json": self.to_json}
         writer: Any = writers.get(os.path.splitext(path)[1].lower())
         if writer is None:
             raise InputError(f"{path!r}: the ending names no form of a comparison. Write one of {', '.join(writers)}.")
+        path = checked_path(path, os.path.splitext(path)[1])
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.write(writer())
         return path
+
+
+def _gain(gain: float) -> str:
+    """``+3.2``; an arrow where one of the two is exact or lost, so that there is no number."""
+    if math.isinf(gain):
+        return "↑" if gain > 0 else "↓"
+    return f"{gain:+.1f}" if gain else ""
 
 
 def compared_with(first: Report, second: Report) -> Comparison:

@@ -14,9 +14,9 @@ from torch import nn
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.page.markup import Markup, anchor, tag
-from fxquant.report.diff import Diff, GraphRows
-from fxquant.report.paths import elide
-from fxquant.report.rows import Row
+from fxquant.reporting.diff import Diff, GraphRows
+from fxquant.reporting.paths import elide
+from fxquant.reporting.rows import Row
 
 __all__ = ["Drawn", "draw", "drawn_graphs"]
 

@@ -9,11 +9,12 @@ from fxquant.analysis.counts import LayerError
 from fxquant.page.charts import bar, histogram
 from fxquant.page.drawing import draw
 from fxquant.page.markup import Markup, anchor, join, table, tag
-from fxquant.page.numbers import agreement_words, megabytes, percent, summary_numbers
-from fxquant.report.census import short
-from fxquant.report.diff import Diff, GraphRows, row_cells
-from fxquant.report.findings_text import holds_text, island_line, island_name
-from fxquant.report.rows import Row, source_line
+from fxquant.page.numbers import agreement_words, percent, summary_numbers
+from fxquant.reporting.census import short
+from fxquant.reporting.diff import Diff, GraphRows, row_cells
+from fxquant.reporting.findings_text import holds_text, island_line, island_name
+from fxquant.reporting.rows import Row, source_line
+from fxquant.reporting.tabled import megabytes
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report
@@ -152,9 +153,8 @@ def _errors(report: Report, links: _Links) -> Markup:
         "result, alone: what rounding the weight, the result, or both does to the result when the inputs are float. "
         "Accumulated: with everything before it rounded too; LSB are steps of the result's grid."
     )
-    left = [
-        tag("p", f"not measured: {path}: {reason}", _class="soft") for path, reason in report.errors.left_out.items()
-    ]
+    notes = [note for note in report.errors.notes() if not note.startswith("wrong: ")]
+    left = [tag("p", note, _class="soft") for note in notes]
     return join([tag("p", words, _class="soft"), _find("errors"), table(header, rows), *left])
 
 

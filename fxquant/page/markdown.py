@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from fxquant.page.numbers import agreement_words, summary_numbers
-from fxquant.report.rows import source_line
-from fxquant.report.tabled import Tabled
+from fxquant.reporting.rows import source_line
+from fxquant.reporting.tabled import Tabled
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report
@@ -28,9 +28,10 @@ def markdown_of(report: Report) -> str:
         f"{i}. **{fault.kind}** `{fault.path}`: {fault.what}. {fault.repair}."
         for i, fault in enumerate(report.faults, 1)
     ]
-    parts += ["## What is wrong", "\n".join(faults[:_ROWS]) or "Nothing was found."]
+    more = [f"\nand {len(faults) - _ROWS} more"] if len(faults) > _ROWS else []
+    parts += ["## What is wrong", "\n".join([*faults[:_ROWS], *more]) or "Nothing was found."]
     parts += ["## Errors by layer", _first(report.errors)]
-    if report.sensitivity is not None and report.sensitivity.layers:
+    if report.sensitivity is not None and (report.sensitivity.layers or report.sensitivity.left_out):
         parts += ["## Sensitivity", _first(report.sensitivity)]
     if report.coverage.float_ops:
         rows = [[op.path, op.op, op.reason, source_line(op.source)] for op in report.coverage.float_ops]
@@ -42,7 +43,11 @@ def markdown_of(report: Report) -> str:
 
 
 def _first(found: Tabled) -> str:
-    return _table(list(found.header()), found.cells())
+    """The worst of a table, and what was not measured; faults have a section of their own."""
+    rows = found.cells()
+    notes = [f"- {note}" for note in found.notes() if not note.startswith("wrong: ")]
+    shown = [*notes[:_ROWS], *([f"- and {len(notes) - _ROWS} more"] if len(notes) > _ROWS else [])]
+    return "\n\n".join(part for part in (_table(list(found.header()), rows) if rows else "", "\n".join(shown)) if part)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fxquant.export.agreement import OutputAgreement
-from fxquant.report.tabled import decibels
+from fxquant.reporting.tabled import in_decibels, megabytes
 
 if TYPE_CHECKING:
     from fxquant.page.report import Report
 
-__all__ = ["agreement_words", "megabytes", "percent", "summary_numbers"]
-
-
-def megabytes(size: int) -> str:
-    """``44.6 MB``, ``12 kB``."""
-    return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
+__all__ = ["agreement_words", "percent", "summary_numbers"]
 
 
 def percent(share: float) -> str:
@@ -28,7 +23,7 @@ def agreement_words(own: OutputAgreement) -> str:
     """How an output of the integer model agrees with the float one's."""
     top1 = "" if own.top1 is None else f", the same largest class in {percent(own.top1)} of {own.rows} rows"
     largest = f"largest difference {own.difference:.2g} of the largest value"
-    return f"{own.name}: {decibels(own.sqnr)} dB against float, {largest}{top1}"
+    return f"{own.name}: {in_decibels(own.sqnr)} against float, {largest}{top1}"
 
 
 def summary_numbers(report: Report) -> list[tuple[str, str, str]]:
@@ -39,7 +34,7 @@ def summary_numbers(report: Report) -> list[tuple[str, str, str]]:
         found.append(("accuracy", shown, " → ".join(report.accuracy)))
     least = min(report.outputs, key=lambda own: own.sqnr, default=None)
     if least is not None:
-        found.append(("agreement with float", f"{decibels(least.sqnr)} dB", "SQNR of the worst output"))
+        found.append(("agreement with float", in_decibels(least.sqnr), "SQNR of the worst output"))
         if least.top1 is not None:
             found.append(("same top-1", percent(least.top1), f"of {least.rows} rows"))
     covered = report.coverage
@@ -55,5 +50,5 @@ def summary_numbers(report: Report) -> list[tuple[str, str, str]]:
         found.append(("parameters", size, f"{ratio:.1f} times smaller"))
     worst = report.errors.layers[0] if report.errors.layers else None
     if worst is not None and worst.alone is not None:
-        found.append(("worst layer alone", f"{decibels(worst.alone.sqnr)} dB", worst.path))
+        found.append(("worst layer alone", in_decibels(worst.alone.sqnr), worst.path))
     return found

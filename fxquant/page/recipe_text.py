@@ -10,7 +10,7 @@ from torch import nn
 from fxquant.capture.islands import graphs_of
 from fxquant.numerics.scheme import Scheme
 from fxquant.recipe import Op, Recipe, Setting
-from fxquant.report.rows import target_of
+from fxquant.reporting.rows import target_of
 from fxquant.targets import TARGETS
 
 __all__ = ["code_of", "recipe_code"]

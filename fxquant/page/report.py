@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +20,20 @@ from torch.utils._pytree import tree_leaves
 from fxquant.analysis.batches import Forward, batches_of, left_alone, run_batch, same_randomness
 from fxquant.analysis.errors import LayerErrors, errors_by_layer
 from fxquant.analysis.faults import Fault
-from fxquant.analysis.sensitivity import Sensitivity, sensitivity
+from fxquant.analysis.sensitivity import Sensitivity, checked_bits, sensitivity
+from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
 from fxquant.export.agreement import OutputAgreement, compare_output
-from fxquant.flow import convert, require_level
-from fxquant.onnx.files import replacing
+from fxquant.flow import convert, quantizers_off, require_level
+from fxquant.onnx.files import checked_path, replacing
 from fxquant.page.compare import Comparison, compared_with
 from fxquant.page.drawing import Drawn, drawn_graphs
 from fxquant.page.html import page_of
 from fxquant.page.markdown import markdown_of
 from fxquant.page.recipe_text import code_of
-from fxquant.report.coverage import Coverage, coverage
-from fxquant.report.diff import Diff, diff
-from fxquant.report.tabled import plain
+from fxquant.reporting.coverage import Coverage, coverage
+from fxquant.reporting.diff import Diff, diff
+from fxquant.reporting.tabled import plain
 
 __all__ = ["Report", "report"]
 
@@ -95,19 +97,26 @@ class Report:
         """Write it to ``path`` in the form that the ending names: ``.html``, ``.md`` or ``.json``; whole, or not at all.
 
         Raises:
-            InputError: the ending names none of these.
+            InputError: the ending names none of these, or there is no such folder.
         """
         path = os.fspath(path)
         form = FORMATS.get(os.path.splitext(path)[1].lower())
         if form is None:
             raise InputError(f"{path!r}: the ending names no form of a report. Write one of {', '.join(FORMATS)}.")
+        path = checked_path(path, os.path.splitext(path)[1])
         text = {"html": self.html, "markdown": self.markdown, "json": self.to_json}[form]()
         with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
             file.write(text)
         return path
 
     def compare(self, other: Report) -> Comparison:
-        """This report beside ``other``: of another recipe, of training, of another target."""
+        """This report beside ``other``: of another recipe, of training, of another target.
+
+        Raises:
+            InputError: ``other`` is no report.
+        """
+        if not isinstance(other, Report):
+            raise InputError(f"compare takes what fxquant.report gave; it was given a {type(other).__name__}.")
         return compared_with(self, other)
 
     def __str__(self) -> str:
@@ -150,13 +159,14 @@ def report(
         progress: show progress bars.
 
     Raises:
-        InputError: there is no data, or ``prepared`` was not made of ``model``.
+        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such.
         CalibrationError: the model has no ranges yet.
         LevelError: ``prepared`` is not a prepared model.
     """
     require_level(prepared, ("prepared",), "report")
     began = time.perf_counter()
     kept = batches_of(data, batches, "report")
+    bits, shown = None if bits is None else checked_bits(bits), _sections(prepared, sections)
     options: dict[str, Any] = {"forward": forward, "progress": progress}
     found = _measured(model, prepared, kept, options)
     if bits is not None:
@@ -170,7 +180,7 @@ def report(
         title=title or compared.name,
         recipe=code_of(prepared),
         versions=_versions(),
-        sections=_sections(prepared, sections),
+        sections=shown,
         seconds=time.perf_counter() - began,
         **found,
     )
@@ -181,7 +191,7 @@ def _measured(model: nn.Module, prepared: Any, kept: Sequence[Any], options: dic
     errors: Any = errors_by_layer(prepared, kept, **options)
     notes: list[str] = []
     integer = _integer(prepared, notes)
-    compared, after = _diff(model, prepared, integer, notes)
+    compared, after = _diff(model, prepared, integer, notes, partial(_same_shapes, model, prepared, kept, options))
     return {
         "integer": integer,
         "faults": errors.faults,
@@ -196,7 +206,9 @@ def _measured(model: nn.Module, prepared: Any, kept: Sequence[Any], options: dic
     }
 
 
-def _diff(model: nn.Module, prepared: Any, integer: Any, notes: list[str]) -> tuple[Diff, Any]:
+def _diff(
+    model: nn.Module, prepared: Any, integer: Any, notes: list[str], are_alike: Callable[[], bool]
+) -> tuple[Diff, Any]:
     """The diff that begins at the float model, where that can be captured again from what is recorded of the example.
 
     Otherwise (inputs of the user's own classes, code that does not run on zeros) the one from the prepared model on.
@@ -204,10 +216,23 @@ def _diff(model: nn.Module, prepared: Any, integer: Any, notes: list[str]) -> tu
     try:
         return diff(model, prepared), prepared
     except InputError as error:
-        if integer is None or type(model).__name__ != type(prepared).__name__:
+        if integer is None or type(model).__name__ != type(prepared).__name__ or not are_alike():
             raise
         notes.append(f"the diff begins at the prepared model: {str(error).splitlines()[0]}")
         return diff(prepared, integer), integer
+
+
+def _same_shapes(model: nn.Module, prepared: Any, kept: Sequence[Any], options: dict[str, Any]) -> bool:
+    """Whether both give tensors of the same shapes where nothing is rounded; a trained model may select others by now."""
+    if any(graph.settings.get("qat") for graph in graphs_of(prepared).values()):
+        return True
+    found = []
+    with left_alone(model), left_alone(prepared), quantizers_off(prepared):
+        for own in (model, prepared):
+            with same_randomness():
+                tensors = tree_leaves(run_batch(own, kept[0], options["forward"]))
+            found.append([y.shape for y in tensors if isinstance(y, Tensor)])
+    return found[0] == found[1]
 
 
 def _integer(prepared: Any, notes: list[str]) -> Any:
@@ -259,7 +284,11 @@ def _accuracy(model: nn.Module, integer: Any, evaluate: Callable[[Any], float] |
     for name, own in (("float", model), ("integer", integer)):
         if own is not None:
             with left_alone(own):
-                found[name] = float(evaluate(own))
+                given = evaluate(own)
+            try:
+                found[name] = float(given)
+            except (TypeError, ValueError):
+                raise InputError(f"evaluate gave a {type(given).__name__}; it has to give one number.") from None
     return found
 
 
@@ -277,6 +306,10 @@ def _versions() -> dict[str, str]:
 
 
 def _sections(prepared: Any, given: Mapping[str, Any] | None) -> dict[str, str]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(
+            f"sections={type(given).__name__}: give a dict of headings and what is to be shown below them."
+        )
     found = {str(heading): str(shown) for heading, shown in (given or {}).items()}
     placement = prepared.__dict__.get("placement")
     if placement is not None:

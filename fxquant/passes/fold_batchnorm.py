@@ -25,7 +25,7 @@ from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.passes.facts import Folded
 
-__all__ = ["fold_batchnorm", "per_output_channel"]
+__all__ = ["fold_batchnorm", "pads", "per_output_channel"]
 
 
 def fold_batchnorm(module: LeveledModule) -> LeveledModule:
@@ -107,7 +107,7 @@ def _fold_into_consumer(edit: Edit, bn: fx.Node) -> fx.Node | Refusal:
         return Refusal(f"{consumer.name} is transposed and folds only what follows it")
     if behaviour.channels_last and len(bn.meta.get("shape", ())) != 2:
         return Refusal(f"{consumer.name} may take more than (batch, features)")
-    if not behaviour.channels_last and _pads(call["padding"]):
+    if not behaviour.channels_last and pads(call["padding"]):
         return Refusal(f"{consumer.name} pads, and padding is not shifted by a batch norm")
     gain, offset = channel_affine_of(edit.module(bn))
     old = conv.weight.detach().double()
@@ -132,7 +132,8 @@ def _refuse(edit: Edit, node: fx.Node, role: str) -> Refusal | None:
     return None
 
 
-def _pads(padding: object) -> bool:
+def pads(padding: object) -> bool:
+    """Whether a convolution's argument ``padding`` adds anything."""
     if isinstance(padding, str):
         return padding != "valid"
     return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxquant.errors import Refusal, SchemeError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
@@ -14,12 +15,16 @@ from fxquant.numerics.ranges import ESTIMATOR, RangeEstimator
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.numerics.scheme import ESTIMATORS, OBSERVED, QUANTIZERS, Scheme
 
-__all__ = ["RULES", "QuantizerRule", "has_rule", "register", "register_estimator", "rule_of"]
+__all__ = ["RULES", "QuantizerRule", "has_rule", "register", "register_estimator", "rule_of", "without_rule"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerRule:
     """One way to quantize, by the name that schemes give it.
+
+    Example:
+        >>> RULES["pact"].refusal(Scheme.weight(4), "weight")
+        'pact is a rule for tensors only'
 
     Args:
         name: what ``Scheme(quantizer=...)`` says.
@@ -71,6 +76,12 @@ def register(
 ) -> QuantizerRule:
     """Enter a quantizer rule, which ``Scheme(quantizer=name)`` then names. The contract stands in ``fxquant.quantizers``.
 
+    Example:
+        >>> lsq = RULES["lsq"]
+        >>> rule = register("my_lsq", tensor=lsq.tensor, weight=lsq.weight, estimator="minmax")
+        >>> print(Scheme.weight(4, quantizer="my_lsq"))
+        s4 symmetric per-channel narrow my_lsq
+
     Args:
         name: what schemes, recipes, saved models and the diff call it.
         tensor, weight, refuses, simulates, rounding: as of ``QuantizerRule``.
@@ -106,6 +117,10 @@ def register(
 
 def register_estimator(name: str, estimator: RangeEstimator) -> None:
     """Enter a range estimator, which ``Scheme(estimator=name)`` then names: for tensors and weights, in every rule.
+
+    Example:
+        >>> register_estimator("widest", ESTIMATOR["minmax"])
+        >>> scheme = Scheme.activation(8, estimator="widest")
 
     Args:
         name: what schemes and saved models call it.
@@ -151,14 +166,30 @@ def _wrong_with(estimator: Any) -> str | None:
 
 
 def rule_of(quantizer: FakeQuantize) -> QuantizerRule | None:
-    """The registered rule that made a quantizer as it is now; None for one that was changed, or of another class."""
+    """The registered rule that made a quantizer as it is now; None for one that was changed, or of another class.
+
+    Example:
+        >>> rule_of(prepared.relu.output_quantizer).name
+        'observed'
+    """
     rule = RULES[quantizer.scheme.quantizer]
     changed = "forward" in quantizer.__dict__ or quantizer._forward_hooks or quantizer._forward_pre_hooks
     return None if changed or type(quantizer) not in (rule.tensor, rule.weight) else rule
 
 
 def has_rule(quantizer: FakeQuantize) -> bool:
-    """Whether a quantizer can be made again from its scheme: plain ones, and those of a registered rule."""
+    """Whether a quantizer can be made again from its scheme: plain ones, and those of a registered rule.
+
+    Example:
+        >>> has_rule(prepared.relu.output_quantizer)
+        True
+    """
     plain = type(quantizer) in (FakeQuantize, WeightQuantize) and not quantizer._parameters
     changed = "forward" in quantizer.__dict__ or quantizer._forward_hooks or quantizer._forward_pre_hooks
     return (plain and not changed) or rule_of(quantizer) is not None
+
+
+def without_rule(module: nn.Module) -> list[str]:
+    """The quantizers of ``module`` that cannot be made again from their schemes, each by its path and class."""
+    found = ((path, part) for path, part in module.named_modules() if isinstance(part, FakeQuantize))
+    return [f"{path}, a {type(part).__name__}" for path, part in found if not has_rule(part)]

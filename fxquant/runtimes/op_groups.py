@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CLAMPS", "CONVOLUTIONS", "MAX_POOLS", "MOVES", "TRANSPOSED_CONVOLUTIONS"]
+__all__ = ["AVERAGES", "CLAMPS", "CONVOLUTIONS", "MAX_POOLS", "MOVES", "TRANSPOSED_CONVOLUTIONS"]
 
 MOVES = frozenset(
     {
@@ -15,6 +15,13 @@ MOVES = frozenset(
 """Ops that move values and compute nothing: any runtime does them on integers as on floats."""
 
 CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+
+AVERAGES = frozenset(
+    {
+        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "mean"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    }
+)
 
 MAX_POOLS = frozenset(
     {

@@ -21,7 +21,7 @@ from fxquant.installed import require
 from fxquant.onnx.concat_inputs import round_before_joining
 from fxquant.onnx.files import serialized
 from fxquant.onnx.fixed_sizes import takes_fixed_sizes
-from fxquant.runtimes.op_groups import CLAMPS, CONVOLUTIONS, MAX_POOLS, MOVES, TRANSPOSED_CONVOLUTIONS
+from fxquant.runtimes.op_groups import AVERAGES, CLAMPS, CONVOLUTIONS, MAX_POOLS, MOVES, TRANSPOSED_CONVOLUTIONS
 from fxquant.runtimes.runtime import Deployed, Run, Runtime, Session, opened
 from fxquant.runtimes.tensors import array, held_beside, readable, runs_files
 from fxquant.targets.target import Target
@@ -36,17 +36,6 @@ _SHAPES = 4
 _ACTIVATIONS = frozenset(
     {"leaky_relu", "elu", "silu", "mish", "gelu", "hardswish", "softplus", "sigmoid", "hardsigmoid", "tanh"}
 )
-_AVERAGES = frozenset(
-    {
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "mean",
-    }
-)
 
 _TARGET = Target(
     name="openvino",
@@ -60,7 +49,7 @@ _TARGET = Target(
         | MAX_POOLS
         | MOVES
         | _ACTIVATIONS
-        | _AVERAGES
+        | AVERAGES
         | {"linear", "addmm", "matmul", "bmm", "add", "mul", "interpolate", "interpolate_nearest", "embedding"}
     ),
     reads_accumulators=_ACTIVATIONS | {"add"},

@@ -83,6 +83,9 @@ class Runtime:
     A runtime that takes files has ``session``; one that takes the integer model itself has ``open``; one that fxquant only
     writes files for has neither, and says in ``instead`` how to get there.
 
+    Example:
+        >>> mine = dataclasses.replace(runtime_of("onnxruntime"), name="mine", title="Mine")
+
     Args:
         name: as ``compile`` calls it.
         title: how people call it.
@@ -200,6 +203,10 @@ RUNTIMES: dict[str, Runtime] = {}
 def register(runtime: Runtime) -> Runtime:
     """Enter ``runtime``, and its target, so that every verb knows them by name; one of the same name is replaced.
 
+    Example:
+        >>> mine = register(dataclasses.replace(runtime_of("onnxruntime"), name="mine", title="Mine"))
+        >>> logits = fxquant.compile(int8, images, runtime="mine")(images)
+
     Raises:
         SchemeError: its target has the name of another one.
     """
@@ -235,6 +242,10 @@ RUNNABLE: Mapping[str, Runtime] = _Runnable()
 
 def runtime_of(name: str, *, also: Sequence[str] = ()) -> Runtime:
     """A runtime by name.
+
+    Example:
+        >>> runtime_of("tensorrt").runs
+        False
 
     Raises:
         InputError: there is none of that name; ``also`` are other words that would do.

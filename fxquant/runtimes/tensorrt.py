@@ -7,7 +7,7 @@ sum) reads the accumulator, and the other operand of the sum, the residual, is q
 from __future__ import annotations
 
 from fxquant.numerics.scheme import WEIGHT, Scheme
-from fxquant.runtimes.op_groups import CLAMPS, CONVOLUTIONS, MAX_POOLS, MOVES, TRANSPOSED_CONVOLUTIONS
+from fxquant.runtimes.op_groups import AVERAGES, CLAMPS, CONVOLUTIONS, MAX_POOLS, MOVES, TRANSPOSED_CONVOLUTIONS
 from fxquant.runtimes.runtime import Runtime
 from fxquant.runtimes.tensorrt_rules import tensorrt_violations
 from fxquant.targets.target import Target
@@ -16,17 +16,6 @@ __all__ = ["TENSORRT"]
 
 _ACTIVATIONS = frozenset(
     {"leaky_relu", "elu", "selu", "silu", "mish", "gelu", "hardswish", "softplus", "sigmoid", "hardsigmoid", "tanh"}
-)
-_AVERAGES = frozenset(
-    {
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "mean",
-    }
 )
 
 _TARGET = Target(
@@ -44,7 +33,7 @@ _TARGET = Target(
         | MAX_POOLS
         | MOVES
         | _ACTIVATIONS
-        | _AVERAGES
+        | AVERAGES
         | {"linear", "addmm", "matmul", "bmm", "add", "sub", "mul", "batch_norm", "interpolate_nearest", "interpolate"}
     ),
     reasons={

@@ -23,6 +23,10 @@ TARGETS: dict[str, Target] = {X86.name: X86}
 def get(target: str | Target) -> Target:
     """A target by name; a ``Target`` of your own as it is.
 
+    Example:
+        >>> fxquant.targets.get("tensorrt").activation_signs
+        (True,)
+
     Raises:
         InputError: there is none of that name.
     """

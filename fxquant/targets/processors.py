@@ -20,6 +20,10 @@ __all__ = ["PROCESSORS", "Processor"]
 class Processor:
     """A family of processors.
 
+    Example:
+        >>> PROCESSORS["avx2"].adds_pairs
+        True
+
     Attributes:
         name: how ``prepare`` is told of it.
         title: how people call it.

@@ -24,6 +24,11 @@ BYTE_WEIGHTS = tuple(range(2, 9))
 class Target:
     """What a runtime has and wants.
 
+    Example:
+        >>> onnxruntime = fxquant.targets.get("onnxruntime")
+        >>> mine = dataclasses.replace(onnxruntime, name="mine", integer_ops=frozenset({"conv2d", "relu"}))
+        >>> prepared = fxquant.prepare(model, images, target=mine)
+
     Args:
         name: how ``prepare`` is told of it.
         title: how people call it.

@@ -109,6 +109,9 @@ def tune_placement(
     all-float and what was found are interleaved, and the fastest is returned; so the result is never slower than either
     plain placement by the measurement it was chosen by. Ranges stay as they were calibrated.
 
+    Example:
+        >>> print(fxquant.tune_placement(prepared, images, budget=1).placement)
+
     Args:
         prepared: a calibrated or trained model; not touched.
         example_inputs: what to time, as for ``prepare``; None for noise of the shapes that it was prepared with.

@@ -15,7 +15,7 @@ from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantInput
 from fxquant.nn.pinning import PINNED
 from fxquant.passes.drop_quantizers import drop_quantizers
-from fxquant.quantizers import has_rule
+from fxquant.quantizers.registry import without_rule
 from fxquant.recipe import Recipe
 from fxquant.targets import X86
 
@@ -35,11 +35,7 @@ def place_again(prepared: nn.Module, recipe: Recipe) -> nn.Module:
     Raises:
         LevelError: a quantizer is of a user's own class, which would be lost.
     """
-    own = [
-        f"{p}, a {type(q).__name__}"
-        for p, q in prepared.named_modules()
-        if isinstance(q, FakeQuantize) and not has_rule(q)
-    ]
+    own = without_rule(prepared)
     if own:
         raise LevelError(
             f"a model with quantizers of your own cannot be placed anew: {', '.join(own[:4])}.\n"

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from fxquant.errors import MissingPackageError
 
-__all__ = ["Tabled", "decibels", "plain"]
+__all__ = ["Tabled", "decibels", "in_decibels", "megabytes", "plain"]
 
 
 class Tabled:
@@ -72,8 +72,7 @@ class Tabled:
         align = _sides(self.header())
         table = tabulate(rows, list(self.header()), tablefmt="simple", disable_numparse=True, colalign=align)
         lines = [line.rstrip() for line in table.split("\n")] if rows else []
-        notes = list(self.notes())
-        return "\n".join([*([self.title(), ""] if self.title() else []), *lines, *(["", *notes] if notes else [])])
+        return "\n\n".join(part for part in (self.title(), "\n".join(lines), "\n".join(self.notes())) if part)
 
     def _repr_html_(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:
@@ -95,6 +94,16 @@ def decibels(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     return f"{value:.1f}" if math.isfinite(value) else "exact" if value > 0 else "lost"
+
+
+def in_decibels(value: float) -> str:
+    """``41.3 dB``; ``exact`` where nothing was lost."""
+    return f"{decibels(value)} dB" if math.isfinite(value) else decibels(value)
+
+
+def megabytes(size: int) -> str:
+    """``44.6 MB``, ``12 kB``."""
+    return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
 
 
 def plain(value: Any) -> Any:

@@ -20,8 +20,8 @@ from fxquant.nn.integer import Dequantize, IntegerOp, Quantize
 from fxquant.numerics.scheme import Scheme
 from fxquant.ops.calls import FLOAT, behaviour_of
 from fxquant.passes.apply_recipe import op_path
-from fxquant.report.census import absolute, module_at, state_of
-from fxquant.report.paths import near
+from fxquant.reporting.census import absolute, module_at, state_of
+from fxquant.reporting.paths import near
 from fxquant.targets import X86, Target
 
 __all__ = ["Row", "op_text", "path_of", "rows", "source_line", "target_of", "told"]

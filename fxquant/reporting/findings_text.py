@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from fxquant.capture.islands import Specialization
-from fxquant.report.census import short
-from fxquant.report.paths import elide
-from fxquant.report.rows import source_line
+from fxquant.reporting.census import short
+from fxquant.reporting.paths import elide
+from fxquant.reporting.rows import source_line
 
 __all__ = ["Found", "capture_text", "holds_text", "island_line", "island_name"]
 

@@ -14,7 +14,7 @@ from fxquant.errors import FxquantError, InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.audit import Audit, audit
 from fxquant.kernels.runner import kernel_of
-from fxquant.report.census import (
+from fxquant.reporting.census import (
     Share,
     absolute,
     is_float_op,
@@ -27,15 +27,16 @@ from fxquant.report.census import (
     uncounted,
     weights_share,
 )
-from fxquant.report.findings_text import capture_text
-from fxquant.report.island_macs import own_macs
-from fxquant.report.rows import op_text, path_of, source_line, target_of, told
+from fxquant.reporting.findings_text import capture_text
+from fxquant.reporting.island_macs import own_macs
+from fxquant.reporting.rows import op_text, path_of, source_line, target_of, told
 from fxquant.targets import X86
 
 __all__ = ["Coverage", "FloatOp", "IslandReport", "OpCount", "SkippedFold", "coverage"]
 
 _SHOWN = 12
 _RUNS = "it runs its own code, see capture"
+_IN_NO_GRAPH = "no graph has it: the example did not call it, or it cannot be traced where it is called"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Coverage:
         macs: the MACs in integers and in all; None without recorded shapes.
         weights: the weights in integers and in all.
         ops: counts by op, most frequent first.
-        float_ops: every op that computes in float.
+        float_ops: every op that computes in float, and in islands every module with weights that no graph has.
         skipped_folds: every batch norm that was not folded.
         kernels: on integer models, the kernel of each op, by path.
         islands: every module that runs its author's own code.
@@ -209,6 +210,10 @@ class Coverage:
 def coverage(module: nn.Module) -> Coverage:
     """Count what of a prepared, frozen or integer model is in integers.
 
+    Example:
+        >>> print(fxquant.coverage(int8))
+        >>> fxquant.coverage(int8).require(0.99)
+
     Raises:
         InputError: the model was not made by ``prepare`` or ``convert``.
     """
@@ -225,7 +230,10 @@ def coverage(module: nn.Module) -> Coverage:
         macs=macs_share(module, own),
         weights=weights_share(module),
         ops=_count(module, own),
-        float_ops=tuple(_float_op(g, n, own) for g, n in nodes_of(module) if is_float_op(n, module_at(g, n))),
+        float_ops=(
+            *(_float_op(g, n, own) for g, n in nodes_of(module) if is_float_op(n, module_at(g, n))),
+            *_in_no_graph(module),
+        ),
         skipped_folds=tuple(_skipped_folds(module)),
         kernels={absolute(g, path_of(n)): kernel for g, n in nodes_of(module) if (kernel := kernel_of(g, n))},
         islands=tuple(
@@ -278,6 +286,24 @@ def _float_op(graph: LeveledModule, node: fx.Node, own: dict[str, int | None]) -
     macs = _macs(node, module_at(graph, node), own)
     path = absolute(graph, path_of(node))
     return FloatOp(path, op_text(graph, node), node.meta["reason"], node.meta.get("source"), macs)
+
+
+def _in_no_graph(module: nn.Module) -> Iterator[FloatOp]:
+    """What holds weights inside an island and is in no graph, such as a branch that the example did not take."""
+    islands = {island.path: island for island in islands_of(module)}
+
+    def inside(part: nn.Module, path: str) -> Iterator[FloatOp]:
+        for name, child in part.named_children():
+            own = f"{path}.{name}" if path else name
+            if isinstance(child, LeveledModule) or own in islands:
+                continue
+            if any(parameter.ndim >= 2 for parameter in child.parameters(recurse=False)):
+                yield FloatOp(own, type(child).__name__, _IN_NO_GRAPH, None, None)
+            yield from inside(child, own)
+
+    for path, island in islands.items():
+        if not island.is_named:
+            yield from inside(module.get_submodule(path), path)
 
 
 def _plain(lines: list[list[Any]], header: list[str], align: list[str]) -> str:

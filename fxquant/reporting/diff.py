@@ -33,12 +33,12 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.scheme import OBSERVED, Scheme
 from fxquant.passes.canonicalize import canonicalize
-from fxquant.report.census import Share, is_float_op, macs_share, module_at, nodes_of, uncounted, weights_share
-from fxquant.report.findings_text import holds_text, island_line, island_name
-from fxquant.report.island_macs import example_call, own_macs
-from fxquant.report.paths import elide, near
-from fxquant.report.rows import Row, rows, source_line, target_of
-from fxquant.report.terminal import paint, terminal_width, visible_length, wants_color
+from fxquant.reporting.census import Share, is_float_op, macs_share, module_at, nodes_of, uncounted, weights_share
+from fxquant.reporting.findings_text import holds_text, island_line, island_name
+from fxquant.reporting.island_macs import example_call, own_macs
+from fxquant.reporting.paths import elide, near
+from fxquant.reporting.rows import Row, rows, source_line, target_of
+from fxquant.reporting.terminal import paint, terminal_width, visible_length, wants_color
 from fxquant.targets import X86
 
 __all__ = ["Diff", "GraphRows", "diff", "row_cells"]
@@ -151,6 +151,9 @@ class Diff:
 
 def diff(before: nn.Module, after: nn.Module, *, color: bool | None = None, width: int | None = None) -> Diff:
     """Compare a model with what ``prepare`` or ``convert`` made of it.
+
+    Example:
+        >>> print(fxquant.diff(model, prepared))
 
     Args:
         before: the float model, or an earlier level of it, such as the prepared model.

@@ -1,0 +1,27 @@
+"""An extension of Griffe, which reads docstrings for the site: ``name, level: text`` documents both names with that text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+__all__ = ["EachName"]
+
+_SEVERAL = re.compile(r"^(    )((?:[\w.*]+, )+[\w.*]+): (.*(?:\n {5,}.*)*)", re.M)
+"""An entry of a section for several names, with the lines that go on with it."""
+
+
+class EachName(griffe.Extension):
+    """Give each name an entry of its own before the sections of a docstring are parsed."""
+
+    def on_object(self, *, obj: Any, **_: Any) -> None:
+        """Called for each module, class, function and attribute that was loaded."""
+        if obj.docstring is not None:
+            obj.docstring.value = _SEVERAL.sub(_apart, obj.docstring.value)
+
+
+def _apart(entry: re.Match[str]) -> str:
+    indent, names, text = entry.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))
