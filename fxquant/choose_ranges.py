@@ -93,7 +93,7 @@ def _reader(node: fx.Node, part: Any, entering: Any, losses: dict[FakeQuantize, 
         return result
 
     def hook(part: Any, args: tuple[Any, ...]) -> None:
-        x, weight = args[0], args[1] if isinstance(part, QuantWeightedOp) else part.weight
+        x, weight = args[0], args[1] if isinstance(part, QuantWeightedOp) else part.rounded_parameters()[0]
         if _is_auto(entering):
             _add(losses, entering, _inputs_loss(entering, x, lambda error: output_of(error, weight)))
         if _is_auto(part.weight_quantizer):
