@@ -94,7 +94,7 @@ class _Freezer:
         """One frozen twin for each quantizer, so that what was shared stays shared."""
         if id(quantizer) not in self.frozen:
             twin = _twin(quantizer)
-            twin.observing, twin.enabled = False, True
+            twin.observing, twin.enabled, twin.delayed = False, True, False
             if twin.tracking:
                 twin.tracking = False
             self.frozen[id(quantizer)] = twin

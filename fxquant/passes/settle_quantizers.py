@@ -138,7 +138,9 @@ def _refusal(own: Any, where: str, what: str, advice: str) -> LevelError:
 
 def _at_rest(own: Any) -> Any:
     """A copy in eval mode, to ask what it makes of something."""
-    return copy.deepcopy(own).eval()
+    resting = copy.deepcopy(own).eval()
+    resting.delayed = False
+    return resting
 
 
 def _of_tensor(own: Any, where: str) -> FakeQuantize:
