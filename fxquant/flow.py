@@ -32,6 +32,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.folding import Folding
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.ops.table import TABLE
 from fxquant.passes.apply_recipe import apply_recipe, require_fit
@@ -259,7 +260,9 @@ def freeze(prepared: Any) -> Any:
             "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch "
             "reaches needs data that reaches it, or a recipe that keeps it in float."
         )
-    return deep_copy(run_passes(prepared, (fold_trained_batchnorm, settle_quantizers, freeze_graph), None))
+    folds = any(isinstance(part, Folding) and part.folded_norm is not None for part in prepared.modules())
+    first = (fold_trained_batchnorm,) if folds else ()
+    return deep_copy(run_passes(prepared, (*first, settle_quantizers, freeze_graph), None))
 
 
 def convert(prepared: Any, *, rounding: str | None = None, kernels: str = "auto") -> Any:

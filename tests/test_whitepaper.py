@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Recipe, Scheme, Setting
+from fxquant.errors import LevelError
 from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.folding import batch_variance
 from fxquant.nn.modules import QuantWeighted
@@ -341,6 +342,14 @@ def test_the_variance_of_two_processes_is_that_of_both_batches(tmp_path):
     for found, _ in parts:
         assert_close_to_scale(found.double(), variance.detach(), 1e-6)
     assert_close_to_scale(torch.cat([grad for _, grad in parts]).double(), y.grad, 1e-6)
+
+
+def test_a_quantizer_without_a_grid_is_refused_by_name():
+    _, prepared, x = made("conv2d")
+    prepared(x)
+    prepared.get_submodule("0").weight_quantizer = nn.Identity()
+    with pytest.raises(LevelError, match=r"0\.weight_quantizer, a Identity, is no FakeQuantize with a grid"):
+        fxquant.freeze(prepared)
 
 
 def test_recipes_leave_float_layers_alone():

@@ -67,7 +67,7 @@ def folded_parameters(part: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
 def folded_forward(part: Any, norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What ``norm`` makes of what ``part`` makes of ``x``, with W_f rounded by the quantizer of ``part``."""
-    if not part.weight_quantizer.enabled:
+    if not getattr(part.weight_quantizer, "enabled", True):
         plain: Tensor = norm.normalized(part.weighted(x, part.weight, part.bias, *args, **kwargs))
         return plain
     if not norm.training or norm.statistics_frozen:

@@ -8,8 +8,10 @@ from torch import fx, nn
 
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.nn.modules import QuantWeighted
 from fxquant.passes.facts import Placed
+from fxquant.passes.settle_quantizers import grid_of
 
 __all__ = ["fold_trained_batchnorm", "take_over"]
 
@@ -34,12 +36,17 @@ def fold_trained_batchnorm(module: LeveledModule) -> LeveledModule:
 
     Law:
         Outputs in eval mode are unchanged, bit for bit.
+
+    Raises:
+        LevelError: a weight has a quantizer that is none.
     """
     edit = Edit(module, by="fold_trained_batchnorm")
     for node in edit.nodes:
         part = edit.module(node)
         if not isinstance(part, QuantWeighted) or part.folded_norm is None:
             continue
+        if not isinstance(part.weight_quantizer, FakeQuantize):
+            grid_of(part.weight_quantizer, f"{node.target}.weight_quantizer")
         (batch_norm,) = node.users
         weight, bias = (p.detach().to(part.weight.dtype) for p in part.rounded_parameters() if p is not None)
         made = {name: nn.Parameter(p, requires_grad=False) for name, p in (("weight", weight), ("bias", bias))}

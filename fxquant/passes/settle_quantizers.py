@@ -30,7 +30,7 @@ from fxquant.ops.calls import call_of
 from fxquant.passes.facts import Placed
 from fxquant.quantizers import rule_of
 
-__all__ = ["is_plain", "settle_quantizers"]
+__all__ = ["grid_of", "is_plain", "settle_quantizers"]
 
 _NEAR = 1e-3
 """Real numbers that differ by less than this part of a step are the same."""
@@ -108,8 +108,12 @@ def _one_quantizer_each(edit: Edit) -> None:
             )
 
 
-def _grid_of(own: Any, where: str) -> Grid:
-    """The grid that a quantizer offers, in tensors of its own."""
+def grid_of(own: Any, where: str) -> Grid:
+    """The grid that a quantizer offers, in tensors of its own.
+
+    Raises:
+        LevelError: it offers none, or one that integers cannot have.
+    """
     grid = getattr(own, "grid", None) if isinstance(own, FakeQuantize) else None
     if not isinstance(grid, Grid):
         raise _refusal(
@@ -144,7 +148,7 @@ def _at_rest(own: Any) -> Any:
 
 
 def _of_tensor(own: Any, where: str) -> FakeQuantize:
-    grid = _grid_of(own, where)
+    grid = grid_of(own, where)
     if grid.scale.numel() != 1:
         raise _refusal(own, where, "has a scale per channel", "give one scale per tensor")
     plain = FakeQuantize(grid.scheme).to(grid.scale.device).eval()
@@ -183,7 +187,7 @@ def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
     asked = _at_rest(own)
     with torch.no_grad():
         rounded = asked(weight.detach())
-    grid = _grid_of(asked, where)
+    grid = grid_of(asked, where)
     axis = own.axis if grid.scale.ndim else None
     fits = rounded.shape == weight.shape and (axis is None or len(grid.scale) == weight.shape[axis])
     if not fits or bool(grid.zero_point.any()) or (grid.scale.ndim and axis is None):
