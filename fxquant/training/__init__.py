@@ -1,6 +1,7 @@
 """Quantization-aware training: what a training loop needs beside the prepared model."""
 
+from fxquant.training.distillation import distill
 from fxquant.training.loop import freeze_batchnorm, parameter_groups, reestimate_batchnorm
 from fxquant.training.schedule import Schedule
 
-__all__ = ["Schedule", "freeze_batchnorm", "parameter_groups", "reestimate_batchnorm"]
+__all__ = ["Schedule", "distill", "freeze_batchnorm", "parameter_groups", "reestimate_batchnorm"]
