@@ -2,6 +2,7 @@
 
 from fxquant.training.distillation import distill
 from fxquant.training.loop import freeze_batchnorm, parameter_groups, reestimate_batchnorm
+from fxquant.training.oscillations import Oscillations
 from fxquant.training.schedule import Schedule
 
-__all__ = ["Schedule", "distill", "freeze_batchnorm", "parameter_groups", "reestimate_batchnorm"]
+__all__ = ["Oscillations", "Schedule", "distill", "freeze_batchnorm", "parameter_groups", "reestimate_batchnorm"]
