@@ -61,6 +61,8 @@ class FakeQuantize(GridState):
 
     seen_dtype: torch.dtype | None = None
     delayed = False
+    keeps_bits = ""
+    """Why ``set_bits`` cannot change its bits; empty where it can."""
     tracking = Switch("follows", initial=False)
     follows_graph = True
 

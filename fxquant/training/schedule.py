@@ -193,6 +193,7 @@ class Schedule:
             refused = rule.refusal(replace(quantizer.scheme, bits=bits), kind)
             if isinstance(quantizer, WeightQuantize) and quantizer.integers is not None:
                 refused = "its rounding is pinned: unpin it, or leave bits out"
+            refused = quantizer.keeps_bits or refused
             if refused is not None:
                 raise RecipeError(f"{name} cannot have {bits} bits on the way: {refused}.")
 
