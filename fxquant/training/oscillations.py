@@ -18,20 +18,18 @@ f_th may fall and λ rise by half a cosine while training goes on. Take batch no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.islands import graphs_of
 from fxquant.errors import InputError
 from fxquant.nn.fake_quantize import WeightQuantize
-from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.numerics.affine import broadcast
-from fxquant.ops.calls import call_of
 from fxquant.quantizers.learned import LearnedWeight
+from fxquant.training.weights import weights_of
 
 __all__ = ["Oscillations"]
 
@@ -102,7 +100,13 @@ class Oscillations:
             raise InputError("momentum is above 0 and at most 1, and a course from one number to another needs steps.")
         self.bits, self.momentum, self.freeze_above, self.dampening = bits, momentum, freeze_above, dampening
         self.steps, self.count, self.left_out = steps, 0, dict[str, str]()
-        self._weights = dict(self._found(prepared))
+        self._weights: dict[str, tuple[WeightQuantize, nn.Parameter]] = {}
+        for name, part, weight in weights_of(prepared):
+            reason = _refusal(part)
+            if reason is None:
+                self._weights[name] = part.weight_quantizer, weight
+            else:
+                self.left_out[name] = reason
         self._known: dict[str, tuple[int, _Weight]] = {}
         if not self._weights:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(self.left_out.items())[:3])
@@ -177,26 +181,6 @@ class Oscillations:
             device = self._weights[name][1].device
             values = {field.name: one[field.name].to(device, copy=True) for field in fields(_Weight)}
             self._known[name] = int(one["bits"]), _Weight(**values)
-
-    def _found(self, prepared: nn.Module) -> Iterator[tuple[str, tuple[WeightQuantize, nn.Parameter]]]:
-        """The weights that can be followed, each once, with their quantizers."""
-        seen = set[int]()
-        for path, graph in graphs_of(prepared).items():
-            for node in graph.graph.nodes:
-                part: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-                if not isinstance(part, (QuantWeighted, QuantWeightedOp)) or id(part.weight_quantizer) in seen:
-                    continue
-                seen.add(id(part.weight_quantizer))
-                name = f"{path}.{node.target}.weight".strip(".")
-                weight: Any = getattr(part, "weight", None)
-                if isinstance(part, QuantWeightedOp):
-                    name = str(call_of(node, part).operand("weight").target)  # type: ignore[union-attr]
-                    weight, name = graph.get_parameter(name), f"{path}.{name}".strip(".")
-                reason = _refusal(part)
-                if reason is None:
-                    yield name, (part.weight_quantizer, weight)
-                else:
-                    self.left_out[name] = reason
 
     @torch.no_grad()
     def _follow(self) -> dict[str, _Weight]:
