@@ -20,7 +20,7 @@ from fxquant.page.report import report
 from fxquant.recipe import Op, Recipe, Setting
 from fxquant.reporting.coverage import coverage
 from fxquant.reporting.diff import diff
-from fxquant.training import freeze_batchnorm, parameter_groups, reestimate_batchnorm
+from fxquant.training import Schedule, distill, freeze_batchnorm, parameter_groups, reestimate_batchnorm
 from fxquant.tuning.ladder import auto
 from fxquant.tuning.placement import tune_placement
 
@@ -28,6 +28,7 @@ __all__ = [
     "FxquantError",
     "Op",
     "Recipe",
+    "Schedule",
     "Scheme",
     "Setting",
     "auto",
@@ -37,6 +38,7 @@ __all__ = [
     "convert",
     "coverage",
     "diff",
+    "distill",
     "errors_by_layer",
     "export_onnx",
     "freeze",

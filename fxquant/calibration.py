@@ -16,6 +16,7 @@ from fxquant.capture.islands import graphs_of
 from fxquant.errors import CalibrationError, InputError
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.folding import Folding
 from fxquant.nn.processes import merge_calibrations, of_all
 from fxquant.numerics.ranges import ESTIMATOR
 
@@ -177,7 +178,7 @@ def read_weights(module: nn.Module) -> None:
     """Let every weight quantizer of a module know its weight, so that reports show scales; pinned grids stay."""
     for part in module.modules():
         quantizer = getattr(part, "weight_quantizer", None)
-        weight = getattr(part, "weight", None)
+        weight = part.rounded_parameters()[0] if isinstance(part, Folding) else getattr(part, "weight", None)
         if isinstance(quantizer, WeightQuantize) and isinstance(weight, Tensor) and not quantizer.pinned:
             quantizer.refresh(weight)
 

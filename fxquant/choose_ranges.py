@@ -134,7 +134,7 @@ def _reader(node: fx.Node, part: Any, entering: Any, losses: _Losses) -> Callabl
         return result
 
     def hook(part: Any, args: tuple[Any, ...]) -> None:
-        held = args[1] if isinstance(part, QuantWeightedOp) else part.weight
+        held = args[1] if isinstance(part, QuantWeightedOp) else part.rounded_parameters()[0]
         x, weight, own = in_float32(args[0]), in_float32(held), part.weight_quantizer
         if losses.wants(entering):
             losses.add(entering, _inputs_loss(entering, x, lambda error: output_of(error, weight)))

@@ -42,6 +42,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, describe_inputs, move_to
 from fxquant.kernels.runner import KERNELS, use_kernels
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.folding import Folding
 from fxquant.nn.processes import broadcast_state
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.ops.table import TABLE
@@ -51,6 +52,7 @@ from fxquant.passes.choose_regions import choose_regions
 from fxquant.passes.drop_noops import drop_noops
 from fxquant.passes.finite import require_finite
 from fxquant.passes.fold_batchnorm import fold_batchnorm
+from fxquant.passes.fold_trained_batchnorm import fold_trained_batchnorm
 from fxquant.passes.freeze import freeze as freeze_graph
 from fxquant.passes.keep_accumulators import keep_accumulators
 from fxquant.passes.leave_unrounded import leave_unrounded
@@ -71,29 +73,29 @@ __all__ = ["calibrate", "convert", "freeze", "prepare", "quantize", "quantizers_
 
 Pass = Callable[[LeveledModule], LeveledModule]
 
-BATCH_NORM_MODES = ("late", "frozen")
+BATCH_NORM_MODES = ("late", "whitepaper", "frozen")
 
 
-def passes_of(*, recipe: Recipe, qat: bool, target: Target = X86) -> tuple[Pass, ...]:
+def passes_of(*, recipe: Recipe, qat: bool, target: Target = X86, folds_first: bool = False) -> tuple[Pass, ...]:
     """The way from a captured graph to a prepared one, in order."""
     return (
         canonicalize,
         partial(drop_noops, keep_dropout=qat),
         *(() if qat else (fold_batchnorm,)),
-        *placing_passes(recipe, target),
+        *placing_passes(recipe, target, folds_first=folds_first),
     )
 
 
-def placing_passes(recipe: Recipe, target: Target) -> tuple[Pass, ...]:
+def placing_passes(recipe: Recipe, target: Target, *, folds_first: bool = False) -> tuple[Pass, ...]:
     """The part of that way that decides what is quantized, and puts quantizers there."""
     return (
         partial(apply_recipe, recipe=recipe, target=target),
         partial(leave_unrounded, recipe=recipe),
         choose_regions,
-        merge_clamps,
+        partial(merge_clamps, folds_first=folds_first),
         partial(keep_accumulators, target=target),
         partial(scale_groups, recipe=recipe, target=target),
-        partial(place_quantizers, recipe=recipe, target=target),
+        partial(place_quantizers, recipe=recipe, target=target, folds_first=folds_first),
     )
 
 
@@ -127,7 +129,8 @@ def prepare(
         target: where the model will run: a name of ``fxquant.targets.TARGETS``, or a ``Target`` of your own.
         processor: what it shall be right on, a name of ``fxquant.targets.PROCESSORS``; None for the target's (``"any"``).
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
-            scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are.
+            scales at conversion, exactly; ``"frozen"`` does the same with statistics that stay as they are;
+            ``"whitepaper"`` folds them before weights are rounded, in every pass (see ``nn.folding``).
         verify: run the model and the graph after every pass on ``example_inputs`` and compare, quantizers off.
         leaves: paths or classes of modules that stay in float and run their own code.
 
@@ -149,12 +152,12 @@ def prepare(
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
     named = [island.path for island in islands_of(captured) if island.is_named]
     call = None if example_inputs is None else as_call(captured, example_inputs)
-    inputs = describe_inputs(call)
     for graph in graphs_of(captured).values():
         check(graph, by="capture").settings.update(
-            qat=qat, batch_norm=batch_norm, recipe=recipe, target=target, inputs=inputs, leaves=named
+            qat=qat, batch_norm=batch_norm, recipe=recipe, target=target, inputs=describe_inputs(call), leaves=named
         )
-    prepared = run_passes(captured, passes_of(recipe=recipe, qat=qat, target=target), call if verify else None)
+    steps = passes_of(recipe=recipe, qat=qat, target=target, folds_first=qat and batch_norm == "whitepaper")
+    prepared = run_passes(captured, steps, call if verify else None)
     require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__, alone=is_layer(model))
     return _ready_to_train(prepared, batch_norm, call) if qat else prepared.eval()
 
@@ -277,7 +280,9 @@ def freeze(prepared: nn.Module) -> nn.Module:
             "  what to do: run fxquant.calibrate(prepared, loader), or train it, first; a branch that no batch "
             "reaches needs data that reaches it, or a recipe that keeps it in float."
         )
-    return deep_copy(run_passes(prepared, (settle_quantizers, freeze_graph), None))
+    folds = any(isinstance(part, Folding) and part.folded_norm is not None for part in prepared.modules())
+    first = (fold_trained_batchnorm,) if folds else ()
+    return deep_copy(run_passes(prepared, (*first, settle_quantizers, freeze_graph), None))
 
 
 def convert(prepared: nn.Module, *, rounding: str | None = None, kernels: str = "auto") -> nn.Module:

@@ -265,7 +265,7 @@ def test_an_example_that_does_not_fit(case, qat):
 
 def test_options_that_are_not_known():
     model = Net()
-    with refused(InputError, "batch_norm='fold'", "late, frozen", unchanged=model):
+    with refused(InputError, "batch_norm='fold'", "late, whitepaper, frozen", unchanged=model):
         fxquant.prepare(model, X, qat=True, batch_norm="fold")
     with refused(InputError, "verify=True", "give example_inputs", unchanged=model):
         fxquant.prepare(model, verify=True)

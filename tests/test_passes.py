@@ -93,6 +93,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "fold_batchnorm": (Normalized, IMAGE, False),
     "place_quantizers": (partial(Classifier, pools=True), IMAGE, False),
     "drop_quantizers": (partial(Classifier, pools=True), IMAGE, False),
+    "fold_trained_batchnorm": (Normalized, IMAGE, True),
     "freeze": (Normalized, IMAGE, True),
     "to_integer": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
     "to_qdq": (partial(Classifier, pools=False), (2, 2, 6, 6), False),
@@ -105,19 +106,22 @@ LAST = ("to_qdq", "to_decomposed")
 """The passes that each take an integer graph."""
 
 
-def steps(*, qat: bool) -> list[tuple[str, Callable[..., LeveledModule]]]:
+def steps(*, qat: bool, folds_first: bool = False) -> list[tuple[str, Callable[..., LeveledModule]]]:
     """The whole way from a captured graph to an integer one, and to the forms that files and programs are written from."""
-    way = [(getattr(s, "func", s).__name__, s) for s in passes_of(recipe=Recipe(), qat=qat)]
-    return [*way, *((name, pass_named(name)) for name in ("settle_quantizers", "freeze", "to_integer", *LAST))]
+    way = [(getattr(s, "func", s).__name__, s) for s in passes_of(recipe=Recipe(), qat=qat, folds_first=folds_first)]
+    later = ("fold_trained_batchnorm", "settle_quantizers", "freeze", "to_integer", *LAST)
+    return [*way, *((name, pass_named(name)) for name in later)]
 
 
-def way_of(model: nn.Module, shape: tuple[int, ...], *, qat: bool) -> dict[str, tuple[LeveledModule, LeveledModule]]:
+def way_of(
+    model: nn.Module, shape: tuple[int, ...], *, qat: bool, folds_first: bool = False
+) -> dict[str, tuple[LeveledModule, LeveledModule]]:
     """What each pass was given and what it gave, by the pass's name."""
     x = torch.randn(shape)
     module = capture(model, (x,), for_training=qat)
     way = {}
-    for name, step in steps(qat=qat):
-        if name == "freeze":
+    for name, step in steps(qat=qat, folds_first=folds_first):
+        if name == "fold_trained_batchnorm":
             fxquant.calibrate(module, [x], progress=False)
         if name in LAST:
             module = way["to_integer"][1]
@@ -148,7 +152,7 @@ def test_a_pass_that_changes_graphs_shows_it(name):
         return
     assert before and after, f"{name} has no Before and After"
     build, shape, qat = MODELS[name]
-    given, gave = way_of(build().eval(), shape, qat=qat)[name]
+    given, gave = way_of(build().eval(), shape, qat=qat, folds_first=name == "fold_trained_batchnorm")[name]
     assert graph_text(given) == before
     assert graph_text(gave) == after
 
@@ -179,16 +183,16 @@ def assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert torch.equal(value, now[2]), f"{name} changed"
 
 
-@pytest.mark.parametrize("qat", [False, True], ids=["ptq", "qat"])
+@pytest.mark.parametrize(("qat", "folds_first"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     "build", [Normalized, InPlace, partial(Classifier, pools=True)], ids=["bn", "in place", "pool"]
 )
-def test_passes_are_pure(build, qat):
+def test_passes_are_pure(build, qat, folds_first):
     model = build().train(qat)
     x = torch.randn(IMAGE if build is not InPlace else (2, 3, 4))
     module = capture(model, (x,), for_training=qat)
-    for name, step in steps(qat=qat):
-        if name == "freeze":
+    for name, step in steps(qat=qat, folds_first=folds_first):
+        if name == "fold_trained_batchnorm":
             fxquant.calibrate(module, [x], progress=False)
             with torch.no_grad():
                 for parameter in module.parameters():
@@ -249,7 +253,12 @@ def node_named(module: LeveledModule, name: str) -> Any:
 
 def given(level: str) -> LeveledModule:
     way = way_of(Lawful().eval(), IMAGE, qat=False)
-    takes = {"captured": "canonicalize", "canonical": "drop_noops", "prepared": "freeze", "frozen": "to_integer"}
+    takes = {
+        "captured": "canonicalize",
+        "canonical": "drop_noops",
+        "prepared": "fold_trained_batchnorm",
+        "frozen": "to_integer",
+    }
     takes["integer"] = "to_qdq"
     module = way[takes[level]][0] if level in takes else way[f"to_{level}"][1]
     assert module.level == level

@@ -25,9 +25,9 @@ from fxquant.behaviour import Clamping, Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
+from fxquant.nn.folding import per_output_channel
 from fxquant.nn.modules import QuantWeighted
 from fxquant.ops.calls import behaviour_of, call_of
-from fxquant.passes.fold_batchnorm import per_output_channel
 
 __all__ = ["Channels", "Link", "Uses", "exact_in", "links_of", "listed", "unfit", "weighted_parts"]
 

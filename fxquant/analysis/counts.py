@@ -76,8 +76,9 @@ class Count:
         scale = scale if scale is not None and scale.ndim == 0 else None
         both = result
         if spot.weight is not None:
-            given = isinstance(spot.part, QuantWeightedOp)
-            self._count_weight(kwargs.get("weight", args[1] if len(args) > 1 else None) if given else spot.part.weight)
+            given = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            own = None if isinstance(spot.part, QuantWeightedOp) else spot.part.rounded_parameters()[0]
+            self._count_weight(given if own is None else own)
             with _on(spot.weight):
                 both = spot.part.forward(*args, **kwargs)
             self.by_weight.add(both, result, scale)

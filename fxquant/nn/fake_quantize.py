@@ -14,6 +14,7 @@ What it knows lives in buffers: see ``grid_state``.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class FakeQuantize(GridState):
 
     Attributes:
         tracking: whether the range follows what passes in training mode; set it to False to hold the range still.
+        delayed: whether values still pass unrounded while the range follows them (``training.Schedule``).
         ready: whether there is a range to round to.
         synchronized: whether it follows what all processes of a group see; see ``processes``.
         takes_estimator: whether its range, or where a learned one starts, is what the scheme's estimator finds.
@@ -62,6 +64,9 @@ class FakeQuantize(GridState):
 
     seen_dtype: torch.dtype | None = None
     synchronized = False
+    delayed = False
+    keeps_bits = ""
+    """Why ``set_bits`` cannot change its bits; empty where it can."""
     tracking = Switch("follows", initial=False)
     follows_graph = True
     takes_estimator = True
@@ -114,7 +119,38 @@ class FakeQuantize(GridState):
     @property
     def active(self) -> bool:
         """Whether values are rounded now."""
-        return self.enabled and not self.observing and self.ready
+        return self.enabled and not self.observing and not self.delayed and self.ready
+
+    @property
+    def own_bits(self) -> int:
+        """The bits that it was made with."""
+        bits: int = self.__dict__.get("_own_bits", self.scheme.bits)
+        return bits
+
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Give the grid other bits from now on; its step is scaled by two to the number of those taken away.
+
+        A range that is observed or fixed is covered anew.
+        """
+        self.__dict__.setdefault("_own_bits", self.scheme.bits)
+        grid, before = self.grid, self.scheme
+        self.scheme = replace(before, bits=bits)
+        if not self.ready:
+            return
+        if self.fixed_range is not None:
+            self.set_range(*(torch.full_like(grid.scale, float(bound)) for bound in self.fixed_range))
+            return
+        factor = 2.0 ** (before.bits - bits)
+        origin = self.scheme.qmin + torch.round((grid.zero_point - before.qmin) / factor)
+        exact = torch.zeros_like(origin) if before.signed else torch.full_like(origin, 2.0 ** (bits - 1))
+        self.take_grid(grid.scale * factor, exact if before.symmetric else origin)
+        self._cover_observed()
+
+    def _cover_observed(self) -> None:
+        state = self.range_state()
+        if bool((torch.isfinite(state["low"]) & torch.isfinite(state["high"])).all()):
+            self.update_scale()
 
     def upgrade_state(self, state: dict[str, Any], prefix: str) -> None:
         """Rewrite what an older version saved of this quantizer: the estimator that ``auto`` chose, as a number."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fxquant.errors import LevelError
 from fxquant.graph.edit import clone_module
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.folding import Folding, folded_forward
 from fxquant.nn.leaf import Leaf
 from fxquant.nn.shipped_bias import rounded_bias
 from fxquant.nn.switch import Switch, Switched
@@ -84,7 +85,7 @@ class _Quantized(Leaf):
         """
         self.__dict__["_bias_of"] = None if source is None else (source, weighted)
 
-    def _shipped(self, bias: Tensor | None) -> Tensor | None:
+    def shipped(self, bias: Tensor | None) -> Tensor | None:
         """``bias`` as a weighted op will have it."""
         part: Any = self
         source, weighted = self.__dict__.get("_bias_of") or (None, None)
@@ -182,7 +183,7 @@ class QuantWeightedOp(QuantOp):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **dynamic: Any) -> Any:
         weight = self.weight_quantizer(weight)
-        bias = self._shipped(bias)
+        bias = self.shipped(bias)
         return self._quantize(self.entry.function(x, weight, bias, **self.attributes, **dynamic))
 
 
@@ -193,7 +194,7 @@ class QuantParametric(_Quantized):
         return self._quantize(super().forward(*args, **kwargs))
 
 
-class QuantWeighted(_Quantized):
+class QuantWeighted(Folding, _Quantized):
     """Mixin for modules with a weight to quantize; put it before the float class."""
 
     weight: Tensor
@@ -201,20 +202,23 @@ class QuantWeighted(_Quantized):
     weight_quantizer: WeightQuantize
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (norm := self.folded_norm) is not None:
+            return self._quantize(folded_forward(self, norm, x, *args, **kwargs))
         weight = self.weight_quantizer(self.weight)
-        return self._quantize(self._weighted(x, weight, self._shipped(self.bias), *args, **kwargs))
+        return self._quantize(self.weighted(x, weight, self.shipped(self.bias), *args, **kwargs))
 
-    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The op itself, with other parameters than the module's."""
         raise NotImplementedError
 
 
 class _Conv(QuantWeighted):
-    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
 
 class _ConvTranspose(QuantWeighted):
-    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+    def weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         dims = len(self.kernel_size)
         padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
@@ -248,7 +252,7 @@ class QuantConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 class QuantLinear(QuantWeighted, nn.Linear):
     """``nn.Linear`` with a fake-quantized weight and output."""
 
-    def _weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def weighted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
@@ -268,13 +272,22 @@ class _BatchNorm(Switched, QuantParametric, nn.modules.batchnorm._BatchNorm):
         super().reset_running_stats()
 
     def forward(self, x: Tensor) -> Any:
+        return self._quantize(self.normalized(x)) if "_folded_into" not in self.__dict__ else self._hand_on(x)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Batch normalization alone, with the batch's statistics or those that are frozen."""
         if self.running_mean is None or (self.training and not self.statistics_frozen):
-            return super().forward(x)
+            return super(QuantParametric, self).forward(x)
         self._check_input_dim(x)
         bias = self._folded_bias()
-        return self._quantize(
-            F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias, False, 0.0, self.eps)
-        )
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias, False, 0.0, self.eps)
+
+    def _hand_on(self, x: Tensor) -> Any:
+        """``x``, which the module before has normalized, rounded here where this is the last link of the chain."""
+        unread = self._may_overwrite(x)
+        if self.output_quantizer is None or not self.applies:
+            return self._quantize(x) if unread else x
+        return self.output_quantizer(x, inplace=unread, observes=self.observes)
 
     def _folded_bias(self) -> Tensor | None:
         """β, moved by what rounding takes off the bias that this norm gives the weighted op before it.
@@ -313,6 +326,8 @@ class _BatchNorm(Switched, QuantParametric, nn.modules.batchnorm._BatchNorm):
             return super().replaced_by(new, name)
         made.attach(self.output_quantizer, applies=self.applies, inplace=self.inplace, observes=self.observes)
         made.__dict__["_bias_of"] = self.__dict__.get("_bias_of")
+        if (weighted := self.__dict__.get("_folded_into")) is not None:
+            weighted.fold(made)
         made.add_switches()
         made.statistics_frozen = self.statistics_frozen or type(new).__name__ == "FrozenBatchNorm2d"
         replacement: nn.Module = made

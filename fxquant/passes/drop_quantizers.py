@@ -81,6 +81,6 @@ def _restore_module(edit: Edit, node: fx.Node, part: nn.Module) -> None:
     for name in ("output_quantizer", "weight_quantizer"):
         made._modules.pop(name, None)
         made.__dict__.pop(name, None)
-    for name in ("entry", "applies", "inplace", "_bias_of"):
+    for name in ("entry", "applies", "inplace", "_bias_of", "_folded_norm", "_folded_into"):
         made.__dict__.pop(name, None)
     edit.set_module(node, made)

@@ -21,11 +21,12 @@ from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import next_in_chain
+from fxquant.nn.folding import per_output_channel
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.passes.facts import Folded
 
-__all__ = ["fold_batchnorm", "pads", "per_output_channel"]
+__all__ = ["fold_batchnorm", "pads"]
 
 
 def fold_batchnorm(module: LeveledModule) -> LeveledModule:
@@ -137,14 +138,6 @@ def pads(padding: object) -> bool:
     if isinstance(padding, str):
         return padding != "valid"
     return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
-
-
-def per_output_channel(values: Tensor, weight: Tensor, *, out_axis: int, groups: int) -> Tensor:
-    """``values`` ``(out_channels,)`` shaped to multiply ``weight`` of a convolution, transposed or not, by channel."""
-    if out_axis == 0:
-        return values.reshape(-1, *[1] * (weight.ndim - 1))
-    by_group = values.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-    return by_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
 
 
 def _scaled_outputs(behaviour: Weighted, conv: nn.Module, gain: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -23,13 +23,14 @@ from fxquant.behaviour import ChannelAffine, Weighted
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
+from fxquant.nn.folding import per_output_channel
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.nn.shipped_bias import fit_bias
 from fxquant.numerics.affine import broadcast, dequantize, quantize
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.normalization import channel_affine_of
 from fxquant.passes.facts import Placed
-from fxquant.passes.fold_batchnorm import per_output_channel
+from fxquant.passes.fold_trained_batchnorm import take_over
 
 __all__ = ["freeze", "input_quantizer"]
 
@@ -91,7 +92,7 @@ class _Freezer:
         """One frozen twin for each quantizer, so that what was shared stays shared."""
         if id(quantizer) not in self.frozen:
             twin = _twin(quantizer)
-            twin.observing, twin.enabled = False, True
+            twin.observing, twin.enabled, twin.delayed = False, True, False
             if twin.tracking:
                 twin.tracking = False
             self.frozen[id(quantizer)] = twin
@@ -129,8 +130,7 @@ class _Freezer:
             )
             scale = scale * gain.abs()
             bias = offset if bias is None else gain * bias + offset
-            self._take_over(node, part, batch_norm)
-            part = self.edit.module(node)
+            part = take_over(self.edit, node, part, batch_norm)
         given = scale
         scale, bias = self._fit_bias(node, scale, bias)
         axis = behaviour.out_axis if scale.ndim else None
@@ -141,17 +141,6 @@ class _Freezer:
         if bias is not None:
             changes["bias"] = nn.Parameter(bias.to(real.dtype), requires_grad=False)
         self.edit.set_module(node, clone_module(part, **changes))
-
-    def _take_over(self, node: fx.Node, part: Any, batch_norm: fx.Node) -> None:
-        """Remove a folded batch norm; where it was the last link, its quantizer becomes the weighted op's."""
-        last: Any = self.edit.module(batch_norm)
-        if not Placed(batch_norm).continues:
-            part = clone_module(part)
-            part.attach(last.output_quantizer, applies=True, inplace=True)
-            self.edit.set_module(node, part)
-            for key in ("continues", "group", "quantized", "leaves_as_float", "stays_wide"):
-                node.meta[key] = batch_norm.meta.get(key)
-        self.edit.absorb(node, batch_norm, "folded")
 
     def _with_scale(self, quantizer: WeightQuantize, scale: Tensor, axis: int | None) -> WeightQuantize:
         safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()

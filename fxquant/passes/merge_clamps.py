@@ -8,6 +8,8 @@ A clamp that is merged costs nothing: the quantizer behind it clamps anyway, to 
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import fx
 
 from fxquant.behaviour import ChannelAffine, Clamping, Rescaling, Weighted
@@ -21,8 +23,12 @@ from fxquant.passes.facts import Placed
 __all__ = ["clamp_bounds", "head_of", "merge_clamps"]
 
 
-def merge_clamps(module: LeveledModule) -> LeveledModule:
+def merge_clamps(module: LeveledModule, *, folds_first: bool = False) -> LeveledModule:
     """Mark the links of each chain: ``continues`` on all but the last, ``chain`` (the names, in order) on the last.
+
+    Args:
+        folds_first: batch norms are folded before weights are rounded, and not into their scales afterwards: then every
+            weighted module takes them.
 
     Law:
         The graph is unchanged; only the last link of a chain is used outside of it.
@@ -32,7 +38,7 @@ def merge_clamps(module: LeveledModule) -> LeveledModule:
     for node in edit.nodes:
         if node in inner or not Placed(node).quantized or not _starts(node):
             continue
-        chain = _grow(edit, node)
+        chain = _grow(edit, node, folds_first)
         inner.update(chain)
         for link in chain[:-1]:
             Placed(link).continues = True
@@ -45,9 +51,9 @@ def _starts(node: fx.Node) -> bool:
     return isinstance(behaviour_of(node), (Weighted, Rescaling, ChannelAffine))
 
 
-def _grow(edit: Edit, head: fx.Node) -> list[fx.Node]:
+def _grow(edit: Edit, head: fx.Node, folds_first: bool) -> list[fx.Node]:
     chain = [head]
-    for step in (_batch_norm, _clamp):
+    for step in (partial(_batch_norm, folds_first=folds_first), _clamp):
         following = next_in_chain(chain[-1])
         if isinstance(following, Refusal) or not Placed(following).quantized:
             break
@@ -56,7 +62,7 @@ def _grow(edit: Edit, head: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
+def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node, *, folds_first: bool) -> bool:
     """Only a weighted module's own weights can take a batch norm; a grouped transposed one shares scales across groups."""
     if not isinstance(behaviour_of(node), ChannelAffine) or not isinstance(behaviour_of(head), Weighted):
         return False
@@ -66,7 +72,7 @@ def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node) -> bool:
         return False
     behaviour = behaviour_of(head)
     assert isinstance(behaviour, Weighted)
-    if behaviour.out_axis == 1 and int(getattr(part, "groups", 1)) > 1:
+    if behaviour.out_axis == 1 and int(getattr(part, "groups", 1)) > 1 and not folds_first:
         edit.note(node, f"not folded: {head.name} is transposed and grouped")
         return False
     if behaviour.channels_last and len(head.meta.get("shape", ())) != 2:

@@ -36,13 +36,16 @@ from fxquant.targets import X86, Target
 __all__ = ["place_quantizers"]
 
 
-def place_quantizers(module: LeveledModule, *, recipe: Recipe, target: Target = X86) -> LeveledModule:
+def place_quantizers(
+    module: LeveledModule, *, recipe: Recipe, target: Target = X86, folds_first: bool = False
+) -> LeveledModule:
     """Replace each quantized op by its fake-quant module and quantize what enters.
 
     Args:
         module: a canonical graph with its groups.
         recipe: the scheme of what enters.
         target: likewise, and the grids that it prescribes.
+        folds_first: let weighted ops fold the batch norm behind them in every pass (*whitepaper* mode).
 
     Before:
         x = input
@@ -73,12 +76,12 @@ def place_quantizers(module: LeveledModule, *, recipe: Recipe, target: Target = 
         elif Placed(node).quantized:
             placer.quantize_entering(node)
     for node in edit.nodes:
-        _ship_bias(edit, node)
+        _ship_bias(edit, node, folds_first)
     return edit.done(level="prepared")
 
 
-def _ship_bias(edit: Edit, node: fx.Node) -> None:
-    """Let a weighted op, or the batch norm behind it, round the bias to the grid of what it reads."""
+def _ship_bias(edit: Edit, node: fx.Node, folds_first: bool) -> None:
+    """Let a weighted op, or the batch norm behind it, round the bias to the grid of what it reads; or fold that norm."""
     part: Any = edit.module(node)
     if not isinstance(part, (QuantWeighted, QuantWeightedOp)):
         return
@@ -88,9 +91,12 @@ def _ship_bias(edit: Edit, node: fx.Node) -> None:
     behind = next(iter(node.users), None) if Placed(node).continues else None
     if behind is not None and isinstance(behaviour_of(behind), ChannelAffine):
         norm: Any = edit.module(behind)
-        norm.ships_bias(quantizer, part)
-    else:
-        part.ships_bias(quantizer)
+        if not folds_first:
+            norm.ships_bias(quantizer, part)
+            return
+        weighted: Any = part
+        weighted.fold(norm)
+    part.ships_bias(quantizer)
 
 
 class _Placer:

@@ -31,7 +31,7 @@ from fxquant.passes.facts import Placed
 from fxquant.passes.finite import require_finite
 from fxquant.quantizers import rule_of
 
-__all__ = ["is_plain", "settle_quantizers"]
+__all__ = ["grid_of", "is_plain", "settle_quantizers"]
 
 _NEAR = 1e-3
 """Real numbers that differ by less than this part of a step are the same."""
@@ -113,8 +113,12 @@ def _one_quantizer_each(edit: Edit) -> None:
             )
 
 
-def _grid_of(own: Any, where: str) -> Grid:
-    """The grid that a quantizer offers, in tensors of its own."""
+def grid_of(own: Any, where: str) -> Grid:
+    """The grid that a quantizer offers, in tensors of its own.
+
+    Raises:
+        LevelError: it offers none, or one that integers cannot have.
+    """
     grid = getattr(own, "grid", None) if isinstance(own, FakeQuantize) else None
     if not isinstance(grid, Grid):
         raise _refusal(
@@ -143,11 +147,13 @@ def _refusal(own: Any, where: str, what: str, advice: str) -> LevelError:
 
 def _at_rest(own: Any) -> Any:
     """A copy in eval mode, to ask what it makes of something."""
-    return copy.deepcopy(own).eval()
+    resting = copy.deepcopy(own).eval()
+    resting.delayed = False
+    return resting
 
 
 def _of_tensor(own: Any, where: str) -> FakeQuantize:
-    grid = _grid_of(own, where)
+    grid = grid_of(own, where)
     if grid.scale.numel() != 1:
         raise _refusal(own, where, "has a scale per channel", "give one scale per tensor")
     plain = FakeQuantize(grid.scheme).to(grid.scale.device).eval()
@@ -189,7 +195,7 @@ def _settle_weight(edit: Edit, node: fx.Node, own: Any) -> None:
     asked = _at_rest(own)
     with torch.no_grad():
         rounded = asked(in_float32(weight.detach()))
-    grid = _grid_of(asked, where)
+    grid = grid_of(asked, where)
     axis = own.axis if grid.scale.ndim else None
     fits = rounded.shape == weight.shape and (axis is None or len(grid.scale) == weight.shape[axis])
     if not fits or bool(grid.zero_point.any()) or (grid.scale.ndim and axis is None):

@@ -46,6 +46,8 @@ class LearnedRange(FakeQuantize):
     gradients = GradientRule()
     decays = False
     """Whether the method wants weight decay on its parameters; ``fxquant.parameter_groups`` asks."""
+    holds_range = False
+    """Whether the parameter says where the range ends, whatever the bits, and not how far levels are apart."""
     step: nn.Parameter
 
     def make_grid(self, shape: tuple[int, ...]) -> None:
@@ -130,6 +132,17 @@ class LearnedRange(FakeQuantize):
             )
         self.take_grid(*(t.reshape(-1).expand(self.step.numel()).reshape(self.step.shape) for t in (scale, zero_point)))
 
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """As of ``FakeQuantize``; a parameter that says where the range ends stays what it is."""
+        step, factor = self.step / self._share(), 1.0 if self.holds_range else 2.0 ** (self.scheme.bits - bits)
+        super().set_bits(bits)
+        if self.ready:
+            self.step.copy_(step * factor)
+
+    def _cover_observed(self) -> None:
+        """Nothing: the range is the parameter's."""
+
     def read_state(self) -> None:
         """Follow buffers and parameters that were replaced from outside."""
         self.read_switches()
@@ -193,7 +206,7 @@ class LearnedTensor(LearnedRange):
         inplace: bool = False,
         observes: bool = True,
     ) -> Tensor:
-        starts = self.training and self.tracking and not self._ready
+        starts = self.training and self.tracking and not self.delayed and not self._ready
         if observes and self.enabled and (self.observing or (starts and not self.ready)):
             if not self.observing and not self.synchronized:
                 _require_one_process()

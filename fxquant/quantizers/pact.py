@@ -24,6 +24,7 @@ class PACTTensor(LearnedTensor):
 
     gradients = GradientRule(residual=False)
     decays = True
+    holds_range = True
 
     @property
     def levels(self) -> int:

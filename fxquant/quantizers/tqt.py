@@ -44,6 +44,7 @@ class _Threshold(LearnedRange):
     """``step`` is log2 t."""
 
     gradients = GradientRule(by_level=True)
+    holds_range = True
 
     @property
     def _width(self) -> int:

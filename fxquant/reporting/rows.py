@@ -225,7 +225,9 @@ class _Reader:
         source = node.args[0] if node.args else None
         in_chain = isinstance(source, fx.Node) and source.meta.get("continues")
         if state == "integer" and in_chain and isinstance(behaviour_of(node), ChannelAffine):
-            parts.append("folds at conversion")
+            assert isinstance(source, fx.Node)
+            folds_first = getattr(module_at(self.after, source), "folded_norm", None) is not None
+            parts.append("folds in every pass" if folds_first else "folds at conversion")
         for note in node.meta.get("notes", ()):
             parts.append(told(note, self.paths, seen_from=self.paths[node.name]))
         return "; ".join(parts)

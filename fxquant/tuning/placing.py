@@ -43,8 +43,10 @@ def place_again(prepared: nn.Module, recipe: Recipe) -> nn.Module:
         )
     source = copy.deepcopy(prepared)
     before = graphs_of(source)
-    target = next(iter(before.values())).settings.get("target", X86)
-    made = run_passes(source, (drop_quantizers, *placing_passes(recipe, target)), None)
+    settings = next(iter(before.values())).settings
+    folds_first = bool(settings.get("qat")) and settings.get("batch_norm") == "whitepaper"
+    steps = placing_passes(recipe, settings.get("target", X86), folds_first=folds_first)
+    made = run_passes(source, (drop_quantizers, *steps), None)
     for path, graph in graphs_of(made).items():
         graph.meta.pop("sites", None)
         graph.meta["settings"] = {**graph.settings, "recipe": recipe}
