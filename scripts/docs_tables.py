@@ -16,7 +16,7 @@ from pathlib import Path
 import fxquant.errors
 from fxquant.numerics.scheme import QUANTIZERS
 from fxquant.quantizers import RULES
-from fxquant.report.op_table import op_rows
+from fxquant.reporting.op_table import op_rows
 from fxquant.runtimes import RUNTIMES
 from fxquant.targets import PROCESSORS, TARGETS, Target
 
@@ -180,7 +180,13 @@ def _rules() -> str:
         kinds = [kind for kind in ("weight", "tensor") if getattr(rule, kind) is not None]
         says = "the range is what the estimator found" if name == "observed" else head
         rows.append(
-            [f"`{name}`", says, " and ".join(f"{k}s" for k in kinds), f"`{QUANTIZERS[name]}`", rule.simulates or "yes"]
+            [
+                f"`{name}`",
+                says,
+                " and ".join(f"{k}s" for k in kinds),
+                f"`{QUANTIZERS[name]}`",
+                str(rule.simulates or "yes"),
+            ]
         )
     table = _table(["`quantizer=`", "what it is", "for", "starts from", "integers"], rows)
     return f"""{_MADE}

@@ -116,7 +116,7 @@ class Sensitivity(Tabled):
 
 
 def sensitivity(
-    model: Any,
+    model: nn.Module,
     data: Any,
     *,
     bits: Sequence[int] = (8, 4),

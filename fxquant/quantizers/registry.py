@@ -23,8 +23,8 @@ class QuantizerRule:
     """One way to quantize, by the name that schemes give it.
 
     Example:
-        >>> RULES["pact"].refusal(Scheme.weight(4), "weight")
-        'pact is a rule for tensors only'
+        >>> print(RULES["pact"].refusal(Scheme.weight(4), "weight"))
+        pact is a rule for tensors only
 
     Args:
         name: what ``Scheme(quantizer=...)`` says.
