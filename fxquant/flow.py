@@ -113,17 +113,17 @@ def prepare(
 ) -> nn.Module:
     """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
 
-    For post-training quantization, batch norms are folded and the result is in eval mode; calibrate it next. For
-    quantization-aware training the result trains like the model did, with its parameters at the same names. A submodule
-    that cannot be traced runs as its author wrote it, its parts captured inside; ``coverage`` lists these islands.
+    After training, batch norms are folded and the result is in eval mode; calibrate it next. For quantization-aware training
+    it trains like the model did, with its parameters at the same names. A submodule that cannot be traced runs as its
+    author wrote it, its parts captured inside; ``coverage`` lists these islands.
 
     Example:
         >>> prepared = fxquant.prepare(model, images, target="openvino", recipe={"head": None})
 
     Args:
         model: any ``nn.Module``, unmodified.
-        example_inputs: a tensor, the tuple of positional arguments of one call, or the dict of its keyword arguments.
-            Optional; answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
+        example_inputs: one call: a tensor, the tuple of its arguments, or the dict of its keyword arguments. Optional;
+            answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
         recipe: what is quantized how: a ``Recipe``, or the dict that it is made of; what it leaves open is the target's.
         target: where the model will run: a name of ``fxquant.targets.TARGETS``, or a ``Target`` of your own.
@@ -135,8 +135,8 @@ def prepare(
         leaves: paths or classes of modules that stay in float and run their own code.
 
     Returns:
-        A ``LeveledModule`` (an ``fx.GraphModule``); or, where the top module itself cannot be traced, a module of its
-        class with graphs inside. Both are called as the model is, trained, saved and converted alike.
+        A ``LeveledModule`` (an ``fx.GraphModule``); where the top module cannot be traced, one of its class with graphs
+        inside. Both are called as the model is, trained, saved and converted alike.
 
     Raises:
         InputError: the model or ``example_inputs`` cannot be used.
@@ -158,7 +158,7 @@ def prepare(
         )
     steps = passes_of(recipe=recipe, qat=qat, target=target, folds_first=qat and batch_norm == "whitepaper")
     prepared = run_passes(captured, steps, call if verify else None)
-    require_fit(graphs_of(prepared).values(), recipe, name=captured.__class__.__name__, alone=is_layer(model))
+    require_fit(graphs_of(prepared).values(), recipe, name=type(captured).__name__, alone=is_layer(model))
     return _ready_to_train(prepared, batch_norm, call) if qat else prepared.eval()
 
 

@@ -587,6 +587,7 @@ def _train_in_group(rank: int, folder: str, calibrated: bool) -> None:
             torch.save(str(error), f"{folder}/{rank}.pt")
             return
         torch.save(dict(prepared.state_dict()), f"{folder}/{rank}.pt")
+        torch.distributed.barrier()  # one that leaves early aborts the other
     finally:
         torch.distributed.destroy_process_group()
 

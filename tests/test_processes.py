@@ -137,6 +137,8 @@ def work(rank: int, world: int, folder: str, what: Callable[..., Any], cases: li
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         torch.save([what(rank, world, rule, estimator) for rule, estimator in cases], f"{folder}/{rank}.pt")
+        if world > 1:
+            torch.distributed.barrier()  # one that leaves early aborts the others
     finally:
         if world > 1:
             torch.distributed.destroy_process_group()

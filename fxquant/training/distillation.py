@@ -52,9 +52,9 @@ def distill(
         axis: the axis of the classes; the term is the mean over all others. 1 for images of logits.
 
     Example:
-        >>> distillation = fxquant.distill(prepared, temperature=4.0, features=["layer2", "layer3"])
+        >>> distillation = fxquant.distill(prepared, temperature=4.0, features=["conv2"])
         >>> output, loss = distillation(images)
-        >>> (loss + torch.nn.functional.cross_entropy(output, labels)).backward()
+        >>> loss.backward()  # or (loss + cross_entropy(output, labels)).backward()
 
     Raises:
         InputError: a path does not exist or is no module that the model calls, or a setting makes no sense.

@@ -41,8 +41,9 @@ class Schedule:
 
     Example:
         >>> schedule = fxquant.Schedule(prepared, bits={0: 8, 500: 4}, freeze_batchnorm=800)
-        >>> for x, y in loader:
-        ...     loss(prepared(x), y).backward()
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        >>> for images in loader:
+        ...     prepared(images).square().mean().backward()
         ...     optimizer.step()
         ...     schedule.step()
 
