@@ -319,7 +319,8 @@ def test_compiled_without_graph_breaks():
 def _variance_in_group(rank: int, folder: str) -> None:
     import os
 
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
@@ -328,6 +329,7 @@ def _variance_in_group(rank: int, folder: str) -> None:
         variance = batch_variance(own, torch.distributed.group.WORLD)
         (variance * torch.tensor([1.0, -2.0, 3.0])).sum().div(2).backward()  # the sum of both losses is the whole one
         torch.save([variance.detach(), own.grad], f"{folder}/{rank}.pt")
+        torch.distributed.barrier()  # neither leaves while the other still waits for it
     finally:
         torch.distributed.destroy_process_group()
 
