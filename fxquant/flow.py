@@ -113,9 +113,8 @@ def prepare(
 ) -> nn.Module:
     """Make a model ready for quantization: its ops become fake-quant modules. The model itself is not touched.
 
-    After training, batch norms are folded and the result is in eval mode; calibrate it next. For quantization-aware training
-    it trains like the model did, with its parameters at the same names. A submodule that cannot be traced runs as its
-    author wrote it, its parts captured inside; ``coverage`` lists these islands.
+    After training, batch norms are folded and the result is in eval mode; calibrate it next. With ``qat`` it trains like the
+    model did, its parameters at the same names. A submodule that cannot be traced runs its own code (see ``coverage``).
 
     Example:
         >>> prepared = fxquant.prepare(model, images, target="openvino", recipe={"head": None})
