@@ -20,6 +20,7 @@ from fxquant.errors import CalibrationError, InputError
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.quantizers import RULES
 
+PER_LAYER = ("dorefa", "inq", "kmeans")
 TWO_BITS = ("xnor", "bnn", "twn", "ttq")
 WITH_WEIGHTS = [name for name, rule in RULES.items() if rule.weight is not None]
 WITH_INTEGERS = [name for name in WITH_WEIGHTS if RULES[name].simulates is None]
@@ -27,7 +28,7 @@ ESTIMATORS = ["minmax", "mse", "lp:2", "percentile", "moving_average", "auto"]
 
 
 def weight_scheme(rule: str, **others: Any) -> Scheme:
-    usual = {"bits": 2 if rule in TWO_BITS else 4, "per_channel": rule != "dorefa", "quantizer": rule}
+    usual = {"bits": 2 if rule in TWO_BITS else 4, "per_channel": rule not in PER_LAYER, "quantizer": rule}
     return Scheme.weight(**{**usual, **others})
 
 
@@ -138,7 +139,7 @@ def test_a_half_precision_weight_has_the_grid_of_its_float32_copy(
     rule: str, estimator: str | None, per_channel: bool, dtype: torch.dtype
 ) -> None:
     """The same numbers, so the same grid to the last bit; no rule but ``observed`` could be converted at all."""
-    per_channel = per_channel and rule != "dorefa"  # it has one scale
+    per_channel = per_channel and rule not in PER_LAYER
     torch.manual_seed(0)
     half, x = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False)).to(dtype), torch.randn(4, 3, 8, 8).to(dtype)
     single = copy.deepcopy(half).float()
