@@ -20,6 +20,7 @@ from fxquant.flow import convert, freeze, prepare
 from fxquant.inputs import make_inputs
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.modules import QuantWeightedOp
+from fxquant.numerics.packing import packed, unpacked
 from fxquant.numerics.scheme import Scheme
 from fxquant.passes.facts import Folded
 from fxquant.quantizers.registry import without_rule
@@ -28,8 +29,9 @@ from fxquant.targets import TARGETS, X86, Target
 
 __all__ = ["load", "save"]
 
-FORMAT = 2
-"""1: a quantizer that several modules hold stood in the state under each of its names; some switches were not saved."""
+FORMAT = 3
+"""1: a quantizer that several modules hold stood in the state under each of its names; some switches were not saved.
+2: every integer took a byte (see ``numerics.packing``)."""
 
 _SINCE_2 = ("origin", "known", "follows", "is_pinned", "holds_statistics")
 """Buffers that a file of format 1 lacks."""
@@ -39,7 +41,7 @@ _UNLIMITED = "vnni"
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a prepared, frozen or integer model to ``path``.
+    """Write a prepared, frozen or integer model to ``path``; integers take the bits that they need.
 
     Example:
         >>> fxquant.save(int8, "int8.pt")
@@ -74,7 +76,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "inputs": settings["inputs"],
         "leaves": list(settings["leaves"]),
         "constants": {key: node.meta["grid"] for key, node in _constants(module).items()},
-        "state": module.state_dict(),
+        "state": {name: packed(value) for name, value in module.state_dict().items()},
     }
     torch.save(content, path)
 
@@ -86,6 +88,23 @@ def unreadable(error: Exception) -> str:
     if isinstance(error, (pickle.UnpicklingError, EOFError)):
         return "torch.save did not write it, or it holds objects of classes and not tensors alone"
     return str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What a file holds, its integers unpacked.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {os.fspath(path)!r}.") from error
+    except Exception as error:
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {unreadable(error)}.") from error
+    if isinstance(content, dict) and "fxquant" in content and isinstance(content.get("state"), dict):
+        content["state"] = {name: unpacked(value) for name, value in content["state"].items()}
+    return content
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -102,13 +121,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         CheckpointError: the file is not one of ours, or does not fit the model; says which entries differ.
     """
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {os.fspath(path)!r}.") from error
-    except Exception as error:
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {unreadable(error)}.") from error
-    if not isinstance(content, dict) or content.get("fxquant") not in (1, FORMAT):
+    content = read(path)
+    if not isinstance(content, dict) or content.get("fxquant") not in (1, 2, FORMAT):
         raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
     unfit = f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "
     remedy = "Build the model as it was built when it was saved."

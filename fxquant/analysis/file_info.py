@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxquant.analysis.qdq_file import QdqFile
-from fxquant.checkpoint import unreadable
+from fxquant.checkpoint import read
 from fxquant.errors import CheckpointError, InputError
 from fxquant.reporting.tabled import Tabled, megabytes
 
@@ -177,10 +177,7 @@ def _bits(tensors: Sequence[FileTensorInfo]) -> str:
 
 
 def _saved(path: str) -> FileInfo:
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{path!r} cannot be read: {unreadable(error)}.") from error
+    content = read(path)
     if not isinstance(content, dict) or not {"fxquant", "state", "model", "level"} <= set(content):
         raise CheckpointError(f"{path!r} was not written by fxquant.save; it holds a {type(content).__name__}.")
     state: dict[str, Tensor] = content["state"]
