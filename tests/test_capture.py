@@ -527,3 +527,41 @@ def test_training_with_islands_lowers_the_loss(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+class Indexed(nn.Module):
+    """An island that calls a ``Sequential`` as a whole, and goes at its layers too."""
+
+    WAYS = {
+        "length": lambda body, x: body(x) * len(body),
+        "first": lambda body, x: body(x) + body[0](x),
+        "last": lambda body, x: body[-1](body(x)),
+        "slice": lambda body, x: body[1:](body[:1](x)) + body(x),
+        "loop": lambda body, x: body(x) + [layer(x) for layer in body][0],
+        "inner": lambda body, x: body(x) + body[2][0](x),
+    }
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        self.body, self.way = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), inner, nn.Linear(6, 6)), way
+
+    def forward(self, x):
+        if float(x.sum()) > 1e9:
+            return x
+        return self.WAYS[self.way](self.body, x)
+
+
+@pytest.mark.parametrize("way", Indexed.WAYS)
+def test_an_island_may_count_and_index_what_it_also_calls(way):
+    """A captured ``Sequential`` has neither length nor items: it has to stay one."""
+    torch.manual_seed(0)
+    model, x = Indexed(way).eval(), torch.randn(9, 6)
+    with torch.no_grad():
+        wanted = model(x)
+        prepared = fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False)
+        with fxquant.quantizers_off(prepared):
+            assert torch.equal(prepared(x), wanted)
+        integer = fxquant.convert(prepared)
+        assert 10 * torch.log10(wanted.pow(2).mean() / (integer(x) - wanted).pow(2).mean()) > 28
+    assert fxquant.coverage(integer).weights_share == 1.0

@@ -25,6 +25,8 @@ from fxquant.errors import InputError
 
 __all__ = ["EagerRecorder", "describe_value"]
 
+_OF_CONTAINERS = ("__len__", "__getitem__", "__iter__")
+
 
 class EagerRecorder:
     """Every call of a submodule, and of a submodule's own methods, in one run of ``model``."""
@@ -84,7 +86,9 @@ class EagerRecorder:
         return Call(args, kwargs, caller, method)
 
     def _notice(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call" and is_users(frame.f_code.co_filename):
+        if event == "call" and frame.f_code.co_name in _OF_CONTAINERS:
+            self._notice_container(frame)
+        elif event == "call" and is_users(frame.f_code.co_filename):
             owner, name = frame.f_locals.get("self"), frame.f_code.co_name
             if not isinstance(owner, nn.Module) or owner not in self._modules or name.startswith("__"):
                 return
@@ -97,6 +101,15 @@ class EagerRecorder:
                     self._running.append((running, frame, name))
         elif event == "return" and self._running and self._running[-1][1] is frame:
             self._running.pop()
+
+    def _notice_container(self, frame: FrameType) -> None:
+        """A user's code that counts, indexes or goes through the layers of a ``Sequential``, which a graph has not."""
+        owner, caller = frame.f_locals.get("self"), frame.f_back
+        if isinstance(owner, nn.Sequential) and owner in self._modules and self._running and caller is not None:
+            running, _, method = self._running[-1]
+            if running is not owner and is_users(caller.f_code.co_filename):
+                call = Call((), {}, running, method)
+                self.methods.setdefault((owner, frame.f_code.co_name), []).append(call)
 
     def _method_call(self, frame: FrameType) -> Call:
         code = frame.f_code
