@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from size_traps import IfHeight, SizeAsKernel
 from state_traps import PythonCounter
 from torch import Tensor, nn
@@ -529,17 +530,18 @@ def test_training_with_islands_lowers_the_loss(name):
     assert losses[-1] < 0.7 * losses[0], losses
 
 
+INDEXING: dict[str, Callable[..., Any]] = {
+    "length": lambda body, x: body(x) * len(body),
+    "first": lambda body, x: body(x) + body[0](x),
+    "last": lambda body, x: body[-1](body(x)),
+    "slice": lambda body, x: body[1:](body[:1](x)) + body(x),
+    "loop": lambda body, x: body(x) + sum(layer(x) for layer in body),
+    "inner": lambda body, x: body(x) + body[2][0](x),
+}
+
+
 class Indexed(nn.Module):
     """An island that calls a ``Sequential`` as a whole, and goes at its layers too."""
-
-    WAYS = {
-        "length": lambda body, x: body(x) * len(body),
-        "first": lambda body, x: body(x) + body[0](x),
-        "last": lambda body, x: body[-1](body(x)),
-        "slice": lambda body, x: body[1:](body[:1](x)) + body(x),
-        "loop": lambda body, x: body(x) + [layer(x) for layer in body][0],
-        "inner": lambda body, x: body(x) + body[2][0](x),
-    }
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -549,10 +551,10 @@ class Indexed(nn.Module):
     def forward(self, x):
         if float(x.sum()) > 1e9:
             return x
-        return self.WAYS[self.way](self.body, x)
+        return INDEXING[self.way](self.body, x)
 
 
-@pytest.mark.parametrize("way", Indexed.WAYS)
+@pytest.mark.parametrize("way", INDEXING)
 def test_an_island_may_count_and_index_what_it_also_calls(way):
     """A captured ``Sequential`` has neither length nor items: it has to stay one."""
     torch.manual_seed(0)
@@ -565,3 +567,64 @@ def test_an_island_may_count_and_index_what_it_also_calls(way):
         integer = fxquant.convert(prepared)
         assert 10 * torch.log10(wanted.pow(2).mean() / (integer(x) - wanted).pow(2).mean()) > 28
     assert fxquant.coverage(integer).weights_share == 1.0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.gain = nn.Linear(6, 6), nn.Linear(6, 6), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.second(F.relu(self.first(x))) * self.gain
+
+
+READING: dict[str, Callable[..., Any]] = {
+    "layer": lambda own, x: own.layer(x) / own.layer.weight.norm() + own.layer.bias,
+    "inner layer": lambda own, x: own.block(x) * own.block.first.weight[0, 0],
+    "dtype": lambda own, x: own.block(x) * torch.tensor(2).to(own.block.second.weight.dtype) / 4,
+    "parameter": lambda own, x: own.block(x) + own.block.gain,
+    "tied": lambda own, x: F.linear(own.layer(x), own.layer.weight) + own.block(x),
+    "in a list": lambda own, x: own.several[1](own.several[0](x)) * own.several[-1].weight.abs().sum(),
+}
+
+
+class Reading(nn.Module):
+    """An island whose code reads parameters of the parts that it calls."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.block, self.way = nn.Linear(6, 6), Block(), way
+        self.several = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        if float(x.sum()) > 1e9:
+            return x
+        return READING[self.way](self, x)
+
+
+@pytest.mark.parametrize("qat", [False, True])
+@pytest.mark.parametrize("way", READING)
+def test_an_island_reads_the_float_parameters_of_what_it_calls(way, qat, tmp_path):
+    """In an integer model they were not there, or were its int8 weights."""
+    torch.manual_seed(0)
+    model, x = Reading(way).eval(), torch.randn(9, 6)
+    with torch.no_grad():
+        wanted = model(x)
+    prepared = fxquant.prepare(model, x, qat=qat)
+    if qat:
+        optimizer = torch.optim.SGD(prepared.train().parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (prepared(x) - wanted).square().mean().backward()
+            optimizer.step()
+        prepared.eval()
+    else:
+        fxquant.calibrate(prepared, [x], progress=False)
+    with torch.no_grad():
+        found, frozen = prepared(x), fxquant.freeze(prepared)
+        assert 10 * torch.log10(wanted.pow(2).mean() / (found - wanted).pow(2).mean()) > (15 if qat else 30)
+        integer = fxquant.convert(prepared)
+        fxquant.save(integer, tmp_path / "q.pt")
+        for other in (frozen, integer, fxquant.load(model, tmp_path / "q.pt")):
+            assert 10 * torch.log10(found.pow(2).mean() / (other(x) - found).pow(2).mean()) > 60
+    assert fxquant.coverage(integer).macs_share > 0.5

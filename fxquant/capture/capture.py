@@ -17,7 +17,7 @@ from fxquant.capture.eager_recorder import EagerRecorder
 from fxquant.capture.findings import Island
 from fxquant.capture.guard_validation import contradicted
 from fxquant.capture.islands import graphs_of, mark_island
-from fxquant.capture.models import check_model, has_weights, nearest, own_copy, same_random_numbers, unwrapped
+from fxquant.capture.models import check_model, has_weights, is_layer, nearest, own_copy, same_random_numbers, unwrapped
 from fxquant.capture.one_graph import multiplies, trace_module
 from fxquant.capture.seen_types import note_seen_types
 from fxquant.capture.tracing import Tracer
@@ -178,15 +178,21 @@ class _Capture:
         _replace(island, self.graphs)
 
     def _capture_part(self, part: nn.Module, calls: list[Call]) -> None:
-        outside = self._called_from_outside(part)
+        outside, reads = self._called_from_outside(part), self._read_from_outside(part)
+        own = sorted(name for module, name in reads if module is part and is_layer(part))
+        inner = next((f"{self.paths[module]}.{name}" for module, name in reads if module is not part or not own), None)
         if outside is not None:
             self._note(part, Island(self.paths[part], f"its method {outside} is called from outside", None,
                                     "call it through forward"))  # fmt: skip
+        elif inner is not None:
+            self._note(part, Island(self.paths[part], f"{inner} is read by code around it", None,
+                                    "let a method of its own that forward calls use it"))  # fmt: skip
         graph = None if part in self.islands else self.graph_of(part, calls)
         if graph is None:
             self.fill(part)
         elif multiplies(graph):
             self.graphs[part] = graph
+            graph.meta["read_from_outside"] = tuple(own)
 
     def _parts(self, island: nn.Module) -> list[tuple[nn.Module, list[Call]]]:
         """The modules that an island calls itself, with their calls; without an example, those nearest below it.
@@ -211,6 +217,18 @@ class _Capture:
             if owner is part and any(call.caller is not part for call in calls):
                 return name
         return None
+
+    def _read_from_outside(self, part: nn.Module) -> list[tuple[nn.Module, str]]:
+        """The parameters and buffers of ``part`` and what is in it that code around it reads, each by module and name."""
+        if self.call is None:
+            return []
+        inside = set(part.modules())
+        return [
+            (module, name)
+            for module in inside & set(self.recorder.reads)
+            for name, readers in self.recorder.reads[module].items()
+            if readers - inside
+        ]
 
     def _fill_methods(self, island: nn.Module) -> set[str]:
         """Capture an island's own methods that multiply by weights; the names of those that could be."""

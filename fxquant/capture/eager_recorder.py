@@ -29,11 +29,17 @@ _OF_CONTAINERS = ("__len__", "__getitem__", "__iter__")
 
 
 class EagerRecorder:
-    """Every call of a submodule, and of a submodule's own methods, in one run of ``model``."""
+    """Every call of a submodule, and of a submodule's own methods, in one run of ``model``.
+
+    Attributes:
+        calls, methods: those calls, by the submodule, and by it and the method's name.
+        reads: which modules' code read a submodule's tensors, by the submodule and the tensor's name.
+    """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: FakeRun) -> None:
         self.calls: dict[nn.Module, list[Call]] = {}
         self.methods: dict[tuple[nn.Module, str], list[Call]] = {}
+        self.reads: dict[nn.Module, dict[str, set[nn.Module]]] = {}
         self._fake = fake
         self._running: list[tuple[nn.Module, FrameType | None, str | None]] = []
         self._modules = set(model.modules())
@@ -48,6 +54,7 @@ class EagerRecorder:
     def _run(self, model: nn.Module, args: Any, kwargs: Any, *, hooks: bool) -> None:
         self.calls.clear()
         self.methods.clear()
+        self.reads.clear()
         run = (
             _in_eval_mode(model, hooks=hooks),
             unchanged(model),
@@ -62,7 +69,7 @@ class EagerRecorder:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        original, profile = nn.Module.__call__, sys.getprofile()
+        original, attribute, profile = nn.Module.__call__, nn.Module.__getattr__, sys.getprofile()
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self.calls.setdefault(module, []).append(self._call(args, kwargs))
@@ -72,13 +79,21 @@ class EagerRecorder:
             finally:
                 self._running.pop()
 
+        def read(module: nn.Module, name: str) -> Any:
+            value = attribute(module, name)
+            if self._running and isinstance(value, torch.Tensor) and is_users(sys._getframe(1).f_code.co_filename):
+                self.reads.setdefault(module, {}).setdefault(name, set()).add(self._running[-1][0])
+            return value
+
         nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__getattr__ = read  # type: ignore[method-assign]
         sys.setprofile(self._notice)
         try:
             yield
         finally:
             sys.setprofile(profile)
             nn.Module.__call__ = original  # type: ignore[method-assign]
+            nn.Module.__getattr__ = attribute  # type: ignore[method-assign]
 
     def _call(self, args: Any, kwargs: Any) -> Call:
         args, kwargs = self._fake.of((args, kwargs))

@@ -61,6 +61,13 @@ def specializations_of(module: nn.Module) -> tuple[Specialization, ...]:
     )
 
 
+def _keep_what_is_read(before: LeveledModule, after: nn.Module) -> None:
+    """Leave a layer's float parameters on its graph where code around it reads them."""
+    for name in before.meta.get("read_from_outside", ()):
+        if name not in after._parameters and name not in after._buffers:
+            after.register_buffer(name, getattr(before, name).detach().clone())
+
+
 def map_graphs(module: nn.Module, change: Callable[[LeveledModule], LeveledModule]) -> nn.Module:
     """A model like ``module`` with ``change`` applied to each of its graphs; nothing of ``module`` is touched."""
     done: dict[nn.Module, nn.Module] = {}
@@ -69,6 +76,7 @@ def map_graphs(module: nn.Module, change: Callable[[LeveledModule], LeveledModul
         if part not in done:
             if isinstance(part, LeveledModule):
                 done[part] = change(part)
+                _keep_what_is_read(part, done[part])
                 replace_inside(done[part])
             elif any(isinstance(inner, LeveledModule) for inner in part.modules()):
                 done[part] = _with_parts(part, {name: visit(child) for name, child in _children(part)})
