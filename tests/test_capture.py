@@ -24,7 +24,7 @@ from value_traps import ValueGate, ValueGateInside
 
 import fxquant
 from fxquant.capture.islands import graphs_of, islands_of, specializations_of
-from fxquant.errors import FxquantError, InputError
+from fxquant.errors import FxquantError, InputError, LevelError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.fake_quantize import FakeQuantize
 
@@ -583,13 +583,14 @@ READING: dict[str, Callable[..., Any]] = {
     "inner layer": lambda own, x: own.block(x) * own.block.first.weight[0, 0],
     "dtype": lambda own, x: own.block(x) * torch.tensor(2).to(own.block.second.weight.dtype) / 4,
     "parameter": lambda own, x: own.block(x) + own.block.gain,
+    "call": lambda own, x: own.block(x) + own.block.first(x),
     "tied": lambda own, x: F.linear(own.layer(x), own.layer.weight) + own.block(x),
     "in a list": lambda own, x: own.several[1](own.several[0](x)) * own.several[-1].weight.abs().sum(),
 }
 
 
 class Reading(nn.Module):
-    """An island whose code reads parameters of the parts that it calls."""
+    """An island whose code reads parameters of the parts that it calls, and calls what is in them."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -605,7 +606,7 @@ class Reading(nn.Module):
 @pytest.mark.parametrize("qat", [False, True])
 @pytest.mark.parametrize("way", READING)
 def test_an_island_reads_the_float_parameters_of_what_it_calls(way, qat, tmp_path):
-    """In an integer model they were not there, or were its int8 weights."""
+    """Integer models lacked them, or had int8 weights; what was called inside a part took floats for integers."""
     torch.manual_seed(0)
     model, x = Reading(way).eval(), torch.randn(9, 6)
     with torch.no_grad():
@@ -628,3 +629,29 @@ def test_an_island_reads_the_float_parameters_of_what_it_calls(way, qat, tmp_pat
         for other in (frozen, integer, fxquant.load(model, tmp_path / "q.pt")):
             assert 10 * torch.log10(found.pow(2).mean() / (other(x) - found).pow(2).mean()) > 60
     assert fxquant.coverage(integer).macs_share > 0.5
+
+
+def test_an_integer_layer_is_not_called_with_real_numbers():
+    """It took them for integers, without a word."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 6)
+    integer = fxquant.quantize(Block().eval(), [x], progress=False)
+    with pytest.raises(
+        LevelError, match="linear takes the integers that its graph hands it, and was given real numbers"
+    ):
+        integer.first(x)
+
+
+def test_a_layer_that_two_parts_of_an_island_share_stays_in_both_graphs():
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Block(), Block()
+            self.other.first = self.one.first
+
+        def forward(self, x):
+            return x if float(x.sum()) > 1e9 else self.one(x) + self.other(x)
+
+    torch.manual_seed(0)
+    prepared = fxquant.prepare(Sharing().eval(), torch.randn(4, 6))
+    assert set(graphs_of(prepared)) == {"one", "other"}

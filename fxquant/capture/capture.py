@@ -178,15 +178,16 @@ class _Capture:
         _replace(island, self.graphs)
 
     def _capture_part(self, part: nn.Module, calls: list[Call]) -> None:
-        outside, reads = self._called_from_outside(part), self._read_from_outside(part)
-        own = sorted(name for module, name in reads if module is part and is_layer(part))
-        inner = next((f"{self.paths[module]}.{name}" for module, name in reads if module is not part or not own), None)
+        reads = self._read_from_outside(part)
+        own = sorted(name for module, name in reads if module is part) if is_layer(part) else []
+        outside = self._called_from_outside(part) or self._inner_call_from_outside(part)
+        if outside is None and len(reads) > len(own):
+            outside = next(
+                f"{self.paths[module]}.{name} is read" for module, name in reads if not own or module is not part
+            )
         if outside is not None:
-            self._note(part, Island(self.paths[part], f"its method {outside} is called from outside", None,
-                                    "call it through forward"))  # fmt: skip
-        elif inner is not None:
-            self._note(part, Island(self.paths[part], f"{inner} is read by code around it", None,
-                                    "let a method of its own that forward calls use it"))  # fmt: skip
+            self._note(part, Island(self.paths[part], f"{outside} from outside", None,
+                                    "do it in a method of its own that forward calls"))  # fmt: skip
         graph = None if part in self.islands else self.graph_of(part, calls)
         if graph is None:
             self.fill(part)
@@ -215,7 +216,16 @@ class _Capture:
             return None
         for (owner, name), calls in self.recorder.methods.items():
             if owner is part and any(call.caller is not part for call in calls):
-                return name
+                return f"its method {name} is called"
+        return None
+
+    def _inner_call_from_outside(self, part: nn.Module) -> str | None:
+        """A module in ``part`` that code around it calls: in a graph it computes with what the graph hands it, alone."""
+        inside = set(part.modules())
+        for module in inside - {part} if self.call is not None else ():
+            callers = {call.caller for call in self.recorder.calls.get(module, ()) if call.caller is not None}
+            if any(module not in _reached(caller, without=part) for caller in callers - inside):
+                return f"{self.paths[module]} is called"
         return None
 
     def _read_from_outside(self, part: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -227,7 +237,7 @@ class _Capture:
             (module, name)
             for module in inside & set(self.recorder.reads)
             for name, readers in self.recorder.reads[module].items()
-            if readers - inside
+            if any(module not in _reached(reader, without=part) for reader in readers - inside)
         ]
 
     def _fill_methods(self, island: nn.Module) -> set[str]:
@@ -273,6 +283,17 @@ class _Capture:
             f"  what to do: {deepest.advice}; or move the untraceable part into a submodule of its own, which then runs "
             "as it is while the rest is captured."
         )
+
+
+def _reached(module: nn.Module, *, without: nn.Module) -> set[nn.Module]:
+    """``module`` and all that its code finds in it, but for ``without`` and what is found only there."""
+    found, waiting = {without}, [module]
+    while waiting:
+        part = waiting.pop()
+        if part not in found:
+            found.add(part)
+            waiting.extend(child for child in part._modules.values() if child is not None)
+    return found - {without}
 
 
 def _replace(island: nn.Module, graphs: dict[nn.Module, LeveledModule]) -> None:

@@ -206,6 +206,12 @@ class IntegerOp(Leaf):
 
     def centred(self, q: Tensor, index: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
         """Operand ``index`` minus its zero point: what it is worth in units of its scale."""
+        if q.is_floating_point():
+            raise LevelError(
+                f"the integer form of {self.entry.name} takes the integers that its graph hands it, and was given real "
+                f"numbers ({q.dtype}).\n  what to do: call the model that it is part of, or a module that the model's "
+                "own code calls."
+            )
         return q.to(dtype) - self.offset[index]
 
     def _get_name(self) -> str:
