@@ -126,12 +126,16 @@ def require(value: Any, expected: Any, text: str, path: str, source: str | None)
     if type(expected) is bool:
         value = bool(value)
     if value != expected:
+        own = (
+            f"keep the module's own code by naming it: prepare(..., leaves=[{path!r}])"
+            if path
+            else "move that statement into a submodule, and keep its own code by naming it in prepare(..., leaves=[...])"
+        )
         raise SpecializationError(
             f"this input needs another way through the model than the example that it was captured with.\n"
             f"  where: {path or 'the top module'}, {source or 'source unknown'}\n"
             f"  captured: {text}; now it is {value}\n"
-            "  what to do: prepare with example_inputs like this one, or keep the module's own code by naming it: "
-            f"prepare(..., leaves=[{path!r}])."
+            f"  what to do: prepare with example_inputs like this one, or {own}."
         )
 
 
