@@ -158,16 +158,17 @@ class Body(nn.Module):
 
 
 class Around(nn.Module):
-    """Code that cannot be traced, around a part that can; it reads a weight of that part, by itself or with help."""
+    """Code that cannot be traced, around a part that can; it may read a weight of that part, by itself or with help."""
 
-    def __init__(self, helped: bool) -> None:
+    def __init__(self, helped: bool, bound: float = 1e9) -> None:
         super().__init__()
-        self.body, self.helped = Body(), helped
+        self.body, self.helped, self.bound = Body(), helped, bound
 
     def forward(self, x: Tensor) -> Tensor:
-        if float(x.sum()) > 1e9:
-            return x
-        return self.body(x) * (read_by_helper(self.body.a) if self.helped else self.body.a.weight.abs().sum())
+        y = self.body(x)
+        if float(x.sum()) > self.bound:
+            y = y * (read_by_helper(self.body.a) if self.helped else self.body.a.weight.abs().sum())
+        return y
 
 
 def read_by_helper(layer: nn.Conv2d) -> Tensor:
@@ -185,6 +186,8 @@ def test_code_around_a_graph_that_may_read_its_parameters_keeps_them(helped):
     x = torch.randn(4, 3, 5, 5)
     changed, said, moved = changed_by("equalize", Around(helped).eval(), x)
     assert not changed and moved == 0 and "the code of Around" in said
+    changed, said, moved = changed_by("equalize", Around(helped, bound=-1e9).eval(), x)  # the example's run reads it
+    assert not changed and moved == 0 and "no pair of layers" in said
     changed, said, moved = changed_by("equalize", Plain(helped).eval(), x)
     assert "body.a.weight" in changed and moved < 1e-5 and not said
 

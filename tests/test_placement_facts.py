@@ -171,7 +171,7 @@ def keys(tree: ast.AST) -> set[str]:
     return found
 
 
-OF_GRAPHS = {"call", "follows_memory", "layer", "level", "path", "settings", "sites", "unused"}
+OF_GRAPHS = {"call", "follows_memory", "layer", "level", "path", "read_from_outside", "settings", "sites", "unused"}
 """What is known of a graph, not of a node."""
 OF_FX = {"nn_module_stack", "val"}
 
