@@ -18,6 +18,8 @@ import fxquant
 from fxquant.calibration import activation_quantizers
 from fxquant.errors import InputError, LevelError
 from fxquant.nn.processes import fold_of_all
+from fxquant.numerics.estimator_names import ESTIMATORS
+from fxquant.numerics.histogram import MinMax
 from fxquant.numerics.ranges import ESTIMATOR
 from fxquant.training import synchronize
 
@@ -209,6 +211,31 @@ def test_one_process_alone_folds_what_it_sees(estimator, shape):
         ESTIMATOR[estimator].update(wanted, part, axis=None, lower=-1.0, upper=0.5)
         fold_of_all(ESTIMATOR[estimator], found, part, lower=-1.0, upper=0.5)
     close(found, wanted, atol=0, rtol=0)
+
+
+def test_what_cannot_be_merged_is_refused_and_nothing_changed():
+    """Counts of log_entropy were forgotten, and an estimator of a user's own was given extrema for values."""
+
+    class Middle(MinMax):
+        def update(self, state: dict[str, Tensor], x: Tensor, **settings: Any) -> None:
+            super().update(state, x.quantile(torch.tensor([0.1, 0.9])), axis=None)
+
+    x = batches(1, dtype=torch.float32)[0]
+    fxquant.quantizers.register_estimator("middle", Middle())
+    try:
+        activations = [
+            fxquant.Scheme.activation(8, estimator="middle"),
+            fxquant.Scheme.activation(4, quantizer="log_entropy", signed=False, symmetric=False),
+        ]
+        for activation in activations:
+            recipe = fxquant.Recipe({"relu": fxquant.Setting(activation=activation)})
+            prepared = fxquant.prepare(Net().train(), x, qat=True, recipe=recipe)
+            with pytest.raises(InputError, match=rf"'relu(.|\n)*{activation.quantizer}(.|\n)*cannot be merged"):
+                synchronize(prepared)
+            assert not any(one.synchronized for one in activation_quantizers(prepared).values())
+    finally:
+        del ESTIMATOR["middle"]
+        ESTIMATORS.remove("middle")
 
 
 def test_what_is_synchronized_has_ranges():

@@ -17,10 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.numerics.histogram import Histogram, sample_extrema
-from fxquant.numerics.ranges import RangeEstimator
+from fxquant.numerics.histogram import Histogram, MinMax, sample_extrema
+from fxquant.numerics.ranges import ESTIMATOR, MovingAverage, RangeEstimator
 
-__all__ = ["broadcast_state", "fold_of_all", "merge_calibrations", "of_all", "several", "warn_if_alone"]
+__all__ = [
+    "broadcast_state",
+    "can_be_merged",
+    "fold_of_all",
+    "merge_calibrations",
+    "of_all",
+    "several",
+    "warn_if_alone",
+]
 
 
 def several() -> bool:
@@ -89,6 +97,13 @@ def _gathered(value: Tensor) -> list[Tensor]:
     values = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(values, value.contiguous())
     return values
+
+
+def can_be_merged(quantizer: Any) -> bool:
+    """Whether what several processes know of a quantizer's range can be put together: extrema and histograms, no more."""
+    estimator = ESTIMATOR[quantizer.scheme.estimator]
+    known = isinstance(estimator, Histogram) or type(estimator) in (MinMax, MovingAverage)
+    return known and set(quantizer.range_state()) == set(estimator.initial_state(None))
 
 
 @torch.no_grad()

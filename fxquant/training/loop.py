@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.calibration import activation_quantizers
 from fxquant.errors import CalibrationError, InputError
 from fxquant.graph.leveled import LeveledModule
 from fxquant.inputs import arguments_of, move_to
 from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.processes import can_be_merged
 
 __all__ = ["freeze_batchnorm", "parameter_groups", "reestimate_batchnorm", "synchronize"]
 
@@ -101,11 +103,21 @@ def synchronize(prepared: nn.Module, synchronized: bool = True) -> nn.Module:
         synchronized: False takes it back.
 
     Raises:
-        InputError: nothing in it has a range.
+        InputError: nothing in it has a range, or one is found by a rule or an estimator whose state cannot be merged
+            (``log_entropy``, estimators of your own); then nothing has changed.
     """
     quantizers = [part for part in prepared.modules() if isinstance(part, FakeQuantize)]
     if not quantizers:
         raise InputError(f"synchronize was given a {type(prepared).__name__} without quantizers: prepare it first.")
+    follows = {name: one for name, one in activation_quantizers(prepared).items() if one.fixed_range is None}
+    alone = [name for name, one in follows.items() if not can_be_merged(one)]
+    if alone and synchronized:
+        scheme = follows[alone[0]].scheme
+        raise InputError(
+            f"{len(alone)} ranges cannot be those of all processes, first that of {alone[0]!r}: what quantizer="
+            f"{scheme.quantizer!r} with estimator={scheme.estimator!r} has seen cannot be merged.\n"
+            "  what to do: name another rule or estimator in the recipe; or calibrate in one process before training."
+        )
     for quantizer in quantizers:
         quantizer.synchronized = synchronized
     return prepared
