@@ -56,6 +56,12 @@ FOUND: dict[str, tuple[str, str, str]] = {
         "self.a = nn.Linear(8, 8)",
         "y = torch.cat([self.a(x), x * 2], -1); return y.cumsum(1)",
     ),
+    # A selection without values got a quantizer that never saw one (passes/leave_unrounded.py).
+    "sum of a selection of nothing": (
+        IMAGE,
+        "self.c = nn.Conv2d(4, 4, 1)",
+        "y = F.interpolate(x, scale_factor=2); y[:, :1] += y[:, :1]; return self.c(y + y[:0].sum() + y[:, 2:2].sum())",
+    ),
     # A container that a float op gives was taken for quantized (passes/choose_regions.py).
     "positions stacked from a container": (
         IMAGE,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from operator import getitem
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,6 +109,8 @@ class _Search:
         dtype = node.meta.get("dtype")
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point and not dtype.is_complex:
             return _Origin.COUNTED
+        if _selects_nothing(node):
+            return _Origin.CONSTANT
         if node.op in ("placeholder", "get_attr"):
             return _Origin.INPUT if node.op == "placeholder" else _Origin.CONSTANT
         passes = isinstance(behaviour_of(node), Passing)
@@ -276,6 +279,14 @@ def _is_data(node: fx.Node) -> bool:
 
 def _data_of(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in nodes_in((node.args, node.kwargs)) if _is_data(operand)]
+
+
+def _selects_nothing(node: fx.Node) -> bool:
+    """Whether ``node`` is a selection that has no values whatever it reads, as ``x[:, :0]``."""
+    if node.op != "call_function" or node.target is not getitem or len(node.args) != 2:
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return any(isinstance(i, slice) and isinstance(i.stop, int) and i.stop in (0, i.start) for i in index)
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -45,6 +45,13 @@ FLOAT_NOISE = 10.0
 norm of what is constant but for rounding, or a gradient that is zero on paper, has no other digits."""
 
 
+NO_SIGN = 0.002
+"""Of a sum of magnitudes: as much may the rounding of some eighty terms to 8 bits move their sum."""
+
+TWO_MEANINGS = 0.02
+"""Of the largest magnitude: what no order of additions moves a result by."""
+
+
 class NotATrialError(Exception):
     """The float model itself says nothing."""
 
@@ -81,6 +88,26 @@ class Trial:
         flat = tensors_of(self.float)
         if not all(torch.isfinite(x.double()).all() for x in flat) or not any(bool((x != 0).any()) for x in flat):
             raise NotATrialError("the float outputs say nothing")
+        self._require_one_meaning()
+
+    def _require_one_meaning(self) -> None:
+        """A write into what only one of torch's paths makes a view, and a branch on a sum that is zero but for rounding, are
+        no questions to fxquant: torch itself answers them in two ways."""
+        sums: list[bool] = []
+        judged = copy.deepcopy(self.model)
+        for part in judged.modules():
+            if type(part).__name__ == "Branch":
+                part.register_forward_pre_hook(
+                    lambda _, x: sums.append(bool(x[0].sum().abs() <= NO_SIGN * x[0].abs().sum()))
+                )
+        torch.manual_seed(1)
+        with torch.enable_grad():
+            other = judged(*clones(self.inputs))
+        if any(sums):
+            raise NotATrialError("a branch asks for the sign of a sum that rounding decides")
+        for x, y in zip(tensors_of(self.float), tensors_of(other), strict=True):
+            if x.is_floating_point() and x.numel() and float((x - y).abs().max()) > TWO_MEANINGS * float(x.abs().max()):
+                raise NotATrialError("with gradients torch gives another result")
 
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """The outputs of one call, under one seed, on copies of the inputs; buffers that it writes are put back."""
