@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +23,19 @@ from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
 from fxquant.export.agreement import OutputAgreement, compare_output
 from fxquant.flow import convert, quantizers_off, require_level
-from fxquant.onnx.files import checked_path, replacing
-from fxquant.page.compare import Comparison, compared_with
+from fxquant.page.compare import Comparison, Side, SideLayer, compared_with
 from fxquant.page.drawing import Drawn, drawn_graphs
+from fxquant.page.file_report import FileReport, report_of_file
 from fxquant.page.html import page_of
 from fxquant.page.markdown import markdown_of
+from fxquant.page.numbers import summary_numbers
 from fxquant.page.recipe_text import code_of
+from fxquant.page.saving import save_as
 from fxquant.reporting.coverage import Coverage, coverage
 from fxquant.reporting.diff import Diff, diff
-from fxquant.reporting.tabled import plain
+from fxquant.reporting.tabled import plain, versions
 
 __all__ = ["Report", "report"]
-
-FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
-"""What each ending of a file means."""
-
 
 @dataclass(frozen=True)
 class Report:
@@ -99,24 +95,29 @@ class Report:
         Raises:
             InputError: the ending names none of these, or there is no such folder.
         """
-        path = os.fspath(path)
-        form = FORMATS.get(os.path.splitext(path)[1].lower())
-        if form is None:
-            raise InputError(f"{path!r}: the ending names no form of a report. Write one of {', '.join(FORMATS)}.")
-        path = checked_path(path, os.path.splitext(path)[1])
-        text = {"html": self.html, "markdown": self.markdown, "json": self.to_json}[form]()
-        with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
-            file.write(text)
-        return path
+        return save_as(self, path)
 
-    def compare(self, other: Report) -> Comparison:
-        """This report beside ``other``: of another recipe, of training, of another target.
+    def side(self) -> Side:
+        """What a comparison takes of it."""
+        layers = {
+            own.path: SideLayer(
+                alone=own.alone and own.alone.sqnr,
+                accumulated=own.accumulated and own.accumulated.sqnr,
+                bits=own.bits,
+                weight=own.weight and own.weight.sqnr,
+                weight_bits=own.weight_bits,
+            )
+            for own in self.errors.layers
+        }
+        numbers = {name: value for name, value, _ in summary_numbers(self)}
+        return Side(self.title, numbers, self.faults, layers, self.recipe)
+
+    def compare(self, other: Report | FileReport) -> Comparison:
+        """This report beside ``other``: of another recipe, of training, of another target, of a file.
 
         Raises:
             InputError: ``other`` is no report.
         """
-        if not isinstance(other, Report):
-            raise InputError(f"compare takes what fxquant.report gave; it was given a {type(other).__name__}.")
         return compared_with(self, other)
 
     def __str__(self) -> str:
@@ -126,6 +127,7 @@ class Report:
         return f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:80vh;border:0"></iframe>'
 
 
+@overload
 def report(
     model: nn.Module,
     prepared: nn.Module,
@@ -139,16 +141,43 @@ def report(
     forward: Forward | None = None,
     batches: int | None = 2,
     progress: bool = True,
-) -> Report:
-    """Measure a quantized model and show everything on one page.
+) -> Report: ...
+@overload
+def report(
+    model: str | os.PathLike[str],
+    prepared: nn.Module | str | os.PathLike[str] | None = None,
+    data: Any = None,
+    *,
+    title: str | None = None,
+    batches: int | None = 2,
+    progress: bool = True,
+) -> FileReport: ...
+def report(
+    model: nn.Module | str | os.PathLike[str],
+    prepared: Any = None,
+    data: Any = None,
+    *,
+    title: str | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    bits: Sequence[int] | None = (8, 4),
+    seconds: float = 15.0,
+    sections: Mapping[str, Any] | None = None,
+    forward: Forward | None = None,
+    batches: int | None = 2,
+    progress: bool = True,
+) -> Report | FileReport:
+    """Measure a quantized model, or look at a file, and show everything on one page.
 
     Example:
         >>> fxquant.report(model, prepared, loader).save("report.html")
 
     Args:
-        model: the float model, as it was given to ``prepare``.
-        prepared: the calibrated or trained prepared model; not changed.
-        data: batches as for ``calibrate``, without labels; or one tensor. They need not be those of the calibration.
+        model: the float model, as it was given to ``prepare``; or the path of an ONNX file, of our export or of another
+            quantizer's, or of what ``save`` wrote.
+        prepared: the calibrated or trained prepared model; not changed. For an ONNX file the prepared model that it was
+            exported from, or the path of the float file that it was made of; None for what the file alone tells.
+        data: batches as for ``calibrate``, without labels; or one tensor. They need not be those of the calibration. For a
+            file they may be left out: then its grids are shown, and nothing is run.
         title: what the page is called; the model's class by default.
         evaluate: gives the accuracy of a model; called with the float one and the integer one.
         bits: what ``sensitivity`` tries; None leaves it out.
@@ -159,10 +188,15 @@ def report(
         progress: show progress bars.
 
     Raises:
-        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such.
+        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such; or a
+            file cannot be read, or does not take the data.
         CalibrationError: the model has no ranges yet.
         LevelError: ``prepared`` is not a prepared model.
     """
+    if isinstance(model, (str, os.PathLike)):
+        return report_of_file(model, prepared, data, title=title, batches=batches, progress=progress)
+    if data is None:
+        raise InputError("report of a model needs the prepared model and data: fxquant.report(model, prepared, loader).")
     require_level(prepared, ("prepared",), "report")
     began = time.perf_counter()
     kept = batches_of(data, batches, "report")
@@ -179,7 +213,7 @@ def report(
         name=compared.name,
         title=title or compared.name,
         recipe=code_of(prepared),
-        versions=_versions(),
+        versions=versions(),
         sections=shown,
         seconds=time.perf_counter() - began,
         **found,
@@ -295,14 +329,6 @@ def _accuracy(model: nn.Module, integer: Any, evaluate: Callable[[Any], float] |
 def _bytes(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("fxquant")
-    except importlib.metadata.PackageNotFoundError:
-        own = "from source"
-    return {"fxquant": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _sections(prepared: Any, given: Mapping[str, Any] | None) -> dict[str, str]:
