@@ -38,7 +38,7 @@ from fxquant.onnx.names import integers_name
 from fxquant.reporting.census import module_at
 from fxquant.reporting.tabled import Tabled, decibels
 
-__all__ = ["FileErrors", "FileTensor", "Floats", "errors_in_file", "floats_of", "named_inputs"]
+__all__ = ["FileErrors", "FileTensor", "Floats", "errors_in_file", "floats_of", "named_inputs", "nothing_known"]
 
 _SUFFIX = "_quantized"
 """What ONNX Runtime's own quantizer writes behind a weight's name."""
@@ -148,10 +148,7 @@ def errors_in_file(
     roundings = [own for own in file.roundings() if floats.has(own)]
     unknown += [own.integers for own in file.roundings() if not floats.has(own)]
     if not weights and not roundings:
-        raise InputError(
-            f"nothing in {os.fspath(path)!r} is in the reference: no weight and no rounded tensor has a name of it.\n"
-            "  what to do: give the prepared model that the file was exported from, or the float ONNX file it was made of."
-        )
+        raise nothing_known(file)
     run = file.looking_at([name for own in roundings for name in (own.source, own.integers)])
     noise = {own: (Noise(), Noise()) for own in roundings}
     for batch in tqdm(kept, desc="errors by layer", unit="batch", disable=not progress or None):
@@ -187,6 +184,14 @@ def _weights(file: QdqFile, floats: Floats) -> tuple[list[FileTensor], list[str]
         noise.add(values, expected, scale, axis)
         found.append(FileTensor(name, noise.error(), None, None))
     return found, unknown
+
+
+def nothing_known(file: QdqFile) -> InputError:
+    """What is said where no name of a file is one of the reference."""
+    return InputError(
+        f"nothing in {file.path!r} is in the reference: no weight and no rounded tensor has a name of it.\n"
+        "  what to do: give the prepared model that the file was exported from, or the float ONNX file it was made of."
+    )
 
 
 def floats_of(reference: Any, file: QdqFile) -> Floats:

@@ -1,6 +1,6 @@
-"""What a file's grids hold, tensor by tensor: read off the file; with data, measured in it; with the float model, against that.
+"""What a file's grids hold, tensor by tensor: read off it; with data, measured in it; with the float model, against that.
 
-    weight        its integers: how much of the grid they use, where they pile up; against the float weight where there is one
+    weight        its integers: how much of the grid they use, where they pile up; against the float weight, if any
     by rounding   a tensor behind its QuantizeLinear   against   the same tensor before it, in the file
     accumulated   a tensor behind its QuantizeLinear   against   the tensor of the float model
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fxquant.analysis.batches import batches_of
 from fxquant.analysis.faults import Fault, Measured, faults_of
-from fxquant.analysis.file_errors import Floats, floats_of, named_inputs
+from fxquant.analysis.file_errors import Floats, floats_of, named_inputs, nothing_known
 from fxquant.analysis.measures import Error, Histogram, HistogramCount, Noise, channel_peaks, on_own_grid
 from fxquant.analysis.qdq_file import Held, QdqFile, Rounded
 from fxquant.export.agreement import OutputAgreement, compare_output
@@ -108,6 +108,8 @@ def layers_of_file(
     readers = _readers(file)
     weights = [_weight(own, readers.get(own.name), floats) for own in {own.name: own for own in file.held()}.values()]
     counts = [_Rounding(own, file, floats) for own in file.roundings()]
+    if floats is not None and all(layer.weight is None for layer in weights) and not any(own.known for own in counts):
+        raise nothing_known(file)
     kept = [] if data is None else batches_of(data, batches, "report")
     outputs = _run(file, counts, floats, kept, progress)
     missing = [own.name for own in counts if floats is not None and kept and not floats.has(own.rounded)]
@@ -168,9 +170,7 @@ def _scheme(bits: int, signed: bool, zero_point: Tensor, axis: int | None, lowes
     if not 2 <= bits <= 16 or (axis is not None and not symmetric):
         return None
     narrow = signed and symmetric and lowest > -(2 ** (bits - 1))
-    return Scheme(
-        bits=bits, symmetric=symmetric, signed=signed, per_channel=axis is not None, narrow_range=narrow
-    )
+    return Scheme(bits=bits, symmetric=symmetric, signed=signed, per_channel=axis is not None, narrow_range=narrow)
 
 
 def _path(name: str) -> str:
@@ -264,7 +264,9 @@ def _piled(path: str, own: Held, scheme: Scheme) -> Iterator[Fault]:
     share = ends / own.q.numel()
     if share < _WORTH_TELLING or ends < _PILED * max(inside, 1):
         return
-    what = f"its weight saturates: {100 * share:.2g} % of its integers stand at the ends of the grid, and few beside them"
+    what = (
+        f"its weight saturates: {100 * share:.2g} % of its integers stand at the ends of the grid, and few beside them"
+    )
     yield Fault(path, "weight saturates", what, "quantize it with a larger scale", 30 + 10 * math.log10(share))
 
 
@@ -339,4 +341,3 @@ class _Rounding:
             histogram=measured.histogram,
             faults=tuple(faults_of(measured)),
         )
-

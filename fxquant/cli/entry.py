@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fxquant import __version__
-from fxquant.cli import machine, models, seeing
+from fxquant.cli import machine, models, report, seeing
 from fxquant.cli.arguments import only_json
 from fxquant.errors import FxquantError
 
@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   fxquant diff torchvision:resnet18                       what prepare makes of a model, node by node
   fxquant quantize torchvision:resnet18 --weights r18.pth --data photos/ --out int8.pt
   fxquant report torchvision:resnet18 --weights r18.pth --data photos/ --out report.html
+  fxquant report int8.onnx                                the grids of a file; with --data and --model what it loses
   fxquant errors torchvision:resnet18 --weights r18.pth --data photos/     where it loses, layer by layer
   fxquant sensitivity torchvision:resnet18 --weights r18.pth --data photos/ --bits 8,4
   fxquant evaluate torchvision:resnet18 --weights r18.pth --data photos/   top-1, top-5, agreement with float
@@ -59,6 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fxquant", description=text, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"fxquant {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for part in (models, seeing, machine):
+    for part in (models, report, seeing, machine):
         part.add_commands(commands)
     return parser

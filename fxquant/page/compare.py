@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.analysis.faults import Fault
+from fxquant.analysis.measures import Error
 from fxquant.errors import InputError
 from fxquant.page.compare_html import page_of_two
 from fxquant.page.saving import save_as
 from fxquant.reporting.tabled import Tabled, decibels
 
-__all__ = ["ComparedLayer", "Comparison", "Side", "SideLayer", "compared_with"]
+__all__ = ["ComparedLayer", "Comparison", "Side", "SideLayer", "compared_with", "sqnr_of"]
 
 Two = tuple[Any, Any]
 """A number of the first and of the second; None where one has none."""
@@ -68,7 +69,7 @@ class ComparedLayer:
 
     @property
     def gain(self) -> float:
-        """What the second has more, in dB: accumulated, or of the weight where that is not known of both; 0 where neither is."""
+        """What the second has more, in dB: accumulated, or of the weight where that is not known; 0 where neither is."""
         for first, second in (self.accumulated, self.weight):
             if first is not None and second is not None:
                 return 0.0 if first == second else float(second - first)
@@ -151,6 +152,11 @@ def _gain(gain: float) -> str:
     if math.isinf(gain):
         return "↑" if gain > 0 else "↓"
     return f"{gain:+.1f}" if abs(gain) >= 0.05 else ""
+
+
+def sqnr_of(error: Error | None) -> float | None:
+    """In dB; None where nothing was measured."""
+    return None if error is None else error.sqnr
 
 
 def compared_with(own: Any, other: Any) -> Comparison:

@@ -48,9 +48,7 @@ def _rows(report: FileReport) -> dict[str, str]:
 
 def _faults(report: FileReport, rows: dict[str, str]) -> Markup:
     if report.faults:
-        return fault_list(
-            report.faults, lambda path: tag("a", path, href=f"#{rows[path]}") if path in rows else path
-        )
+        return fault_list(report.faults, lambda path: tag("a", path, href=f"#{rows[path]}") if path in rows else path)
     words = "Nothing was found: each grid fits its values, and no product computes in float."
     if not report.batches:
         words += " Without data, only constants could be looked at."
@@ -82,9 +80,13 @@ def _layers(report: FileReport) -> Markup:
     ids = [anchor("row", "t", i) for i in range(len(rows))]
     words = "In the order of the file. Used is the share of the grid's span that the values take up. "
     if not report.batches:
-        words += "Nothing was run: give data to see what roundings do, and the float model to see what is lost against it."
+        words += (
+            "Nothing was run: give data to see what roundings do, and the float model to see what is lost against it."
+        )
     elif not report.outputs:
-        words += "By rounding is the tensor behind its rounding against the tensor before it. Nothing was compared with float."
+        words += (
+            "By rounding is a tensor behind its rounding against the tensor before it. Nothing is compared with float."
+        )
     else:
         words += "Weight and accumulated are against float, by rounding against the same tensor before it."
     left = [note for note in report.notes() if note.startswith("no grid")]
@@ -96,7 +98,10 @@ def _histograms(report: FileReport) -> Markup | None:
     shown = [layer for layer in report.layers if layer.histogram is not None]
     if not shown:
         return None
-    words = "Heights are square roots of counts. Green is the span of the grid; green lines are its levels where they are at most 64."
+    words = (
+        "Heights are square roots of counts. Green is the span of the grid, green lines are its levels where they are at "
+        "most 64."
+    )
     more = tag("p", f"and {len(shown) - _DRAWN} more, in the JSON") if len(shown) > _DRAWN else None
     return join([tag("p", words, _class="soft"), *(_block(layer) for layer in shown[:_DRAWN]), more])
 

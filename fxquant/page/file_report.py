@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from fxquant.analysis.batches import batches_of
 from fxquant.analysis.faults import Fault
 from fxquant.analysis.file_info import PRODUCTS, FileInfo, info, reads_integers, span_text
 from fxquant.analysis.file_layers import FileLayer, FileLayers, layers_of_file
 from fxquant.analysis.qdq_file import QdqFile
+from fxquant.capture.islands import graphs_of
+from fxquant.checkpoint import load
 from fxquant.errors import InputError
 from fxquant.export.agreement import OutputAgreement
-from fxquant.page.compare import Comparison, Side, SideLayer, compared_with
+from fxquant.page.agreement import agreement
+from fxquant.page.compare import Comparison, Side, SideLayer, compared_with, sqnr_of
 from fxquant.page.drawing import Drawn
 from fxquant.page.file_html import page_of_file
 from fxquant.page.numbers import agreement_words, percent
@@ -117,9 +123,12 @@ class FileReport(Tabled):
             found.append(("bits of weights", bits, f"{len(weights)} tensors"))
         known = [layer for layer in self.layers if layer.accumulated is not None]
         if known:
-            worst = min(known, key=lambda layer: layer.accumulated.sqnr if layer.accumulated else 0.0)
-            found.append(("worst, accumulated", in_decibels(worst.accumulated.sqnr) if worst.accumulated else "", worst.path))
-        wanted = ("coverage", "opset", "model", "target", "processor")
+            worst = min(known, key=lambda layer: sqnr_of(layer.accumulated) or 0.0)
+            found.append(("worst, accumulated", in_decibels(sqnr_of(worst.accumulated) or 0.0), worst.path))
+        if coverage := self.info.facts.get("coverage"):
+            share, _, of_what = coverage.partition(" products")
+            found.append(("in integers", share, f"products{of_what.removesuffix(' read integers only')}"))
+        wanted = ("opset", "model", "target", "processor")
         return found + [(name, self.info.facts[name], "") for name in wanted if self.info.facts.get(name)]
 
     def html(self) -> str:
@@ -145,10 +154,10 @@ class FileReport(Tabled):
             own = layers.setdefault(layer.path, SideLayer())
             if layer.kind == "weight":
                 own.weight_bits, own.bytes = layer.bits, layer.bytes
-                own.weight = layer.weight and layer.weight.sqnr
+                own.weight = sqnr_of(layer.weight)
             elif layer.kind == "activation":
                 own.bits = layer.bits
-                own.accumulated = layer.accumulated and layer.accumulated.sqnr
+                own.accumulated = sqnr_of(layer.accumulated)
         numbers = {name: value for name, value, _ in self.numbers()}
         return Side(self.name, numbers, self.faults, layers, f"the file {self.path}")
 
@@ -196,15 +205,16 @@ def report_of_file(
 
     Args:
         path: an ONNX file in the QDQ form, or a ``.pt`` that ``save`` wrote, of which the grids are shown.
-        reference: the prepared model that an ONNX file was made of, or the path of the float ONNX file.
+        reference: the prepared model that an ONNX file was made of, or the path of the float ONNX file; for a ``.pt`` the
+            float model.
         data: batches that the file takes, or one tensor.
         title: what the page is called; the file's name by default.
         batches: how many to use; None for all.
         progress: show a progress bar.
 
     Raises:
-        InputError: the file cannot be read, or the batches do not fit it, or nothing of it is in the reference, or there is a
-            reference and no data.
+        InputError: the file cannot be read, or the batches do not fit it, or nothing of it is in the reference, or there
+            is a reference and no data.
         CheckpointError: a ``.pt`` that fxquant did not write.
     """
     began, path = time.perf_counter(), os.fspath(path)
@@ -214,12 +224,13 @@ def report_of_file(
     if path.lower().endswith(".onnx"):
         file = QdqFile(path)
         found = layers_of_file(file, data, reference, batches=batches, progress=progress)
-        _require_something_known(path, found, reference)
         graph, in_float = _drawn(file), _in_float(file)
+    elif reference is not None:
+        found, graph, in_float = _beside_model(path, known, reference, data, batches), None, ()
     elif data is not None:
         raise InputError(
-            f"{path!r}: a file of fxquant is measured with the model that it belongs to.\n"
-            "  what to do: prepared = fxquant.load(model, path), and fxquant.report(model, prepared, data); or leave data out."
+            f"{path!r}: a file of fxquant is run by the model that it belongs to.\n"
+            "  what to do: fxquant.report('int8.pt', model, data), with a float model of the same class; or leave data out."
         )
     else:
         found, graph, in_float = FileLayers(_saved_layers(known), (), (), 0), None, ()
@@ -239,13 +250,13 @@ def report_of_file(
     )
 
 
-def _require_something_known(path: str, found: FileLayers, reference: Any) -> None:
-    known = any(layer.weight is not None or layer.accumulated is not None for layer in found.layers)
-    if reference is not None and not known:
-        raise InputError(
-            f"nothing in {path!r} is in the reference: no weight and no rounded tensor has a name of it.\n"
-            "  what to do: give the prepared model that the file was exported from, or the float ONNX file it was made of."
-        )
+def _beside_model(path: str, known: FileInfo, model: Any, data: Any, batches: int | None) -> FileLayers:
+    """The grids of a file of fxquant, and how what it holds agrees with its float ``model``."""
+    if not isinstance(model, nn.Module) or graphs_of(model):
+        raise InputError(f"report of {path!r}: give the float model that was prepared, as to fxquant.load.")
+    kept = batches_of(data, batches, "report")
+    outputs = agreement(model, load(model, path), kept, None, [])
+    return FileLayers(_saved_layers(known), outputs, (), len(kept))
 
 
 def _saved_layers(known: FileInfo) -> tuple[FileLayer, ...]:

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,9 +20,10 @@ from fxquant.analysis.faults import Fault
 from fxquant.analysis.sensitivity import Sensitivity, checked_bits, sensitivity
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.export.agreement import OutputAgreement, compare_output
+from fxquant.export.agreement import OutputAgreement
 from fxquant.flow import convert, quantizers_off, require_level
-from fxquant.page.compare import Comparison, Side, SideLayer, compared_with
+from fxquant.page.agreement import agreement
+from fxquant.page.compare import Comparison, Side, SideLayer, compared_with, sqnr_of
 from fxquant.page.drawing import Drawn, drawn_graphs
 from fxquant.page.file_report import FileReport, report_of_file
 from fxquant.page.html import page_of
@@ -36,6 +36,7 @@ from fxquant.reporting.diff import Diff, diff
 from fxquant.reporting.tabled import plain, versions
 
 __all__ = ["Report", "report"]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -101,10 +102,10 @@ class Report:
         """What a comparison takes of it."""
         layers = {
             own.path: SideLayer(
-                alone=own.alone and own.alone.sqnr,
-                accumulated=own.accumulated and own.accumulated.sqnr,
+                alone=sqnr_of(own.alone),
+                accumulated=sqnr_of(own.accumulated),
                 bits=own.bits,
-                weight=own.weight and own.weight.sqnr,
+                weight=sqnr_of(own.weight),
                 weight_bits=own.weight_bits,
             )
             for own in self.errors.layers
@@ -127,34 +128,9 @@ class Report:
         return f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:80vh;border:0"></iframe>'
 
 
-@overload
-def report(
-    model: nn.Module,
-    prepared: nn.Module,
-    data: Any,
-    *,
-    title: str | None = None,
-    evaluate: Callable[[Any], float] | None = None,
-    bits: Sequence[int] | None = (8, 4),
-    seconds: float = 15.0,
-    sections: Mapping[str, Any] | None = None,
-    forward: Forward | None = None,
-    batches: int | None = 2,
-    progress: bool = True,
-) -> Report: ...
-@overload
-def report(
-    model: str | os.PathLike[str],
-    prepared: nn.Module | str | os.PathLike[str] | None = None,
-    data: Any = None,
-    *,
-    title: str | None = None,
-    batches: int | None = 2,
-    progress: bool = True,
-) -> FileReport: ...
 def report(
     model: nn.Module | str | os.PathLike[str],
-    prepared: Any = None,
+    prepared: nn.Module | str | os.PathLike[str] | None = None,
     data: Any = None,
     *,
     title: str | None = None,
@@ -188,55 +164,46 @@ def report(
         progress: show progress bars.
 
     Raises:
-        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such; or a
-            file cannot be read, or does not take the data.
+        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such; or
+            a file cannot be read, or does not take the data.
         CalibrationError: the model has no ranges yet.
         LevelError: ``prepared`` is not a prepared model.
     """
     if isinstance(model, (str, os.PathLike)):
         return report_of_file(model, prepared, data, title=title, batches=batches, progress=progress)
-    if data is None:
-        raise InputError("report of a model needs the prepared model and data: fxquant.report(model, prepared, loader).")
+    if data is None or not isinstance(prepared, nn.Module):
+        raise InputError("report of a model needs its prepared one and data: fxquant.report(model, prepared, loader).")
     require_level(prepared, ("prepared",), "report")
-    began = time.perf_counter()
-    kept = batches_of(data, batches, "report")
-    bits, shown = None if bits is None else checked_bits(bits), _sections(prepared, sections)
-    options: dict[str, Any] = {"forward": forward, "progress": progress}
-    found = _measured(model, prepared, kept, options)
-    if bits is not None:
-        limits = {"bits": bits, "seconds": seconds}
-        found["sensitivity"] = _sensitivity(prepared, kept, found["errors"], found["notes"], {**options, **limits})
+    began, kept = time.perf_counter(), batches_of(data, batches, "report")
+    limits = None if bits is None else {"bits": checked_bits(bits), "seconds": seconds}
+    shown = _sections(prepared, sections)
+    found = _measured(model, prepared, kept, {"forward": forward, "progress": progress}, limits)
     found["accuracy"] = _accuracy(model, found.pop("integer"), evaluate)
-    found["notes"] = tuple(found["notes"])
-    compared = found["diff"]
-    return Report(
-        name=compared.name,
-        title=title or compared.name,
-        recipe=code_of(prepared),
-        versions=versions(),
-        sections=shown,
-        seconds=time.perf_counter() - began,
-        **found,
-    )
+    name = found["diff"].name
+    told: dict[str, Any] = {"recipe": code_of(prepared), "versions": versions(), "sections": shown}
+    return Report(name=name, title=title or name, seconds=time.perf_counter() - began, **told, **found)
 
 
-def _measured(model: nn.Module, prepared: Any, kept: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+def _measured(
+    model: nn.Module, prepared: Any, kept: Sequence[Any], options: dict[str, Any], limits: dict[str, Any] | None
+) -> dict[str, Any]:
     """What is measured on data, by the names of a report's attributes; and the integer model."""
     errors: Any = errors_by_layer(prepared, kept, **options)
     notes: list[str] = []
     integer = _integer(prepared, notes)
     compared, after = _diff(model, prepared, integer, notes, partial(_same_shapes, model, prepared, kept, options))
+    costs = None if limits is None else _sensitivity(prepared, kept, errors, notes, {**options, **limits})
     return {
         "integer": integer,
         "faults": errors.faults,
         "errors": errors,
-        "sensitivity": None,
-        "outputs": () if integer is None else _agreement(model, integer, kept, options["forward"], notes),
+        "sensitivity": costs,
+        "outputs": () if integer is None else agreement(model, integer, kept, options["forward"], notes),
         "bytes": {name: _bytes(own) for name, own in (("float", model), ("integer", integer)) if own is not None},
         "diff": compared,
         "graphs": drawn_graphs(after, compared),
         "coverage": coverage(prepared if integer is None else integer),
-        "notes": notes,
+        "notes": tuple(notes),
     }
 
 
@@ -285,30 +252,6 @@ def _sensitivity(
     except InputError as error:
         notes.append(str(error))
         return None
-
-
-def _agreement(
-    model: nn.Module, integer: Any, kept: Sequence[Any], forward: Forward | None, notes: list[str]
-) -> tuple[OutputAgreement, ...]:
-    """Each output of the integer model against the float one's, all batches together."""
-    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
-    with left_alone(model), left_alone(integer):
-        for batch in kept:
-            results = []
-            for own in (integer, model):
-                with same_randomness():
-                    results.append([y for y in tree_leaves(run_batch(own, batch, forward)) if isinstance(y, Tensor)])
-            pairs.append((results[0], results[1]))
-    if any([y.shape for y in actual] != [y.shape for y in expected] for actual, expected in pairs):
-        notes.append("outputs have other shapes than in float (as detections do), and are not compared one by one")
-        return ()
-    found = []
-    for i, other in enumerate(pairs[0][1]):
-        joined = other.ndim > 0 and len({y[1][i].shape[1:] for y in pairs}) == 1
-        own = [torch.cat([y[side][i] for y in pairs]) if joined else pairs[0][side][i] for side in (0, 1)]
-        if own[1].numel():
-            found.append(compare_output(f"output {i}" if len(pairs[0][1]) > 1 else "output", own[0], own[1], None))
-    return tuple(found)
 
 
 def _accuracy(model: nn.Module, integer: Any, evaluate: Callable[[Any], float] | None) -> dict[str, float]:
