@@ -39,7 +39,7 @@ def assert_within_a_step(made: OnnxFile, inputs: Any, expected: Any, name: str =
 def qdq_file(
     path: Any, weight: torch.Tensor, scale: float, *, x_scale: float = 1 / 255, quantized_input: bool = True
 ) -> Any:
-    """A file of the standard's operators alone, x -> Q -> DQ -> MatMul, whose ``weight`` (in, out) is integers at ``scale``."""
+    """A file of the standard's operators alone, x -> Q -> DQ -> MatMul; ``weight`` (out, in) are integers at ``scale``."""
     onnx: Any = pytest.importorskip("onnx")
     node, held = onnx.helper.make_node, onnx.numpy_helper.from_array
     nodes = [

@@ -122,6 +122,20 @@ def test_code_that_is_not_run_is_that_of_tools_that_are_not_installed():
     assert where == {"coming-from"}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("package", ["nncf", "aimet_torch", "brevitas"])
+def test_code_of_another_tool_runs_where_it_is_installed(package, tmp_path):
+    """In a process of its own: NNCF changes torch for all that follow."""
+    pytest.importorskip(package)
+    blocks = blocks_of((DOCS / "coming-from.md").read_text(encoding="utf-8"))
+    own = [block.text for block in blocks if block.language == "py" and package in block.text]
+    assert len(own) == 1
+    (tmp_path / "out").mkdir()
+    code = f"{blocks[0].text}\n{own[0]}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # ---------------------------------------------------------------------------------------------- links
 
 
