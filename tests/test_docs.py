@@ -40,6 +40,7 @@ NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 NEEDS = {
     "coming-from": ("torchao",),
+    "guide": ("sklearn", "onnxruntime"),
     "first-model": ("sklearn", "onnxruntime"),
     "below-8-bits": ("sklearn",),
     "transformer": ("transformers", "onnxruntime"),
@@ -49,7 +50,7 @@ NEEDS = {
 }
 """What a page imports beyond fxquant's own dependencies."""
 LONG = {"coming-from", "first-model", "detector", "transformer", "qat-lightning", "below-8-bits", "deploy", "debug"}
-LONG |= {"index", "extend", "speed", "command-line", "recipes", "islands"}
+LONG |= {"guide", "index", "extend", "speed", "command-line", "recipes", "islands"}
 ALONE = {"extend"}
 """Pages that enter things into fxquant's tables, where they would stay: run in a process of their own."""
 

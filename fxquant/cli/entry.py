@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fxquant import __version__
 from fxquant.cli import machine, models, report, seeing
@@ -54,10 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong, and how to see the options, without printing them all before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"usage: {self.prog} --help tells it\n{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = "Make PyTorch models compute in integers."
-    parser = argparse.ArgumentParser(prog="fxquant", description=text, epilog=_EXAMPLES, formatter_class=raw)
+    parser = _Parser(prog="fxquant", description=text, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"fxquant {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for part in (models, report, seeing, machine):

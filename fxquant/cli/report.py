@@ -131,6 +131,7 @@ def _require_sense(options: argparse.Namespace) -> None:
     """Say what is missing, and what does not belong together."""
     if not _is_file(options.spec):
         if options.data is None:
+            build_model(options.spec, weights=options.weights)  # what names no model at all is told first
             raise InputError("report of a model needs images: --data FOLDER. Of a file alone none are needed.")
         if options.model is not None:
             raise InputError(f"--model names the float model behind a file, and {options.spec} is a model itself.")
