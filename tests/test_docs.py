@@ -131,7 +131,6 @@ def test_code_of_another_tool_runs_where_it_is_installed(package, tmp_path):
     blocks = blocks_of((DOCS / "coming-from.md").read_text(encoding="utf-8"))
     own = [block.text for block in blocks if block.language == "py" and package in block.text]
     assert len(own) == 1
-    (tmp_path / "out").mkdir()
     code = f"{blocks[0].text}\n{own[0]}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
