@@ -85,6 +85,8 @@ class _Links:
                 self.rows.setdefault(row.path, own)
                 prefix = part.path and f"{part.path}."
                 self.rows.setdefault(f"{prefix}{row.name}", own)
+                if row.state == "input":  # its rounding is a module beside it
+                    self.rows.setdefault(f"{prefix}{row.name}_quantizer", own)
 
     def to(self, path: str) -> Markup | str:
         """The path, which leads to its row where it has one."""
