@@ -83,14 +83,14 @@ def _run_report(options: argparse.Namespace) -> None:
     if out is not None:
         require_folder_of(out)
     _require_sense(options)
+    for path in (options.spec, options.against):  # what cannot be read is told before anything is calibrated
+        if _is_file(path) and path.lower().endswith(".onnx"):
+            QdqFile(path)
     floats = _floats(options)
     changed: Any = None
     if isinstance(options.against, dict):  # what cannot be prepared so is told before the first one is measured
         changed = argparse.Namespace(**{**vars(options), **options.against})
         uncalibrated(changed, floats.model)
-    for path in (options.spec, options.against):
-        if _is_file(path) and path.endswith(".onnx"):
-            QdqFile(path)
     found: Any = _of_file(options.spec, options, floats) if _is_file(options.spec) else _of_model(options, floats)
     if changed is not None:
         found = found.compare(_of_model(changed, floats))
