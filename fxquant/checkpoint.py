@@ -7,7 +7,6 @@ made with, and its state dict. Loading runs the same passes on a fresh float mod
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -85,7 +84,7 @@ def unreadable(error: Exception) -> str:
     """Why ``torch.load`` could not read a file, in a few words: its own are a page long."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    if isinstance(error, (pickle.UnpicklingError, EOFError)):
+    if not isinstance(error, RuntimeError):  # the reader stumbles over other files in many ways, as with KeyError: 105
         return "torch.save did not write it, or it holds objects of classes and not tensors alone"
     return str(error).splitlines()[0].partition(". ")[0].rstrip(".")
 

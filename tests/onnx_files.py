@@ -34,3 +34,27 @@ def assert_within_a_step(made: OnnxFile, inputs: Any, expected: Any, name: str =
         share = float((steps == 0).float().mean())
         print(f"{name}: equal {share:.4%}, largest {steps.max():.0f} LSB")
         assert steps.max() <= 1 and share >= INEXACT.get(name, 0.999), f"{name}: {share:.4%}, {steps.max():.0f} LSB"
+
+
+def qdq_file(
+    path: Any, weight: torch.Tensor, scale: float, *, x_scale: float = 1 / 255, quantized_input: bool = True
+) -> Any:
+    """A file of the standard's operators alone, x -> Q -> DQ -> MatMul; ``weight`` (out, in) are integers at ``scale``."""
+    onnx: Any = pytest.importorskip("onnx")
+    node, held = onnx.helper.make_node, onnx.numpy_helper.from_array
+    nodes = [
+        node("QuantizeLinear", ["x", "xs", "xz"], ["x_quantized"]),
+        node("DequantizeLinear", ["x_quantized", "xs", "xz"], ["xd"]),
+        node("DequantizeLinear", ["w", "ws"], ["wd"]),
+        node("MatMul", ["xd" if quantized_input else "x", "wd"], ["y"], name="product"),
+    ]
+    numbers = {"xs": torch.tensor(x_scale), "xz": torch.tensor(0, dtype=torch.uint8), "ws": torch.tensor(scale)}
+    kept = [held(value.numpy(), name) for name, value in {**numbers, "w": weight.T.contiguous()}.items()]
+    value = onnx.helper.make_tensor_value_info
+    x, y = (
+        value(name, onnx.TensorProto.FLOAT, ["batch", size])
+        for name, size in zip("xy", weight.shape[::-1], strict=True)
+    )
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], kept)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+    return path

@@ -231,7 +231,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_measured(arguments, word
     def measured(*_, **__):
         pytest.fail("a model was calibrated")
 
-    monkeypatch.setattr("fxquant.cli.seeing.calibrate", measured)
+    monkeypatch.setattr("fxquant.cli.subjects.calibrate", measured)
     try:
         code = main([arguments[0], *given, *arguments[1:]])
     except SystemExit as stopped:
@@ -242,7 +242,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_measured(arguments, word
 
 def test_a_folder_that_may_not_be_written_to_is_told_at_once(given, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
-    monkeypatch.setattr("fxquant.cli.seeing.calibrate", lambda *_: pytest.fail("a model was calibrated"))
+    monkeypatch.setattr("fxquant.cli.subjects.calibrate", lambda *_: pytest.fail("a model was calibrated"))
     assert main(["report", *given, "--out", str(tmp_path / "r.html")]) == 1
     assert "do not let you" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)

@@ -40,6 +40,7 @@ NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 NEEDS = {
     "coming-from": ("torchao",),
+    "guide": ("sklearn", "onnxruntime"),
     "first-model": ("sklearn", "onnxruntime"),
     "below-8-bits": ("sklearn",),
     "transformer": ("transformers", "onnxruntime"),
@@ -49,7 +50,7 @@ NEEDS = {
 }
 """What a page imports beyond fxquant's own dependencies."""
 LONG = {"coming-from", "first-model", "detector", "transformer", "qat-lightning", "below-8-bits", "deploy", "debug"}
-LONG |= {"index", "extend", "speed", "command-line", "recipes", "islands"}
+LONG |= {"guide", "index", "extend", "speed", "command-line", "recipes", "islands"}
 ALONE = {"extend"}
 """Pages that enter things into fxquant's tables, where they would stay: run in a process of their own."""
 
@@ -120,6 +121,19 @@ def test_a_page_that_is_wrong_is_found(text, says, tmp_path, monkeypatch):
 def test_code_that_is_not_run_is_that_of_tools_that_are_not_installed():
     where = {page.stem for page in PAGES for block in blocks_of(page.read_text("utf-8")) if block.language == "py"}
     assert where == {"coming-from"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("package", ["nncf", "aimet_torch", "brevitas"])
+def test_code_of_another_tool_runs_where_it_is_installed(package, tmp_path):
+    """In a process of its own: NNCF changes torch for all that follow."""
+    pytest.importorskip(package)
+    blocks = blocks_of((DOCS / "coming-from.md").read_text(encoding="utf-8"))
+    own = [block.text for block in blocks if block.language == "py" and package in block.text]
+    assert len(own) == 1
+    code = f"{blocks[0].text}\n{own[0]}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------- links

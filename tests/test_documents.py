@@ -66,4 +66,39 @@ def test_examples_run(path, capsys):
 def test_kept_results_are_readable_and_say_where_they_come_from(path):
     kept = json.loads(path.read_text(encoding="utf-8"))
     assert kept["rows"] and kept["machine"]
-    assert path.stem in README or path.stem in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    told = [ROOT / "docs" / "results.md", ROOT / "benchmarks" / "README.md"]
+    assert any(path.stem in page.read_text(encoding="utf-8") for page in told)
+
+
+def rows_of(page: Path, first: str) -> dict[str, list[str]]:
+    """The rows of the table whose header begins with ``first``, by their first cell, without marks."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(first)) + 2
+    end = next(i for i, line in enumerate([*lines[start:], ""]) if not line.startswith("|")) + start
+    cells = [[cell.strip(" *").replace("−", "-") for cell in line.strip("|").split("|")] for line in lines[start:end]]
+    return {row[0]: row[1:] for row in cells}
+
+
+def kept(name: str) -> list[dict[str, object]]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_have_the_numbers_that_the_scripts_kept(page):
+    path, given = ROOT / page, "| CIFAR-10 top-1" if page.startswith("docs") else "| | float | **fxquant int8**"
+    columns = ("float", "fxquant int8", "FX", "FX x86", "PT2E", "NNCF")
+    accuracy = rows_of(path, given)
+    for row in kept("ptq_cifar"):
+        assert [float(cell) for cell in accuracy[row["model"]][:6]] == [row[name] for name in columns]
+    drops = rows_of(path, "| drop from float, points")
+    found = {(r["scheme"], r["model"], r["method"]): r["drop"] for r in kept("ptq_low_bits") if r["seed"] == 0}
+    columns = [("resnet20", "min-max"), ("resnet20", "mse")]
+    columns += [(name, "closed form") for name in ("resnet20", "resnet32", "resnet44")]
+    for scheme, cells in drops.items():
+        assert [float(cell) for cell in cells] == [found[(scheme, *column)] for column in columns], scheme
+    if page == "README.md":
+        times = {row["model"]: row for row in kept("latency") if (row["batch"], row["threads"]) == (1, 2)}
+        names = ("float", "FX x86", "PT2E", "ORT", "OpenVINO", "fxquant native")
+        for model, cells in rows_of(path, "| | float | FX x86").items():
+            measured = [times[model][name] for name in names]
+            assert [cell if cell == "failed" else float(cell) for cell in cells] == measured, model

@@ -88,6 +88,7 @@ def test_the_page_holds_together_and_needs_nothing(healthy):
     rows = {id for id in page.ids if id.startswith("row-")}
     nodes = {id for id in page.ids if id.startswith("node-")}
     assert len(rows) >= len(nodes) >= 10 and {id.replace("node-", "row-", 1) for id in nodes} <= rows
+    assert ">x_quantizer</a>" in text or ">input_1_quantizer</a>" in text
     words = " ".join(page.text["h2"])
     for title in ("What is wrong", "Graph", "Errors by layer", "Sensitivity", "Histograms", "Recipe", "Latency"):
         assert title in words

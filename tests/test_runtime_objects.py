@@ -27,7 +27,7 @@ from fxquant.runtimes import RUNNABLE, RUNTIMES, Runtime, register
 from fxquant.runtimes import RUNNABLE as RUN_BY_COMPILE
 from fxquant.targets import TARGETS, get
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 def evaluator_session(file: Any, threads: int | None = None) -> Any:
@@ -174,9 +174,9 @@ def test_a_target_has_one_owner(entered):
 
 
 def test_every_runtime_is_in_the_readme():
-    (listed,) = re.findall(r"# target: (.*)\n", README)
+    (listed,) = re.findall(r"# target: (.*)\n", GUIDE)
     assert re.split(r", | or ", listed) == list(TARGETS)
-    assert all(own.title in README or own.name in README for own in RUNTIMES.values())
+    assert all(own.title in GUIDE or own.name in GUIDE for own in RUNTIMES.values())
     assert list(RUN_BY_COMPILE) == ["torch", "native", "onnxruntime", "openvino"] == list(RUNNABLE)
 
 

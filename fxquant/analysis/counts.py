@@ -27,6 +27,7 @@ class LayerError:
     Attributes:
         path, op: where it is in the model, and its class.
         bits: of its result's grid; None where it is not rounded.
+        weight_bits: of its weight's grid; None for ops without one.
         weight: of the weight itself; LSB are steps of the weight's grid.
         weight_alone, activation_alone, alone, accumulated: at its result, see the head of this file; LSB are steps of the
             grid that its fused chain ends on. None where there is nothing of the kind.
@@ -39,6 +40,7 @@ class LayerError:
     path: str
     op: str
     bits: int | None
+    weight_bits: int | None
     weight: Error | None
     weight_alone: Error | None
     activation_alone: Error | None
@@ -156,6 +158,7 @@ class Count:
             path=spot.path,
             op=spot.op,
             bits=measured.bits,
+            weight_bits=measured.weight_bits,
             weight=measured.weight,
             weight_alone=self.by_weight.error(),
             activation_alone=measured.result,

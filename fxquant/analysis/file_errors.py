@@ -38,7 +38,7 @@ from fxquant.onnx.names import integers_name
 from fxquant.reporting.census import module_at
 from fxquant.reporting.tabled import Tabled, decibels
 
-__all__ = ["FileErrors", "FileTensor", "errors_in_file"]
+__all__ = ["FileErrors", "FileTensor", "Floats", "errors_in_file", "floats_of", "named_inputs", "nothing_known"]
 
 _SUFFIX = "_quantized"
 """What ONNX Runtime's own quantizer writes behind a weight's name."""
@@ -143,16 +143,12 @@ def errors_in_file(
         )
     file = QdqFile(path)
     kept = batches_of(data, batches, "errors_by_layer")
-    is_file = isinstance(reference, (str, os.PathLike))
-    floats: _Floats = _OfFile(reference, file) if is_file else _OfPrepared(reference, file)
+    floats = floats_of(reference, file)
     weights, unknown = _weights(file, floats)
     roundings = [own for own in file.roundings() if floats.has(own)]
     unknown += [own.integers for own in file.roundings() if not floats.has(own)]
     if not weights and not roundings:
-        raise InputError(
-            f"nothing in {os.fspath(path)!r} is in the reference: no weight and no rounded tensor has a name of it.\n"
-            "  what to do: give the prepared model that the file was exported from, or the float ONNX file it was made of."
-        )
+        raise nothing_known(file)
     run = file.looking_at([name for own in roundings for name in (own.source, own.integers)])
     noise = {own: (Noise(), Noise()) for own in roundings}
     for batch in tqdm(kept, desc="errors by layer", unit="batch", disable=not progress or None):
@@ -173,7 +169,7 @@ def errors_in_file(
     )
 
 
-def _weights(file: QdqFile, floats: _Floats) -> tuple[list[FileTensor], list[str]]:
+def _weights(file: QdqFile, floats: Floats) -> tuple[list[FileTensor], list[str]]:
     found: list[FileTensor] = []
     unknown = file.unread()
     uses = Counter(name for name, *_ in file.weights())
@@ -190,7 +186,26 @@ def _weights(file: QdqFile, floats: _Floats) -> tuple[list[FileTensor], list[str
     return found, unknown
 
 
-class _Floats:
+def nothing_known(file: QdqFile) -> InputError:
+    """What is said where no name of a file is one of the reference."""
+    return InputError(
+        f"nothing in {file.path!r} is in the reference: no weight and no rounded tensor has a name of it.\n"
+        "  what to do: give the prepared model that the file was exported from, or the float ONNX file it was made of."
+    )
+
+
+def floats_of(reference: Any, file: QdqFile) -> Floats:
+    """The float model behind ``reference``: a prepared model, or the path of a float ONNX file.
+
+    Raises:
+        InputError: the file is quantized itself, or cannot be read.
+        LevelError: the model is not a prepared one.
+    """
+    is_file = isinstance(reference, (str, os.PathLike))
+    return _OfFile(reference, file) if is_file else _OfPrepared(reference, file)
+
+
+class Floats:
     """The float model: its weights and tensors by the names of the file, and how a batch is given to the file."""
 
     def weight(self, name: str) -> Tensor | None:
@@ -203,6 +218,14 @@ class _Floats:
         """``x`` within the bounds of a clamp that the file leaves to the rounding, where the reference tells it."""
         return x
 
+    def path(self, own: Rounded) -> str | None:
+        """Where a report of the reference has what is rounded there; None where it has no such paths."""
+        return None
+
+    def outputs(self, batch: Any) -> list[Tensor]:
+        """What the float model gives."""
+        raise NotImplementedError
+
     def values(self, batch: Any, roundings: Sequence[Rounded]) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -210,7 +233,7 @@ class _Floats:
         raise NotImplementedError
 
 
-class _OfFile(_Floats):
+class _OfFile(Floats):
     """A float ONNX file with the same names."""
 
     def __init__(self, path: str | os.PathLike[str], quantized: QdqFile) -> None:
@@ -236,11 +259,16 @@ class _OfFile(_Floats):
         found = self._run(self.feeds(batch))
         return {own.integers: found[own.source] for own in roundings}
 
+    def outputs(self, batch: Any) -> list[Tensor]:
+        names = [value.name for value in self.file.model.graph.output]
+        found = self.file.looking_at(names)(self.feeds(batch))
+        return [found[name] for name in names]
+
     def feeds(self, batch: Any) -> dict[str, Tensor]:
-        return _named(batch, self.inputs)
+        return named_inputs(batch, self.inputs)
 
 
-class _OfPrepared(_Floats):
+class _OfPrepared(Floats):
     """The prepared model, quantizers off, whose modules gave the file its names."""
 
     def __init__(self, prepared: Any, quantized: QdqFile) -> None:
@@ -282,6 +310,14 @@ class _OfPrepared(_Floats):
         clamp = (part.clamp if isinstance(part, QuantOp) else None) or (None, None)
         return x if clamp == (None, None) else torch.clamp(x, *clamp)
 
+    def path(self, own: Rounded) -> str | None:
+        part = self.known.get(own.integers)
+        return next((spot.path for spot in spots_of(self.prepared) if spot.part is part), None)
+
+    def outputs(self, batch: Any) -> list[Tensor]:
+        with left_alone(self.prepared), quantizers_off(self.prepared), torch.no_grad():
+            return [y for y in tree_leaves(run_batch(self.prepared, batch, None)) if isinstance(y, Tensor)]
+
     def values(self, batch: Any, roundings: Sequence[Rounded]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         calls: Counter[nn.Module] = Counter()
@@ -307,10 +343,10 @@ class _OfPrepared(_Floats):
             named = dict(zip(signature.input_names, signature.tensors(args, kwargs), strict=True))
         except InputError:  # objects that no file takes; its tensors may be given in order
             named = {}
-        return _named(named if set(self.inputs) <= set(named) else kwargs or args, self.inputs)
+        return named_inputs(named if set(self.inputs) <= set(named) else kwargs or args, self.inputs)
 
 
-def _named(batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
+def named_inputs(batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of a batch by the names of a file's inputs: by key where it has keys, else in order.
 
     Raises:

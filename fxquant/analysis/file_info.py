@@ -16,9 +16,9 @@ from fxquant.checkpoint import read
 from fxquant.errors import CheckpointError, InputError
 from fxquant.reporting.tabled import Tabled, megabytes
 
-__all__ = ["FileInfo", "FileTensorInfo", "info"]
+__all__ = ["PRODUCTS", "FileInfo", "FileTensorInfo", "info", "reads_integers", "span_text"]
 
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FileInfo(Tabled):
                 tensor.kind,
                 "" if tensor.bits is None else str(tensor.bits),
                 "" if tensor.shape is None else "×".join(map(str, tensor.shape)),
-                "" if tensor.scale is None else _span(tensor.scale),
+                "" if tensor.scale is None else span_text(tensor.scale),
                 "" if tensor.zero_point is None else str(tensor.zero_point),
             ]
             for tensor in self.tensors
@@ -86,7 +86,8 @@ class FileInfo(Tabled):
         ]
 
 
-def _span(scale: tuple[float, float]) -> str:
+def span_text(scale: tuple[float, float]) -> str:
+    """The smallest and the largest scale; one where they are the same."""
     return f"{scale[0]:.3g}" if scale[0] == scale[1] else f"{scale[0]:.3g}…{scale[1]:.3g}"
 
 
@@ -113,8 +114,8 @@ def _onnx(path: str) -> FileInfo:
     nodes = list(file.model.graph.node)
     operators = Counter(node.op_type for node in nodes)
     made_by = {name: node for node in nodes for name in node.output}
-    products = [node for node in nodes if node.op_type in _PRODUCTS]
-    integer = [node for node in products if _is_integer(node, made_by)]
+    products = [node for node in nodes if node.op_type in PRODUCTS]
+    integer = [node for node in products if reads_integers(node, made_by)]
     tensors = []
     for name, values, scale, _ in file.weights():
         bits = file.bits(file.constants[name].data_type)
@@ -122,7 +123,7 @@ def _onnx(path: str) -> FileInfo:
         tensors.append(FileTensorInfo(name, "bias" if bits == 32 else "weight", bits, tuple(values.shape), span, None))
     for own in file.roundings():
         node = made_by[own.integers]
-        bits = file.bits(_kind(file, node))
+        bits = file.bits(file.kind_given(node))
         zero = int(own.zero_point) if own.zero_point.ndim == 0 else None
         span = (float(own.scale.min()), float(own.scale.max()))
         tensors.append(FileTensorInfo(own.integers, "activation", bits, None, span, zero))
@@ -143,15 +144,7 @@ def _onnx(path: str) -> FileInfo:
     return FileInfo(path, os.path.getsize(path) + beside, form, facts, tuple(tensors))
 
 
-def _kind(file: QdqFile, node: Any) -> int:
-    """The type that a QuantizeLinear gives: that of its zero point, or what it says, or else unsigned bytes."""
-    if len(node.input) > 2 and node.input[2]:
-        return int(file.constants[node.input[2]].data_type)
-    told = (int(attribute.i) for attribute in node.attribute if attribute.name == "output_dtype")
-    return next(told, 0) or int(file.onnx.TensorProto.UINT8)
-
-
-def _is_integer(node: Any, made_by: dict[str, Any]) -> bool:
+def reads_integers(node: Any, made_by: dict[str, Any]) -> bool:
     """Whether every real operand of a product comes out of a DequantizeLinear, or it is an operator on integers."""
     if "Integer" in node.op_type or node.op_type.startswith("QLinear"):
         return True

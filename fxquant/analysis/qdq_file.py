@@ -14,7 +14,7 @@ from fxquant.errors import ExportError, InputError
 from fxquant.installed import require
 from fxquant.numerics.affine import dequantize
 
-__all__ = ["QdqFile", "Rounded"]
+__all__ = ["Held", "QdqFile", "Rounded"]
 
 _WHAT = "measuring the errors of an ONNX file"
 
@@ -39,6 +39,34 @@ class Rounded:
         """What the integers ``q`` stand for."""
         axis = self.axis % q.ndim if self.scale.ndim else None
         return dequantize(q.long(), self.scale, self.zero_point, axis=axis)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Integers that a file holds behind a DequantizeLinear.
+
+    Attributes:
+        name: of the integers.
+        q: them, in 64 bits.
+        scale, zero_point: of the grid; ``()`` or one per channel.
+        axis: the channel axis of those; None with one scale for all.
+        bits, signed: of their type.
+        reader: the DequantizeLinear.
+    """
+
+    name: str
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+    bits: int
+    signed: bool
+    reader: Any
+
+    @property
+    def reals(self) -> Tensor:
+        """What the integers stand for."""
+        return dequantize(self.q, self.scale, self.zero_point, axis=self.axis)
 
 
 class QdqFile:
@@ -84,6 +112,17 @@ class QdqFile:
         name = self.onnx.TensorProto.DataType.Name(kind).lower()
         return int(name.lstrip("uint")) if name.lstrip("u").startswith("int") else None
 
+    def is_signed(self, kind: int) -> bool:
+        """Whether a tensor's type has negative numbers."""
+        return not self.onnx.TensorProto.DataType.Name(kind).startswith("UINT")
+
+    def kind_given(self, node: Any) -> int:
+        """The type that a QuantizeLinear gives: that of its zero point, or what it says, or else unsigned bytes."""
+        if len(node.input) > 2 and node.input[2]:
+            return int(self.constants[node.input[2]].data_type)
+        told = (int(attribute.i) for attribute in node.attribute if attribute.name == "output_dtype")
+        return next(told, 0) or int(self.onnx.TensorProto.UINT8)
+
     def tensor(self, name: str) -> Tensor:
         """A constant of the file."""
         array = self.onnx.numpy_helper.to_array(self.constants[name])
@@ -92,22 +131,27 @@ class QdqFile:
         wide = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}.get(array.dtype.name, array.dtype.name)
         return torch.from_numpy(array.astype(wide).copy())
 
-    def weights(self) -> Iterator[tuple[str, Tensor, Tensor, int | None]]:
-        """Every constant of integers behind a DequantizeLinear, with one scale or one per channel: its name, what it stands
-        for, its scale, and the axis of that."""
+    def held(self) -> Iterator[Held]:
+        """Every constant of integers behind a DequantizeLinear, with one scale or one per channel."""
         for node in self.model.graph.node:
             if (
                 node.op_type == "DequantizeLinear"
                 and node.input[0] in self.constants
                 and node.input[1] in self.constants
-                and self.bits(self.constants[node.input[0]].data_type) is not None
+                and (bits := self.bits(self.constants[node.input[0]].data_type)) is not None
             ):
                 scale, zero_point = self._grid(node)
                 q = self.tensor(node.input[0]).long()
                 if scale.ndim > 1:  # scales of blocks, which no tensor of ours has
                     continue
                 axis = self._axis(node) % q.ndim if scale.ndim else None
-                yield node.input[0], dequantize(q, scale, zero_point, axis=axis), scale, axis
+                signed = self.is_signed(self.constants[node.input[0]].data_type)
+                yield Held(node.input[0], q, scale, zero_point, axis, bits, signed, node)
+
+    def weights(self) -> Iterator[tuple[str, Tensor, Tensor, int | None]]:
+        """What ``held`` gives as real numbers: a name, what it stands for, its scale, and the axis of that."""
+        for own in self.held():
+            yield own.name, own.reals, own.scale, own.axis
 
     def unread(self) -> list[str]:
         """The constants behind a DequantizeLinear that ``weights`` leaves out: floats, or scaled by blocks or computed."""

@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fxquant import __version__
-from fxquant.cli import machine, models, seeing
+from fxquant.cli import machine, models, report, seeing
 from fxquant.cli.arguments import only_json
 from fxquant.errors import FxquantError
 
@@ -19,6 +20,7 @@ _EXAMPLES = """examples:
   fxquant diff torchvision:resnet18                       what prepare makes of a model, node by node
   fxquant quantize torchvision:resnet18 --weights r18.pth --data photos/ --out int8.pt
   fxquant report torchvision:resnet18 --weights r18.pth --data photos/ --out report.html
+  fxquant report int8.onnx                                the grids of a file; with --data and --model what it loses
   fxquant errors torchvision:resnet18 --weights r18.pth --data photos/     where it loses, layer by layer
   fxquant sensitivity torchvision:resnet18 --weights r18.pth --data photos/ --bits 8,4
   fxquant evaluate torchvision:resnet18 --weights r18.pth --data photos/   top-1, top-5, agreement with float
@@ -53,12 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong, and how to see the options, without printing them all before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"usage: {self.prog} --help tells it\n{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     text = "Make PyTorch models compute in integers."
-    parser = argparse.ArgumentParser(prog="fxquant", description=text, epilog=_EXAMPLES, formatter_class=raw)
+    parser = _Parser(prog="fxquant", description=text, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"fxquant {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for part in (models, seeing, machine):
+    for part in (models, report, seeing, machine):
         part.add_commands(commands)
     return parser

@@ -1,4 +1,4 @@
-"""Two reports side by side: of two recipes, of before and after training, of two targets."""
+"""Two reports side by side: of two recipes, of before and after training, of two targets, of files."""
 
 from __future__ import annotations
 
@@ -6,41 +6,74 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fxquant.analysis.faults import Fault
+from fxquant.analysis.measures import Error
 from fxquant.errors import InputError
-from fxquant.onnx.files import checked_path, replacing
 from fxquant.page.compare_html import page_of_two
-from fxquant.page.numbers import summary_numbers
+from fxquant.page.saving import save_as
 from fxquant.reporting.tabled import Tabled, decibels
 
-if TYPE_CHECKING:
-    from fxquant.page.report import Report
+__all__ = ["ComparedLayer", "Comparison", "Side", "SideLayer", "compared_with", "sqnr_of"]
 
-__all__ = ["ComparedLayer", "Comparison", "compared_with"]
+Two = tuple[Any, Any]
+"""A number of the first and of the second; None where one has none."""
+
+
+@dataclass
+class SideLayer:
+    """One layer of one side; SQNR in dB, None where it was not measured."""
+
+    alone: float | None = None
+    accumulated: float | None = None
+    bits: int | None = None
+    weight: float | None = None
+    weight_bits: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one report brings into a comparison: its title, the numbers at its top, faults, layers by path, and how it is
+    made."""
+
+    title: str
+    numbers: dict[str, str]
+    faults: tuple[Fault, ...]
+    layers: dict[str, SideLayer]
+    recipe: str
 
 
 @dataclass(frozen=True)
 class ComparedLayer:
-    """One layer in both models, SQNR in dB; None where one has no such layer, or does not round it.
+    """One layer in both, SQNR in dB; None where one has no such layer, or does not round it, or was not measured.
 
     Attributes:
         path: where it is.
-        alone: by its own roundings, in the first model and in the second.
+        alone: by its own roundings, in the first and in the second.
         accumulated: with everything before it, likewise.
         bits: of its result's grid, likewise.
+        weight: of its weight, likewise.
+        weight_bits: of its weight's grid, likewise.
+        bytes: that its weight takes in a file, likewise.
     """
 
     path: str
-    alone: tuple[float | None, float | None]
-    accumulated: tuple[float | None, float | None]
-    bits: tuple[int | None, int | None]
+    alone: Two
+    accumulated: Two
+    bits: Two
+    weight: Two = (None, None)
+    weight_bits: Two = (None, None)
+    bytes: Two = (None, None)
 
     @property
     def gain(self) -> float:
-        """What the second has more, accumulated, in dB; 0 where that cannot be told."""
-        first, second = self.accumulated
-        return 0.0 if first is None or second is None or first == second else second - first
+        """What the second has more, in dB: accumulated, or of the weight where that is not known; 0 where neither is."""
+        for first, second in (self.accumulated, self.weight):
+            if first is not None and second is not None:
+                return 0.0 if first == second else float(second - first)
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -61,23 +94,20 @@ class Comparison(Tabled):
     layers: tuple[ComparedLayer, ...]
     recipes: tuple[str, str]
 
+    def columns(self) -> list[tuple[str, str]]:
+        """The header and the attribute of each pair of columns that has anything in it."""
+        named = [("bits", "[1]"), ("weight_bits", "[1]"), ("bytes", "[B]")]
+        named += [("weight", "[dB]"), ("alone", "[dB]"), ("accumulated", "[dB]")]
+        kept = [(name, unit) for name, unit in named if any(getattr(own, name) != (None, None) for own in self.layers)]
+        return [(f"{name.replace('_', ' ')} {{}} {unit}", name) for name, unit in kept]
+
     def header(self) -> Sequence[str]:
-        return [
-            "layer",
-            "bits",
-            "",
-            *(f"{part} {i} [dB]" for part in ("alone", "accumulated") for i in (1, 2)),
-            "gain [dB]",
-        ]
+        return ["layer", *(head.format(i) for head, _ in self.columns() for i in (1, 2)), "gain [dB]"]
 
     def cells(self) -> Sequence[Sequence[str]]:
+        columns = [name for _, name in self.columns()]
         return [
-            [
-                layer.path,
-                *("" if bits is None else str(bits) for bits in layer.bits),
-                *map(decibels, (*layer.alone, *layer.accumulated)),
-                _gain(layer.gain),
-            ]
+            [layer.path, *(_cell(name, own) for name in columns for own in getattr(layer, name)), _gain(layer.gain)]
             for layer in self.layers
         ]
 
@@ -93,8 +123,7 @@ class Comparison(Tabled):
             {
                 "layer": layer.path,
                 "gain": layer.gain,
-                **{f"alone_{i + 1}": layer.alone[i] for i in (0, 1)},
-                **{f"accumulated_{i + 1}": layer.accumulated[i] for i in (0, 1)},
+                **{f"{name}_{i + 1}": getattr(layer, name)[i] for _, name in self.columns() for i in (0, 1)},
             }
             for layer in self.layers
         ]
@@ -109,42 +138,50 @@ class Comparison(Tabled):
         Raises:
             InputError: the ending names none of these, or there is no such folder.
         """
-        path = os.fspath(path)
-        writers = {".html": self.html, ".htm": self.html, ".md": self.markdown, ".json": self.to_json}
-        writer: Any = writers.get(os.path.splitext(path)[1].lower())
-        if writer is None:
-            raise InputError(f"{path!r}: the ending names no form of a comparison. Write one of {', '.join(writers)}.")
-        path = checked_path(path, os.path.splitext(path)[1])
-        with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
-            file.write(writer())
-        return path
+        return save_as(self, path)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return str(value) if name in ("bits", "weight_bits", "bytes") else decibels(value)
 
 
 def _gain(gain: float) -> str:
     """``+3.2``; an arrow where one of the two is exact or lost, so that there is no number."""
     if math.isinf(gain):
         return "↑" if gain > 0 else "↓"
-    return f"{gain:+.1f}" if gain else ""
+    return f"{gain:+.1f}" if abs(gain) >= 0.05 else ""
 
 
-def compared_with(first: Report, second: Report) -> Comparison:
-    """``first`` beside ``second``."""
-    numbers = [{name: value for name, value, _ in summary_numbers(own)} for own in (first, second)]
-    names = dict.fromkeys([*numbers[0], *numbers[1]])
-    kinds = dict.fromkeys(fault.kind for own in (first, second) for fault in own.faults)
-    found = [{layer.path: layer for layer in own.errors.layers} for own in (first, second)]
+def sqnr_of(error: Error | None) -> float | None:
+    """In dB; None where nothing was measured."""
+    return None if error is None else error.sqnr
+
+
+def compared_with(own: Any, other: Any) -> Comparison:
+    """One report beside another one.
+
+    Raises:
+        InputError: ``other`` is none.
+    """
+    if not hasattr(other, "side"):
+        raise InputError(f"compare takes what fxquant.report gave; it was given a {type(other).__name__}.")
+    first, second = own.side(), other.side()
+    kinds = dict.fromkeys(fault.kind for side in (first, second) for fault in side.faults)
     layers = []
-    for path in dict.fromkeys([*found[0], *found[1]]):
-        both = [own.get(path) for own in found]
-        sqnr: list[Any] = [
-            tuple(None if own is None or getattr(own, name) is None else getattr(own, name).sqnr for own in both)
-            for name in ("alone", "accumulated")
-        ]
-        bits: Any = tuple(None if own is None else own.bits for own in both)
-        layers.append(ComparedLayer(path, sqnr[0], sqnr[1], bits))
+    for path in dict.fromkeys([*first.layers, *second.layers]):
+        both = [side.layers.get(path, SideLayer()) for side in (first, second)]
+        values: dict[str, Any] = {
+            name: tuple(getattr(layer, name) for layer in both) for name in SideLayer.__dataclass_fields__
+        }
+        layers.append(ComparedLayer(path, **values))
     return Comparison(
         titles=(first.title, second.title),
-        numbers={name: (numbers[0].get(name, ""), numbers[1].get(name, "")) for name in names},
+        numbers={
+            name: (first.numbers.get(name, ""), second.numbers.get(name, ""))
+            for name in dict.fromkeys([*first.numbers, *second.numbers])
+        },
         faults={
             kind: (sum(f.kind == kind for f in first.faults), sum(f.kind == kind for f in second.faults))
             for kind in kinds

@@ -18,15 +18,18 @@ def page_of_two(found: Comparison) -> str:
     """Numbers, faults, layers and recipes of two models side by side."""
     numbers = [[name, *values] for name, values in found.numbers.items()]
     faults = [[kind, *map(str, counts)] for kind, counts in found.faults.items()]
+    bars = {i for i, head in enumerate(found.header()[:-1]) if head.endswith("[dB]")}
+    values = [[own for _, name in found.columns() for own in getattr(layer, name)] for layer in found.layers]
     rows = [
-        [layer.path, *cells[1:3], *(bar(value) for value in (*layer.alone, *layer.accumulated)), cells[-1]]
-        for layer, cells in zip(found.layers, found.cells(), strict=True)
+        [bar(own[i - 1]) if i in bars else cell for i, cell in enumerate(cells)]
+        for own, cells in zip(values, found.cells(), strict=True)
     ]
     recipes = [
         tag("div", tag("h3", title), tag("pre", text)) for title, text in zip(found.titles, found.recipes, strict=True)
     ]
     words = (
-        "SQNR against float; gain is what the second has more, accumulated. The layers that differ most stand first."
+        "SQNR against float; gain is what the second has more, accumulated, or in its weight where that is not known of "
+        "both. The layers that differ most stand first."
     )
     body = [
         tag("h1", f"{found.titles[0]} | {found.titles[1]}"),
@@ -37,7 +40,7 @@ def page_of_two(found: Comparison) -> str:
         tag("h2", "Errors by layer"),
         tag("p", words, _class="soft"),
         table(list(found.header()), rows),
-        tag("h2", "Recipes"),
+        tag("h2", "What they are made of"),
         tag("div", *recipes, _class="pair"),
     ]
     return document(" | ".join(found.titles), join(body))

@@ -6,7 +6,7 @@ straight line and its shortcuts are bows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -97,8 +97,8 @@ def _outwards() -> Sequence[int]:
     return [way for distance in range(1000) for way in ((distance, -distance) if distance else (0,))]
 
 
-def draw(graph: Drawn, number: int) -> Markup:
-    """The drawing; ``number`` is the graph's among all, as in the ids of rows."""
+def draw(graph: Drawn, number: int, rows: Mapping[str, str | None] | None = None) -> Markup:
+    """The drawing; ``number`` is the graph's among all, as in the ids of rows; or ``rows`` gives the id for each node."""
     places = _places(graph)
     spots = {name: (column * (_WIDTH + _ACROSS), layer * (_HEIGHT + _DOWN)) for name, (layer, column) in places.items()}
     right = max((x for x, _ in spots.values()), default=0) + _WIDTH + 60
@@ -111,7 +111,8 @@ def draw(graph: Drawn, number: int) -> Markup:
         kind = tag("text", elide(op, 26), x=x + _WIDTH / 2, y=y + 30, _class="op")
         box = tag("rect", x=x, y=y, width=_WIDTH, height=_HEIGHT, rx=6)
         parts = tag("g", tag("title", f"{path}: {op}, {state}"), box, label, kind, _class=f"node {state}")
-        row = None if state == "output" else f"#{anchor('row', number, name)}"
+        own = anchor("row", number, name) if rows is None else rows.get(name)
+        row = None if state == "output" or own is None else f"#{own}"
         boxes.append(tag("a", parts, href=row, id=anchor("node", number, name)) if row else parts)
     box_of_view = f"-30 -10 {right + 60} {bottom + 20}"
     drawn = tag("svg", tag("path", d=edges, _class="edges"), *boxes, viewBox=box_of_view, _class="graph", role="img")

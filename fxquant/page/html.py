@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fxquant.analysis.counts import LayerError
+from fxquant.analysis.faults import Fault
 from fxquant.page.charts import bar, histogram
 from fxquant.page.drawing import draw
 from fxquant.page.markup import Markup, anchor, join, table, tag
@@ -19,7 +21,7 @@ from fxquant.reporting.tabled import megabytes
 if TYPE_CHECKING:
     from fxquant.page.report import Report
 
-__all__ = ["document", "page_of"]
+__all__ = ["cards", "document", "fault_list", "find", "legend", "page_of", "sections"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _STATES = {
@@ -35,7 +37,7 @@ _HISTOGRAMS = 400
 def page_of(report: Report) -> str:
     """The whole page of a report."""
     links = _Links(report.diff)
-    sections = [
+    parts = [
         ("wrong", "What is wrong", _faults(report, links)),
         ("graph", "Graph", _graph(report)),
         ("errors", "Errors by layer", _errors(report, links)),
@@ -47,10 +49,14 @@ def page_of(report: Report) -> str:
         *((anchor("more", name), name, tag("pre", text)) for name, text in report.sections.items()),
         ("recipe", "Recipe", _recipe(report)),
     ]
-    shown = [(name, title, body) for name, title, body in sections if body]
+    return document(report.title, join([_head(report), *sections(parts, _cards(report))]))
+
+
+def sections(parts: Sequence[tuple[str, str, Markup | None]], top: Markup) -> list[Markup]:
+    """Links to all parts that there are, what stands above them, and each part: id, title and body."""
+    shown = [(name, title, body) for name, title, body in parts if body]
     nav = tag("nav", *(tag("a", title, href=f"#{name}") for name, title, _ in shown))
-    body = [tag("section", tag("h2", title), body, id=name) for name, title, body in shown]
-    return document(report.title, join([_head(report), nav, _cards(report), *body]))
+    return [nav, top, *(tag("section", tag("h2", title), body, id=name) for name, title, body in shown)]
 
 
 def document(title: str, body: Markup) -> str:
@@ -79,6 +85,8 @@ class _Links:
                 self.rows.setdefault(row.path, own)
                 prefix = part.path and f"{part.path}."
                 self.rows.setdefault(f"{prefix}{row.name}", own)
+                if row.state == "input":  # its rounding is a module beside it
+                    self.rows.setdefault(f"{prefix}{row.name}_quantizer", own)
 
     def to(self, path: str) -> Markup | str:
         """The path, which leads to its row where it has one."""
@@ -93,14 +101,19 @@ def _head(report: Report) -> Markup:
     return join([tag("h1", report.title), tag("p", told, _class="soft")])
 
 
-def _cards(report: Report) -> Markup:
-    cards = [
+def cards(numbers: Sequence[tuple[str, str, str]]) -> Markup:
+    """Each number, with its name above it and a word below."""
+    shown = [
         tag("div", tag("span", name, _class="soft"), tag("b", value), tag("span", more, _class="soft"), _class="card")
-        for name, value, more in summary_numbers(report)
+        for name, value, more in numbers
     ]
+    return tag("div", *shown, _class="cards")
+
+
+def _cards(report: Report) -> Markup:
     notes = [tag("p", note, _class="soft") for note in report.notes]
     outputs = [tag("li", agreement_words(own)) for own in report.outputs]
-    return join([tag("div", *cards, _class="cards"), tag("ul", *outputs) if outputs else None, *notes])
+    return join([cards(summary_numbers(report)), tag("ul", *outputs) if outputs else None, *notes])
 
 
 def _faults(report: Report, links: _Links) -> Markup:
@@ -108,27 +121,28 @@ def _faults(report: Report, links: _Links) -> Markup:
         return tag(
             "p", "Nothing was found: each grid fits its values, no channel stands out, and no op was left in float."
         )
+    return fault_list(report.faults, links.to)
+
+
+def fault_list(faults: Sequence[Fault], link: Callable[[str], Markup | str]) -> Markup:
+    """The worst of them, where each is, and what to do."""
     items = [
         tag(
             "li",
             tag("span", fault.kind, _class="kind"),
-            tag("b", links.to(fault.path)),
+            tag("b", link(fault.path)),
             f": {fault.what}. ",
             tag("i", f"What to do: {fault.repair}."),
             _class=fault.kind.split()[-1],
         )
-        for fault in report.faults[:20]
+        for fault in faults[:20]
     ]
-    more = len(report.faults) - len(items)
+    more = len(faults) - len(items)
     return join([tag("ol", *items, _class="faults"), tag("p", f"and {more} more") if more else None])
 
 
 def _graph(report: Report) -> Markup:
-    colours = {"integer": "integer", "border": "border", "float": "float", "input": "input"}
-    legend = [
-        tag("span", tag("i", style=f"background:var(--{colours[state]})"), words) for state, words in _STATES.items()
-    ]
-    parts: list[Any] = [tag("p", *legend, _class="legend soft")]
+    parts: list[Any] = [legend(_STATES)]
     for number, graph in enumerate(report.graphs):
         if len(report.graphs) > 1:
             parts.append(tag("h3", f"graph {island_name(graph.path)}"))
@@ -137,7 +151,14 @@ def _graph(report: Report) -> Markup:
     return join(parts)
 
 
-def _find(of: str) -> Markup:
+def legend(states: Iterable[str]) -> Markup:
+    """What the colours of nodes mean."""
+    shown = [tag("span", tag("i", style=f"background:var(--{state})"), _STATES[state]) for state in states]
+    return tag("p", *shown, _class="legend soft")
+
+
+def find(of: str) -> Markup:
+    """A field that leaves only the rows with a word."""
     return tag("input", type="search", placeholder="find", _class="find", data_of=of, aria_label="rows with this word")
 
 
@@ -155,7 +176,7 @@ def _errors(report: Report, links: _Links) -> Markup:
     )
     notes = [note for note in report.errors.notes() if not note.startswith("wrong: ")]
     left = [tag("p", note, _class="soft") for note in notes]
-    return join([tag("p", words, _class="soft"), _find("errors"), table(header, rows), *left])
+    return join([tag("p", words, _class="soft"), find("errors"), table(header, rows), *left])
 
 
 def _sensitivity(report: Report, links: _Links) -> Markup | None:
@@ -169,7 +190,7 @@ def _sensitivity(report: Report, links: _Links) -> Markup | None:
     words = "The model's output when this layer alone is rounded and everything else is float, most sensitive first."
     body = table(list(found.header()), rows) if rows else None
     notes = [tag("p", note, _class="soft") for note in found.notes()]
-    return join([tag("p", words, _class="soft"), _find("sensitivity"), body, *notes])
+    return join([tag("p", words, _class="soft"), find("sensitivity"), body, *notes])
 
 
 def _in_float(report: Report, links: _Links) -> Markup | None:
@@ -221,7 +242,7 @@ def _audit(report: Report) -> Markup | None:
 
 
 def _diff(report: Report) -> Markup:
-    parts: list[Any] = [tag("p", report.diff.summary()), _find("diff")]
+    parts: list[Any] = [tag("p", report.diff.summary()), find("diff")]
     number = 0
     for part in report.diff.parts:
         if not isinstance(part, GraphRows):

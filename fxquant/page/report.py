@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,22 +20,22 @@ from fxquant.analysis.faults import Fault
 from fxquant.analysis.sensitivity import Sensitivity, checked_bits, sensitivity
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import FxquantError, InputError
-from fxquant.export.agreement import OutputAgreement, compare_output
+from fxquant.export.agreement import OutputAgreement
 from fxquant.flow import convert, quantizers_off, require_level
-from fxquant.onnx.files import checked_path, replacing
-from fxquant.page.compare import Comparison, compared_with
+from fxquant.page.agreement import agreement
+from fxquant.page.compare import Comparison, Side, SideLayer, compared_with, sqnr_of
 from fxquant.page.drawing import Drawn, drawn_graphs
+from fxquant.page.file_report import FileReport, report_of_file
 from fxquant.page.html import page_of
 from fxquant.page.markdown import markdown_of
+from fxquant.page.numbers import summary_numbers
 from fxquant.page.recipe_text import code_of
+from fxquant.page.saving import save_as
 from fxquant.reporting.coverage import Coverage, coverage
 from fxquant.reporting.diff import Diff, diff
-from fxquant.reporting.tabled import plain
+from fxquant.reporting.tabled import plain, versions
 
 __all__ = ["Report", "report"]
-
-FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
-"""What each ending of a file means."""
 
 
 @dataclass(frozen=True)
@@ -99,24 +96,29 @@ class Report:
         Raises:
             InputError: the ending names none of these, or there is no such folder.
         """
-        path = os.fspath(path)
-        form = FORMATS.get(os.path.splitext(path)[1].lower())
-        if form is None:
-            raise InputError(f"{path!r}: the ending names no form of a report. Write one of {', '.join(FORMATS)}.")
-        path = checked_path(path, os.path.splitext(path)[1])
-        text = {"html": self.html, "markdown": self.markdown, "json": self.to_json}[form]()
-        with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
-            file.write(text)
-        return path
+        return save_as(self, path)
 
-    def compare(self, other: Report) -> Comparison:
-        """This report beside ``other``: of another recipe, of training, of another target.
+    def side(self) -> Side:
+        """What a comparison takes of it."""
+        layers = {
+            own.path: SideLayer(
+                alone=sqnr_of(own.alone),
+                accumulated=sqnr_of(own.accumulated),
+                bits=own.bits,
+                weight=sqnr_of(own.weight),
+                weight_bits=own.weight_bits,
+            )
+            for own in self.errors.layers
+        }
+        numbers = {name: value for name, value, _ in summary_numbers(self)}
+        return Side(self.title, numbers, self.faults, layers, self.recipe)
+
+    def compare(self, other: Report | FileReport) -> Comparison:
+        """This report beside ``other``: of another recipe, of training, of another target, of a file.
 
         Raises:
             InputError: ``other`` is no report.
         """
-        if not isinstance(other, Report):
-            raise InputError(f"compare takes what fxquant.report gave; it was given a {type(other).__name__}.")
         return compared_with(self, other)
 
     def __str__(self) -> str:
@@ -127,9 +129,9 @@ class Report:
 
 
 def report(
-    model: nn.Module,
-    prepared: nn.Module,
-    data: Any,
+    model: nn.Module | str | os.PathLike[str],
+    prepared: nn.Module | str | os.PathLike[str] | None = None,
+    data: Any = None,
     *,
     title: str | None = None,
     evaluate: Callable[[Any], float] | None = None,
@@ -139,16 +141,19 @@ def report(
     forward: Forward | None = None,
     batches: int | None = 2,
     progress: bool = True,
-) -> Report:
-    """Measure a quantized model and show everything on one page.
+) -> Report | FileReport:
+    """Measure a quantized model, or look at a file, and show everything on one page.
 
     Example:
         >>> fxquant.report(model, prepared, loader).save("report.html")
 
     Args:
-        model: the float model, as it was given to ``prepare``.
-        prepared: the calibrated or trained prepared model; not changed.
-        data: batches as for ``calibrate``, without labels; or one tensor. They need not be those of the calibration.
+        model: the float model, as it was given to ``prepare``; or the path of an ONNX file, of our export or of another
+            quantizer's, or of what ``save`` wrote.
+        prepared: the calibrated or trained prepared model; not changed. For an ONNX file the prepared model that it was
+            exported from, or the path of the float file that it was made of; None for what the file alone tells.
+        data: batches as for ``calibrate``, without labels; or one tensor. They need not be those of the calibration. For a
+            file they may be left out: then its grids are shown, and nothing is run.
         title: what the page is called; the model's class by default.
         evaluate: gives the accuracy of a model; called with the float one and the integer one.
         bits: what ``sensitivity`` tries; None leaves it out.
@@ -159,50 +164,46 @@ def report(
         progress: show progress bars.
 
     Raises:
-        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such.
+        InputError: there is no data, or ``prepared`` was not made of ``model``, or ``bits`` or ``sections`` are no such; or
+            a file cannot be read, or does not take the data.
         CalibrationError: the model has no ranges yet.
         LevelError: ``prepared`` is not a prepared model.
     """
+    if isinstance(model, (str, os.PathLike)):
+        return report_of_file(model, prepared, data, title=title, batches=batches, progress=progress)
+    if data is None or not isinstance(prepared, nn.Module):
+        raise InputError("report of a model needs its prepared one and data: fxquant.report(model, prepared, loader).")
     require_level(prepared, ("prepared",), "report")
-    began = time.perf_counter()
-    kept = batches_of(data, batches, "report")
-    bits, shown = None if bits is None else checked_bits(bits), _sections(prepared, sections)
-    options: dict[str, Any] = {"forward": forward, "progress": progress}
-    found = _measured(model, prepared, kept, options)
-    if bits is not None:
-        limits = {"bits": bits, "seconds": seconds}
-        found["sensitivity"] = _sensitivity(prepared, kept, found["errors"], found["notes"], {**options, **limits})
+    began, kept = time.perf_counter(), batches_of(data, batches, "report")
+    limits = None if bits is None else {"bits": checked_bits(bits), "seconds": seconds}
+    shown = _sections(prepared, sections)
+    found = _measured(model, prepared, kept, {"forward": forward, "progress": progress}, limits)
     found["accuracy"] = _accuracy(model, found.pop("integer"), evaluate)
-    found["notes"] = tuple(found["notes"])
-    compared = found["diff"]
-    return Report(
-        name=compared.name,
-        title=title or compared.name,
-        recipe=code_of(prepared),
-        versions=_versions(),
-        sections=shown,
-        seconds=time.perf_counter() - began,
-        **found,
-    )
+    name = found["diff"].name
+    told: dict[str, Any] = {"recipe": code_of(prepared), "versions": versions(), "sections": shown}
+    return Report(name=name, title=title or name, seconds=time.perf_counter() - began, **told, **found)
 
 
-def _measured(model: nn.Module, prepared: Any, kept: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+def _measured(
+    model: nn.Module, prepared: Any, kept: Sequence[Any], options: dict[str, Any], limits: dict[str, Any] | None
+) -> dict[str, Any]:
     """What is measured on data, by the names of a report's attributes; and the integer model."""
     errors: Any = errors_by_layer(prepared, kept, **options)
     notes: list[str] = []
     integer = _integer(prepared, notes)
     compared, after = _diff(model, prepared, integer, notes, partial(_same_shapes, model, prepared, kept, options))
+    costs = None if limits is None else _sensitivity(prepared, kept, errors, notes, {**options, **limits})
     return {
         "integer": integer,
         "faults": errors.faults,
         "errors": errors,
-        "sensitivity": None,
-        "outputs": () if integer is None else _agreement(model, integer, kept, options["forward"], notes),
+        "sensitivity": costs,
+        "outputs": () if integer is None else agreement(model, integer, kept, options["forward"], notes),
         "bytes": {name: _bytes(own) for name, own in (("float", model), ("integer", integer)) if own is not None},
         "diff": compared,
         "graphs": drawn_graphs(after, compared),
         "coverage": coverage(prepared if integer is None else integer),
-        "notes": notes,
+        "notes": tuple(notes),
     }
 
 
@@ -253,30 +254,6 @@ def _sensitivity(
         return None
 
 
-def _agreement(
-    model: nn.Module, integer: Any, kept: Sequence[Any], forward: Forward | None, notes: list[str]
-) -> tuple[OutputAgreement, ...]:
-    """Each output of the integer model against the float one's, all batches together."""
-    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
-    with left_alone(model), left_alone(integer):
-        for batch in kept:
-            results = []
-            for own in (integer, model):
-                with same_randomness():
-                    results.append([y for y in tree_leaves(run_batch(own, batch, forward)) if isinstance(y, Tensor)])
-            pairs.append((results[0], results[1]))
-    if any([y.shape for y in actual] != [y.shape for y in expected] for actual, expected in pairs):
-        notes.append("outputs have other shapes than in float (as detections do), and are not compared one by one")
-        return ()
-    found = []
-    for i, other in enumerate(pairs[0][1]):
-        joined = other.ndim > 0 and len({y[1][i].shape[1:] for y in pairs}) == 1
-        own = [torch.cat([y[side][i] for y in pairs]) if joined else pairs[0][side][i] for side in (0, 1)]
-        if own[1].numel():
-            found.append(compare_output(f"output {i}" if len(pairs[0][1]) > 1 else "output", own[0], own[1], None))
-    return tuple(found)
-
-
 def _accuracy(model: nn.Module, integer: Any, evaluate: Callable[[Any], float] | None) -> dict[str, float]:
     if evaluate is None:
         return {}
@@ -295,14 +272,6 @@ def _accuracy(model: nn.Module, integer: Any, evaluate: Callable[[Any], float] |
 def _bytes(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("fxquant")
-    except importlib.metadata.PackageNotFoundError:
-        own = "from source"
-    return {"fxquant": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _sections(prepared: Any, given: Mapping[str, Any] | None) -> dict[str, str]:

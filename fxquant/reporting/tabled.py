@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import html
+import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from fxquant.errors import MissingPackageError
 
-__all__ = ["Tabled", "decibels", "in_decibels", "megabytes", "plain"]
+__all__ = ["Tabled", "decibels", "in_decibels", "megabytes", "plain", "versions"]
 
 
 class Tabled:
@@ -117,3 +120,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part in everything."""
+    try:
+        own = importlib.metadata.version("fxquant")
+    except importlib.metadata.PackageNotFoundError:
+        own = "from source"
+    return {"fxquant": own, "torch": torch.__version__, "python": platform.python_version()}

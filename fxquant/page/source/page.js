@@ -89,8 +89,21 @@
       place.scrollIntoView({ block: "center" });
     };
     start();
-    window.addEventListener("beforeprint", function () { view = whole.slice(); show(); });
-    window.addEventListener("afterprint", start);
+    // On paper a long drawing goes on beside itself, as columns do, at a size that can be read.
+    var slices = document.createElement("div"); slices.className = "slices"; place.appendChild(slices);
+    window.addEventListener("beforeprint", function () {
+      var scale = Math.min(0.62, 700 / whole[2]), tall = 860 / scale;
+      slices.textContent = "";
+      for (var top = 0; top < whole[3]; top += tall) {
+        var slice = svg.cloneNode(true), height = Math.min(tall, whole[3] - top);
+        slice.querySelectorAll("[id]").forEach(function (part) { part.removeAttribute("id"); });
+        slice.setAttribute("viewBox", [whole[0], whole[1] + top, whole[2], height].join(" "));
+        slice.style.width = whole[2] * scale + "px"; slice.style.height = height * scale + "px";
+        slices.appendChild(slice);
+      }
+      place.classList.add("sliced");
+    });
+    window.addEventListener("afterprint", function () { place.classList.remove("sliced"); slices.textContent = ""; });
   });
   document.addEventListener("click", function (event) {
     var link = event.target.closest ? event.target.closest("a[href^='#']") : null;
