@@ -339,7 +339,9 @@ class WeightQuantize(Pinned, FakeQuantize):
     ) -> Tensor:
         if self.enabled and not self.pinned:
             self.refresh(x)
-        return super().forward(x) if self.integers is None or not self.active else self.as_pinned(x)
+        if not self.active or not x.is_floating_point():
+            return x
+        return self.rounded(x) if self.integers is None else self.as_pinned(x)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
