@@ -22,7 +22,7 @@ from record import seconds
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo_models import Inputs, call, leaves
+from zoo_cases import Inputs, call, leaves
 
 Row = dict[str, Any]
 Leaves = list[tuple[str, Any]]

@@ -29,7 +29,8 @@ from capture_measures import (
 )
 from record import seconds
 from torch import Tensor, nn
-from zoo_models import Case, Entry, Inputs, TooLargeError, build
+from zoo_cases import Case, Entry, Inputs, TooLargeError
+from zoo_models import build
 
 from fxquant.benchmark.time_limit import OutOfTimeError, time_limit
 

@@ -20,7 +20,7 @@ import torch
 from capture_measures import Row
 from capture_study import PEERS, Study
 from record import seconds
-from zoo_models import Entry
+from zoo_cases import Entry
 
 
 def work(options: Row) -> None:

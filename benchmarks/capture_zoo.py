@@ -3,7 +3,7 @@
 Each network is prepared for QAT (nothing is folded) from its own code, and with quantizers off compared bit for bit with
 the original: at the example, at another batch size, at another image size or length where the original takes one, and in
 train mode under a fixed seed, outputs and buffers (BatchNorm statistics). Weights carry a signal to the output
-(`zoo_models.randomize`); "signal" is the share of the output that depends on the input, since where it is small, equality
+(`zoo_signal.randomize`); "signal" is the share of the output that depends on the input, since where it is small, equality
 says little. Nothing is downloaded.
 
 - verdict: ``whole`` (one graph), ``islands`` (parts run their author's code), ``refused`` (an error fxquant raises on
@@ -43,7 +43,8 @@ from capture_worker import Worker
 from record import RESULTS, add_output_option, publish, seconds
 from tabulate import tabulate
 from tqdm import tqdm
-from zoo_models import FAMILIES, Entry, entries
+from zoo_cases import Entry
+from zoo_models import FAMILIES, entries
 
 LEAST_SIGNAL = 1e-2
 MOST_OTHERS = 0.3  # cores: with both taken by others, a forward has been seen to take 50 times as long

@@ -10,7 +10,7 @@ at hand, beside the exact integer model:
   `compile(runtime="auto").report`, in `export_executorch`'s notes. "silent" counts those of which it says nothing.
 
 Vision networks see CIFAR-10's photographs, scaled up. All weights but resnet20's are random, of sizes that carry a signal
-(`zoo_models.randomize`); a deep random network multiplies each single rounding, so that one integer in a thousand that a
+(`zoo_signal.randomize`); a deep random network multiplies each single rounding, so that one integer in a thousand that a
 runtime rounds to the other neighbour can leave 30 dB. What that amounts to without any runtime is the column "one more
 rounding": the integer model with one integer in twelve of each tensor off by one (`fxquant/export/tolerance.py`).
 
@@ -101,7 +101,7 @@ def photographs(name: str, side: int, **more: Callable[[int], Any]) -> Callable[
 
 def carrying(make: Callable[[], nn.Module]) -> Callable[[Inputs], nn.Module]:
     """``make`` with random weights under which the output depends on the input."""
-    from zoo_models import randomize
+    from zoo_signal import randomize
 
     return lambda first: randomize(make().eval(), first)
 

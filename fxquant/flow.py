@@ -30,10 +30,10 @@ from fxquant.calibration import (
     read_weights,
     run_batches,
 )
-from fxquant.capture.calls import Call, as_call
+from fxquant.capture.calls import Call
 from fxquant.capture.capture import capture
-from fxquant.capture.islands import Model, graphs_of, islands_of, level_of, map_graphs
-from fxquant.capture.models import deep_copy, is_layer
+from fxquant.capture.islands import Model, graphs_of, level_of, map_graphs
+from fxquant.capture.models import deep_copy
 from fxquant.capture.values import unchanged
 from fxquant.choose_ranges import choose_ranges, without_range
 from fxquant.collapse import warn_of_collapse
@@ -149,15 +149,14 @@ def prepare(
     recipe = Recipe.of(recipe)
     target = fit_target(target, recipe, ops=TABLE, estimator="moving_average" if qat else None, processor=processor)
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
-    named = [island.path for island in islands_of(captured) if island.is_named]
-    call = None if example_inputs is None else as_call(captured, example_inputs)
-    for graph in graphs_of(captured).values():
+    call, named = captured.call, list(captured.leaves)
+    for graph in captured.graphs:
         check(graph, by="capture").settings.update(
             qat=qat, batch_norm=batch_norm, recipe=recipe, target=target, inputs=describe_inputs(call), leaves=named
         )
     steps = passes_of(recipe=recipe, qat=qat, target=target, folds_first=qat and batch_norm == "whitepaper")
-    prepared = run_passes(captured, steps, call if verify else None)
-    require_fit(graphs_of(prepared).values(), recipe, name=type(captured).__name__, alone=is_layer(model))
+    prepared = run_passes(captured.model, steps, call if verify else None)
+    require_fit(graphs_of(prepared).values(), recipe, name=type(captured.model).__name__, alone=captured.is_layer)
     return _ready_to_train(prepared, batch_norm, call) if qat else prepared.eval()
 
 

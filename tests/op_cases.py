@@ -80,7 +80,7 @@ def inputs_like(example: Example, rows: int, seed: int, gain: float = 1.0) -> tu
 
 
 def canonical(model: nn.Module, inputs: tuple[Tensor, ...]) -> LeveledModule:
-    return canonicalize(capture(model, inputs, for_training=False))
+    return canonicalize(capture(model, inputs, for_training=False).model)
 
 
 def calls_in(module: LeveledModule, entry: OpEntry) -> list[Call]:

@@ -118,7 +118,7 @@ def way_of(
 ) -> dict[str, tuple[LeveledModule, LeveledModule]]:
     """What each pass was given and what it gave, by the pass's name."""
     x = torch.randn(shape)
-    module = capture(model, (x,), for_training=qat)
+    module = capture(model, (x,), for_training=qat).model
     way = {}
     for name, step in steps(qat=qat, folds_first=folds_first):
         if name == "fold_trained_batchnorm":
@@ -190,7 +190,7 @@ def assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
 def test_passes_are_pure(build, qat, folds_first):
     model = build().train(qat)
     x = torch.randn(IMAGE if build is not InPlace else (2, 3, 4))
-    module = capture(model, (x,), for_training=qat)
+    module = capture(model, (x,), for_training=qat).model
     for name, step in steps(qat=qat, folds_first=folds_first):
         if name == "fold_trained_batchnorm":
             fxquant.calibrate(module, [x], progress=False)

@@ -71,9 +71,9 @@ def facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 def canonical(name: str) -> nn.Module:
     model, inputs = MODELS[name]()
     captured = capture(model.eval(), inputs, for_training=False)
-    for graph in graphs_of(captured).values():
+    for graph in captured.graphs:
         graph.settings.update(qat=False)
-    return run_passes(captured, passes_of(recipe=Recipe(), qat=False)[: -len(PLACING)], None)
+    return run_passes(captured.model, passes_of(recipe=Recipe(), qat=False)[: -len(PLACING)], None)
 
 
 MODELS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.numerics.gradients import fake_quantize
 from fxquant.numerics.ranges import ESTIMATOR, MinMax
 from fxquant.numerics.scheme import ESTIMATORS, QUANTIZERS
-from fxquant.quantizers import RULES, register, register_estimator
+from fxquant.quantizers import RULES, register, register_estimator, rule_of
 from fxquant.quantizers.learned import LearnedTensor, LearnedWeight
 from fxquant.tuning.placing import place_again
 
@@ -89,6 +89,13 @@ class RoundedUp(WeightQuantize):
         scale = self.scale.reshape(-1, *[1] * (x.ndim - 1))
         q = torch.clamp(x.abs().div(scale).sub(1e-4).ceil(), max=self.scheme.qmax) * x.sign()
         return q.detach() * scale + (x - x.detach())
+
+
+class RoundedUpByHook(WeightQuantize):
+    """The same, in the one method that says how numbers come on the grid."""
+
+    def rounded(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return RoundedUp.forward(self, x)
 
 
 class HalfLearned(LearnedWeight):
@@ -340,3 +347,30 @@ def test_the_default_rule_has_the_state_that_it_had():
     weight = ("scale", "zero_point", "range_low", "range_high", "is_pinned")
     assert [n for n, _ in prepared.x_quantizer.output_quantizer.named_buffers()] == list(tensor)
     assert [n for n, _ in prepared.second.weight_quantizer.named_buffers()] == list(weight)
+
+
+def test_a_rule_that_says_only_how_it_rounds_is_the_one_that_overrides_forward():
+    register("up", weight=RoundedUp, estimator="minmax")
+    register("up_by_hook", weight=RoundedUpByHook, estimator="minmax")
+    found = {}
+    for name in ("up", "up_by_hook"):
+        prepared = fxquant.prepare(model(), X, qat=True, recipe=recipe("observed", name))
+        fxquant.calibrate(prepared, [X], progress=False)
+        train(prepared, 2)
+        prepared.eval()
+        rounded, integer = prepared(X), fxquant.convert(prepared)(X)
+        with fxquant.quantizers_off(prepared):
+            found[name] = rounded, integer, prepared(X)
+    assert torch.equal(found["up"][0], found["up_by_hook"][0])
+    assert torch.equal(found["up"][1], found["up_by_hook"][1])
+    assert not torch.equal(found["up_by_hook"][0], found["up_by_hook"][2])
+
+
+def test_one_quantizer_that_rounds_in_its_own_way_is_no_longer_its_rule_s():
+    prepared = fxquant.calibrate(fxquant.prepare(model(), X), [X], progress=False)
+    quantizer = prepared.second.weight_quantizer
+    assert rule_of(quantizer) is RULES["observed"]
+    quantizer.rounded = lambda x: torch.zeros_like(x)
+    assert rule_of(quantizer) is None
+    with pytest.raises(LevelError, match=r"cannot be placed anew: second\.weight_quantizer, a WeightQuantize"):
+        place_again(prepared, Recipe())

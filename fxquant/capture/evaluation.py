@@ -1,15 +1,15 @@
-"""What a node gives, on fake tensors: while a model is traced, and again for other inputs."""
+"""What a node gives on fake tensors while a model is traced: its arguments, and modules run for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
 
-from fxquant.capture.values import UNKNOWN, FakeRun, differs, unchanged
+from fxquant.capture.values import UNKNOWN, differs, unchanged
 
-__all__ = ["Evaluation", "contains_unknown", "in_eval_mode", "run_as_it_is", "value_of"]
+__all__ = ["contains_unknown", "in_eval_mode", "run_as_it_is", "value_of"]
 
 
 def value_of(arg: Any, values: dict[fx.Node, Any]) -> Any:
@@ -70,28 +70,3 @@ def containers_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tupl
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from containers_in(item, (*path, key))
-
-
-class Evaluation(fx.Interpreter):
-    """Evaluates a graph on fake tensors, node by node; what fails is `UNKNOWN`, and so is what reads it.
-
-    Args:
-        seen: called with each check of a specialization and the value it would check.
-    """
-
-    def __init__(self, module: fx.GraphModule, fake: FakeRun, seen: Callable[[fx.Node, Any], None]) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.extra_traceback = False
-        self._fake, self._seen = fake, seen
-
-    def run_node(self, n: fx.Node) -> Any:
-        inputs = [self.env[node] for node in n.all_input_nodes]
-        if n.op == "call_function" and getattr(n.target, "is_check", False):
-            self._seen(n, inputs[0])
-            return None
-        if any(value is UNKNOWN for value in inputs):
-            return UNKNOWN
-        try:
-            return super().run_node(n) if n.op == "placeholder" else self._fake(super().run_node, (n,), {})
-        except Exception:
-            return UNKNOWN

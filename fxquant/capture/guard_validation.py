@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.capture.calls import Call
-from fxquant.capture.evaluation import Evaluation
 from fxquant.capture.findings import Island, Specialization
 from fxquant.capture.values import UNKNOWN, FakeRun, unchanged
 from fxquant.graph.leveled import LeveledModule
@@ -83,7 +82,32 @@ def _accepts(module: nn.Module, call: Call, fake: FakeRun) -> bool:
     return True
 
 
-class _Products(Evaluation):
+class _Evaluation(fx.Interpreter):
+    """Evaluates a graph on fake tensors, node by node; what fails is `UNKNOWN`, and so is what reads it.
+
+    Args:
+        seen: called with each check of a specialization and the value it would check.
+    """
+
+    def __init__(self, module: fx.GraphModule, fake: FakeRun, seen: Callable[[fx.Node, Any], None]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.extra_traceback = False
+        self._fake, self._seen = fake, seen
+
+    def run_node(self, n: fx.Node) -> Any:
+        inputs = [self.env[node] for node in n.all_input_nodes]
+        if n.op == "call_function" and getattr(n.target, "is_check", False):
+            self._seen(n, inputs[0])
+            return None
+        if any(value is UNKNOWN for value in inputs):
+            return UNKNOWN
+        try:
+            return super().run_node(n) if n.op == "placeholder" else self._fake(super().run_node, (n,), {})
+        except Exception:
+            return UNKNOWN
+
+
+class _Products(_Evaluation):
     """Notes the nodes that multiply by a parameter themselves."""
 
     def __init__(self, module: fx.GraphModule, fake: FakeRun) -> None:
@@ -125,7 +149,7 @@ def _broken(graph: LeveledModule, fake: FakeRun, flat: list[Any]) -> list[tuple[
 
     with unchanged(graph):
         try:
-            Evaluation(graph, fake, seen).run(*fake.of(flat))
+            _Evaluation(graph, fake, seen).run(*fake.of(flat))
         except Exception:
             return found
     return found

@@ -1,4 +1,4 @@
-"""The model that is captured: what can be, the copy that is made of it, and what of it is worth a graph of its own."""
+"""The model that is captured: what can be, and the copy that is made of it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ __all__ = [
     "COMPOSED",
     "check_model",
     "deep_copy",
-    "has_weights",
     "is_layer",
-    "nearest",
     "own_copy",
     "same_random_numbers",
     "unwrapped",
@@ -184,19 +182,3 @@ def same_random_numbers() -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
         random.setstate(python)
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Whether a module may multiply by weights: it has parameters or buffers of two dimensions and is no table."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return False
-    return any(p.dim() >= 2 for p in module.parameters()) or any(b.dim() >= 2 for b in module.buffers())
-
-
-def nearest(island: nn.Module) -> Iterator[nn.Module]:
-    """The modules nearest below ``island`` that are no mere lists."""
-    for child in island.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from nearest(child)
-        else:
-            yield child

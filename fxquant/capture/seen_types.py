@@ -6,25 +6,25 @@ guessed; but whether a tensor holds real or whole numbers decides what may be ro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxquant.capture.calls import Call
-from fxquant.capture.islands import graphs_of
 from fxquant.capture.values import unchanged
 from fxquant.graph.leveled import LeveledModule
 
 __all__ = ["note_seen_types"]
 
 
-def note_seen_types(model: nn.Module, call: Call) -> None:
-    """Write ``dtype`` on every node of ``model``'s graphs that has none, from one run in eval mode; nothing else changes.
+def note_seen_types(model: nn.Module, graphs: Iterable[LeveledModule], call: Call) -> None:
+    """Write ``dtype`` on every node of ``model``'s ``graphs`` that has none, from one run in eval mode; no more changes.
 
     A type's name stands for what is no tensor, as on other nodes. A graph that does not run here keeps its gaps.
     """
-    waiting = [graph for graph in graphs_of(model).values() if any(map(_is_open, graph.graph.nodes))]
+    waiting = [graph for graph in graphs if any(map(_is_open, graph.graph.nodes))]
     if not waiting:
         return
     inputs: dict[LeveledModule, tuple[Any, ...]] = {}

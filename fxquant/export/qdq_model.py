@@ -65,10 +65,10 @@ class QdqModel:
         self.flat = FlatModel(_on_cpu(qdq), self.signature)
         self.reference = FlatModel(_on_cpu(frozen), self.signature)
         self.inputs = self.signature.tensors(call.args, call.kwargs)
-        self.expected = self.run(self.inputs)
+        self.expected = self.reference_outputs(self.inputs)
 
     @torch.no_grad()
-    def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    def reference_outputs(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The reference's outputs, from the state that the file begins with."""
         with self._at_first(self.reference):
             outputs: tuple[Tensor, ...] = self.reference(*(x.clone() for x in tensors))

@@ -135,10 +135,10 @@ class DecomposedModel:
         self.reference = FlatModel(_by_the_reference(integer), self.signature)
         self.inputs = self.signature.tensors(call.args, call.kwargs)
         self.floats: list[str] = []
-        self.run(self.inputs)  # which names the outputs
+        self.reference_outputs(self.inputs)  # which names the outputs
 
     @torch.no_grad()
-    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def reference_outputs(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The integer model's outputs, by the exact reference."""
         outputs: tuple[Tensor, ...] = self.reference(*(x.clone() for x in tensors))
         return outputs
@@ -364,7 +364,7 @@ def _verify(lowered: _Lowered, report: ExecutorchReport) -> None:
                 f"ExecuTorch cannot run the program that it made: {first_line(error)}\n"
                 "  what to do: dynamic='none'; or export the parts of the model one by one to find the one that it refuses."
             ) from error
-        expected = made.run(tensors)
+        expected = made.reference_outputs(tensors)
         for name, own, other in zip(names, found, expected, strict=True):
             if own.shape != other.shape:
                 raise ExportError(

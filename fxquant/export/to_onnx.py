@@ -10,11 +10,9 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,28 +21,16 @@ from torch import nn
 from fxquant.capture.findings import unproven
 from fxquant.capture.islands import specializations_of
 from fxquant.errors import ExportError, FxquantError, InputError
-from fxquant.export.agreement import (
-    GOOD_SQNR,
-    NodeAgreement,
-    OutputAgreement,
-    compare_nodes,
-    compare_output,
-    other_batch,
-    together,
-)
 from fxquant.export.deployment import Deployment
-from fxquant.export.finding import finding
 from fxquant.export.free_sizes import contradicted_size, fixed_sizes
+from fxquant.export.onnx_file import ExportReport, OnnxFile, described, hold_against_model
 from fxquant.export.program import emit
 from fxquant.export.qdq_model import QdqModel, narrow_weights, needed_bits
 from fxquant.export.trace import first_line, has_free_batch, refusal, trace, two_rows
 from fxquant.installed import require
 from fxquant.onnx.concat_inputs import round_before_joining
 from fxquant.onnx.files import Folder, Pair, checked_path, put, serialized
-from fxquant.onnx.names import integers_name
 from fxquant.runtimes import RUNTIMES
-from fxquant.runtimes.onnxruntime import onnxruntime_session
-from fxquant.runtimes.runtime import run_session
 from fxquant.targets import Target
 
 __all__ = ["ExportReport", "OnnxFile", "deployed", "export_onnx", "make_onnx"]
@@ -53,77 +39,6 @@ DYNAMIC = ("auto", "sizes", "batch", "none")
 FORMS = ("qdq", "qoperator")
 SMALLEST_OPSET, DEFAULT_OPSET, OPSET_OF_NARROW_AND_WIDE = 18, 19, 21
 """The smallest opset that is written; the smallest that ONNX's own reference evaluator reads; that of 4 and 16 bits."""
-
-
-@dataclass(frozen=True)
-class OnnxFile:
-    """A file with the model that it was made from.
-
-    Attributes:
-        content: its bytes; without the larger tensors where these lie in a file of their own.
-        model: what it was made from, with the signature that its tensors have.
-        opset: the version of the operator set.
-        notes: what could not be had.
-        pair: where it lies on disk with those tensors beside it; None where ``content`` is all.
-    """
-
-    content: bytes
-    model: QdqModel
-    opset: int
-    notes: tuple[str, ...]
-    pair: Pair | None = None
-
-    @property
-    def source(self) -> bytes | Pair:
-        """What runtimes and checkers read."""
-        return self.content if self.pair is None else self.pair
-
-    @property
-    def size(self) -> int:
-        """Bytes, those of the tensors beside it too."""
-        return len(self.content) + (0 if self.pair is None else os.path.getsize(self.pair.data))
-
-
-@dataclass
-class ExportReport:
-    """What was written, and how it agrees with the model.
-
-    Attributes:
-        path: the file.
-        data: the file beside it that holds its tensors; None where it holds them itself.
-        size: bytes, of both.
-        opset: the version of the operator set.
-        inputs, outputs: shapes by name; sizes that are free are names.
-        operators: how many nodes of each kind.
-        agreement: one entry per output and run; empty without ``verify``.
-        nodes: one entry a rounded tensor, with ``verify="nodes"``.
-        notes: what could not be had.
-    """
-
-    path: str
-    size: int
-    opset: int
-    inputs: dict[str, list[int | str]]
-    outputs: dict[str, list[int | str]]
-    operators: dict[str, int]
-    agreement: list[OutputAgreement] = field(default_factory=list)
-    nodes: list[NodeAgreement] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    data: str | None = None
-
-    def __str__(self) -> str:
-        def shapes(named: dict[str, list[int | str]]) -> str:
-            return ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in named.items())
-
-        beside = "" if self.data is None else f" and {os.path.basename(self.data)}"
-        lines = [
-            f"{self.path}{beside}: {self.size / 1e6:.2f} MB, opset {self.opset}, {sum(self.operators.values())} nodes",
-            f"  inputs   {shapes(self.inputs)}",
-            f"  outputs  {shapes(self.outputs)}",
-            *(f"  {own}" for own in (*self.agreement, *self.nodes)),
-            *(f"  note: {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
 
 
 def export_onnx(
@@ -176,9 +91,9 @@ def export_onnx(
     with contextlib.closing(Folder(os.path.dirname(os.path.abspath(target)))) as folder:
         settings: dict[str, Any] = {"form": form, "opset": opset, "dynamic": dynamic, "external_data": external_data}
         made = make_onnx(model, example_inputs, **settings, at=folder / os.path.basename(target))
-        report = _describe(made, target)
+        report = described(made, target)
         if verify:
-            _verify(made, report, every_node=verify == "nodes")
+            hold_against_model(made, report, every_node=verify == "nodes")
         put(made.content, made.pair, target, folder)
     return report
 
@@ -312,60 +227,3 @@ def _broken_rules(file: bytes | Pair, target: Target) -> tuple[str, ...]:
             "defect, please report it with the model."
         )
     return tuple(f"{target.title} would run this in float: {violation}" for violation in violations)
-
-
-def _describe(made: OnnxFile, target: str) -> ExportReport:
-    onnx: Any = require("onnx", "export to ONNX", "onnx")
-    graph = onnx.load_from_string(made.content).graph
-    return ExportReport(
-        path=target,
-        size=made.size,
-        opset=made.opset,
-        inputs={value.name: _shape(value) for value in graph.input},
-        outputs={value.name: _shape(value) for value in graph.output},
-        operators=dict(Counter(node.op_type for node in graph.node)),
-        notes=list(made.notes),
-        data=None if made.pair is None else f"{target}.data",
-    )
-
-
-def _shape(value: Any) -> list[int | str]:
-    sizes = value.type.tensor_type.shape.dim
-    return [size.dim_value if size.HasField("dim_value") else size.dim_param or "?" for size in sizes]
-
-
-def _verify(made: OnnxFile, report: ExportReport, *, every_node: bool) -> None:
-    qdq = made.model
-    names, scales = qdq.signature.output_names, qdq.output_scales()
-    session = onnxruntime_session(made.source)
-    free = [bool(shape) and isinstance(shape[0], str) for shape in report.inputs.values()]
-    more = other_batch(qdq.inputs, lambda i: i < len(free) and free[i])
-    low = math.inf
-    for tensors in (qdq.inputs, *([] if more is None else [more])):
-        expected, actual = qdq.run(tensors), run_session(session, tensors)
-        for name, own, other, scale in zip(names, actual, expected, scales, strict=True):
-            report.agreement.append(compare_output(name, own, other, scale))
-        low = min(low, together(actual, expected))
-    if low < GOOD_SQNR:
-        report.notes.append(str(finding("ONNX Runtime", low, qdq.integer, qdq.least_sqnr())))
-    if every_node:
-        report.nodes = _compare_every_node(made)
-
-
-def _compare_every_node(made: OnnxFile) -> list[NodeAgreement]:
-    onnx: Any = require("onnx", "export to ONNX", "onnx")
-    taken: set[str] = set()
-    expected = {integers_name(path, taken): q for path, q in made.model.integers(made.model.inputs)}
-    proto = onnx.load_from_string(made.content)
-    made_integers = [name for node in proto.graph.node for name in node.output]
-    known = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
-    outputs = {value.name for value in proto.graph.output}
-    asked = [name for name in made_integers if name in expected and name in known and name not in outputs]
-    proto.graph.output.extend(known[name] for name in asked)
-    source: Any = proto.SerializeToString()
-    if made.pair is not None:  # tensors are looked for beside the graph
-        source = f"{made.pair.path}.nodes"
-        onnx.save(proto, source)
-    session = onnxruntime_session(source)
-    results = run_session(session, made.model.inputs)[-len(asked) :] if asked else []
-    return compare_nodes(dict(zip(asked, results, strict=True)), expected)

@@ -101,13 +101,14 @@ class FakeQuantize(GridState):
             self._state_names.append(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse a learned scale where ``forward`` is not its own: it computes the scale itself and gives it no gradient."""
-        if param is not None and type(self).forward in (FakeQuantize.forward, WeightQuantize.forward):
+        """Refuse a learned scale where rounding is not a rule's own: the grid is computed, and gets no gradient."""
+        own = type(self).rounded is not FakeQuantize.rounded
+        if param is not None and not own and type(self).forward in (FakeQuantize.forward, WeightQuantize.forward):
             raise LevelError(
                 f"{name!r} of a {type(self).__name__} cannot be a parameter: its forward computes the grid from what it "
                 "sees, and gives it no gradient.\n  what to do: name a rule that learns it, Scheme(quantizer='lsq'); or "
-                "subclass it, override forward, and let its property grid give the scale that forward rounds with (see "
-                "fxquant.quantizers)."
+                "subclass it, override rounded (or all of it: override forward), and let its property grid give the scale "
+                "that it rounds with (see fxquant.quantizers)."
             )
         super().register_parameter(name, param)
 
@@ -176,15 +177,25 @@ class FakeQuantize(GridState):
         inplace: bool = False,
         observes: bool = True,
     ) -> Tensor:
-        """Fake-quantize ``x`` clamped to ``[lower, upper]``; see ``numerics.gradients.fake_quantize``.
+        """Observe ``x``, and give it ``rounded``, as the state of the quantizer says.
 
         While no rounding happens the clamp does not happen either: it is the caller's, who merged it into this call.
         With ``observes=False`` the range is left alone: it is another tensor's.
         """
-        if observes and self.enabled and (self.observing or (self.training and self.tracking)):
+        if observes and self.enabled and (self.observing or self.follows_now()):
             self.observe(x, lower=lower, upper=upper)
         if not self.active or not x.is_floating_point():
             return x
+        return self.rounded(x, lower, upper, inplace)
+
+    def follows_now(self) -> bool:
+        """Whether the range follows what passes, without being calibrated."""
+        return self.training and self.tracking
+
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
+    ) -> Tensor:
+        """``x`` clamped to ``[lower, upper]`` and on the grid, with the rule's gradient; called while ``active``."""
         y = fake_quantize(
             x,
             self.scale,
@@ -328,7 +339,9 @@ class WeightQuantize(Pinned, FakeQuantize):
     ) -> Tensor:
         if self.enabled and not self.pinned:
             self.refresh(x)
-        return super().forward(x) if self.integers is None or not self.active else self.as_pinned(x)
+        if not self.active or not x.is_floating_point():
+            return x
+        return self.rounded(x) if self.integers is None else self.as_pinned(x)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:

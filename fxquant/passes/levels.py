@@ -135,8 +135,12 @@ def state_can_be_written(module: LeveledModule) -> Iterator[tuple[fx.Node | None
     for node in module.graph.nodes:
         part = _module(module, node)
         if isinstance(part, IntegerOp) and (lost := lost_state(part)):
-            names = ", ".join(sorted(lost))
-            yield node, f"its form {type(part).__name__} holds {names}, which would be lost: make it a form of its own"
+            names, state = ", ".join(sorted(lost)), tuple(sorted(lost))
+            held = f"its form {type(part).__name__} holds {names}, which would be lost"
+            yield (
+                node,
+                f"{held}: let its face real account for it, RealForm(..., state={state}), or make it a form of its own",
+            )
 
 
 def nothing_integer(module: LeveledModule) -> Iterator[tuple[fx.Node | None, str]]:
@@ -172,6 +176,7 @@ def check(module: LeveledModule, *, by: str) -> LeveledModule:
             raise LevelError(
                 f"pass {by} broke a law of level {module.level}: {law.__name__}.\n"
                 f"  law: {(law.__doc__ or '').strip()}\n  broken by: {what}{place}\n"
-                "  This is a defect of fxquant, not of your model: please report it with the model."
+                "  This is a defect of fxquant, or of an op, form, quantizer or pass that you have entered, and not of your "
+                "model: if there is none, please report it with the model."
             )
     return module

@@ -29,9 +29,9 @@ from fxquant.numerics.affine import broadcast, in_float32
 from fxquant.ops.calls import call_of
 from fxquant.passes.facts import Placed
 from fxquant.passes.finite import require_finite
-from fxquant.quantizers import rule_of
+from fxquant.quantizers.registry import is_plain, rule_of
 
-__all__ = ["grid_of", "is_plain", "settle_quantizers"]
+__all__ = ["grid_of", "settle_quantizers"]
 
 _NEAR = 1e-3
 """Real numbers that differ by less than this part of a step are the same."""
@@ -39,12 +39,6 @@ _NOISE = 2.0**-22
 """What float32 may add to a multiple of a scale, divided by the scale again, as a part of it: 16 bits are 2^15 steps."""
 _PROBED = 512
 """Levels that are tried at each end of a grid, and around its middle."""
-
-
-def is_plain(quantizer: Any) -> bool:
-    """Whether a quantizer computes as fxquant's own classes do."""
-    changed = "forward" in quantizer.__dict__ or quantizer._forward_hooks or quantizer._forward_pre_hooks
-    return type(quantizer) in (FakeQuantize, WeightQuantize) and not (quantizer._parameters or changed)
 
 
 def settle_quantizers(module: LeveledModule) -> LeveledModule:

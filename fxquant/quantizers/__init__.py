@@ -9,8 +9,10 @@ A rule has a class for tensors, a subclass of ``FakeQuantize`` called as ``cls(s
 ``WeightQuantize`` called as ``cls(scheme, axis=..., channels=...)``, or both. ``quantizers.learned`` has parents that do
 all of it but the gradient.
 
-- *forward*: ``forward(x, lower, upper, inplace, observes)`` gives numbers on the grid, ``x`` clamped to ``[lower, upper]``
-  first (a ReLU that was merged). A weight's gets ``x`` alone. While ``active`` is False it gives ``x`` back.
+- *rounding*: ``rounded(x, lower, upper, inplace)`` gives numbers on the grid, ``x`` clamped to ``[lower, upper]`` first (a
+  ReLU that was merged), with the gradient of the rule. A weight's gets ``x`` alone. It is called while ``active``, by
+  ``forward(x, lower, upper, inplace, observes)``, which observes or refreshes first. A rule that overrides that instead
+  does so itself, and gives ``x`` back while ``active`` is False.
 - *observe*: while ``observing`` is set (``calibrate``), ``observe`` folds what passes into the estimator's state.
 - *state*: what a rule knows or learns is in buffers and parameters, of shapes that do not depend on data, so that
   ``state_dict``, ``save``, ``deepcopy``, pickle and averages of models carry it. Parameters are the optimizer's.

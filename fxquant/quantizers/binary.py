@@ -10,24 +10,27 @@ Binarized Neural Networks, 1602.02830, eq. 1 and 4; Rastegari et al., XNOR-Net, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fxquant.errors import Refusal
+from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import broadcast, smallest_scale
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.registry import register
-from fxquant.quantizers.straight_through import RoundedWeight, per_row, replaced
+from fxquant.quantizers.straight_through import per_row, replaced
 
 __all__ = ["BNNWeight", "XNORWeight"]
 
 
-class XNORWeight(RoundedWeight):
+class XNORWeight(WeightQuantize):
     """The quantizer of a weight whose scale is its mean magnitude."""
 
     takes_estimator = False
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         scale = broadcast(self.scale, x.ndim, self.axis)
         value = torch.where(x.detach() < 0, -scale, scale)
         return replaced(x, value, self.slope(x.detach(), scale))

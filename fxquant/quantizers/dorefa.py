@@ -11,15 +11,17 @@ Source: Zhou et al., DoReFa-Net, 1606.06160, eq. 5, 6, 9 and 11.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fxquant.errors import Refusal
-from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
 from fxquant.nn.grid import Grid
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.registry import register
-from fxquant.quantizers.straight_through import RoundedWeight, replaced
+from fxquant.quantizers.straight_through import replaced
 
 __all__ = ["DoReFaTensor", "DoReFaWeight", "of_unit_range"]
 
@@ -27,12 +29,12 @@ _MOST_BITS = 6
 """Odd integers of seven bits leave no room for sums of two products in 16 bits."""
 
 
-class DoReFaWeight(RoundedWeight):
+class DoReFaWeight(WeightQuantize):
     """The quantizer of a weight. A weight of zeros stays at the level nearest to zero from above."""
 
     takes_estimator = False
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         steps = 2**self.scheme.bits - 1
         t = torch.tanh(x.float())
         r = t / (2 * t.abs().amax().clamp(min=torch.finfo(t.dtype).tiny)) + 0.5

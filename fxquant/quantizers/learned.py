@@ -198,21 +198,23 @@ class LearnedTensor(LearnedRange):
     from what all see (``fxquant.training.synchronize``).
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        lower: float | None = None,
-        upper: float | None = None,
-        inplace: bool = False,
-        observes: bool = True,
+    def follows_now(self) -> bool:
+        """Only until there is a range: from then on it is the parameter's."""
+        return super().follows_now() and not self.delayed and not self._ready and not self.ready
+
+    def observe(self, x: Tensor, *, lower: float | None = None, upper: float | None = None) -> None:
+        """As of ``FakeQuantize``.
+
+        Raises:
+            CalibrationError: several processes would each start the range from a batch of its own.
+        """
+        if not self.observing and not self.synchronized:
+            _require_one_process()
+        super().observe(x, lower=lower, upper=upper)
+
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
     ) -> Tensor:
-        starts = self.training and self.tracking and not self.delayed and not self._ready
-        if observes and self.enabled and (self.observing or (starts and not self.ready)):
-            if not self.observing and not self.synchronized:
-                _require_one_process()
-            self.observe(x, lower=lower, upper=upper)
-        if not self.active or not x.is_floating_point():
-            return x
         return self._rounded(x, self.learned_scale(), lower, upper)
 
 
@@ -228,20 +230,9 @@ class LearnedWeight(LearnedRange, WeightQuantize):
 
     widened: Tensor
 
-    def forward(
-        self,
-        x: Tensor,
-        lower: float | None = None,
-        upper: float | None = None,
-        inplace: bool = False,
-        observes: bool = True,
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
     ) -> Tensor:
-        if self.enabled and not self._ready and not self.pinned:
-            self.refresh(x)
-        if not self.active:
-            return x
-        if self.integers is not None:
-            return self.as_pinned(x)
         if self.out_axis is not None and not self.pinned:
             with torch.no_grad():
                 bare = self.decode(self.value_of(self.step))
@@ -267,7 +258,7 @@ class LearnedWeight(LearnedRange, WeightQuantize):
             self.register_buffer("widened", torch.ones_like(self.origin))
 
     def _keep_pairs(self, weight: Tensor) -> None:
-        """Nothing: ``forward`` widens the scale, whatever it has become."""
+        """Nothing: ``rounded`` widens the scale, whatever it has become."""
 
     def shared_by(self, x: Tensor) -> int:
         return max(1, x.numel() // self.step.numel())

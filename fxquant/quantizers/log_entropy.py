@@ -50,19 +50,13 @@ class LogEntropyTensor(FakeQuantize):
         self.register_buffer("first", torch.zeros(()))
         self.register_buffer("stride", torch.ones(()))
 
-    def forward(
-        self,
-        x: Tensor,
-        lower: float | None = None,
-        upper: float | None = None,
-        inplace: bool = False,
-        observes: bool = True,
+    def follows_now(self) -> bool:
+        """Only until there is a range, which stays."""
+        return super().follows_now() and not self.delayed and not self._ready and not self.ready
+
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
     ) -> Tensor:
-        starts = self.training and self.tracking and not self.delayed and not self._ready
-        if observes and self.enabled and (self.observing or (starts and not self.ready)):
-            self.observe(x, lower=lower, upper=upper)
-        if not self.active or not x.is_floating_point():
-            return x
         given = x.detach().float()
         bounded = given.clamp(lower, upper) if lower is not None or upper is not None else given
         places = _sixteenths(bounded)

@@ -15,7 +15,16 @@ from fxquant.numerics.ranges import ESTIMATOR, RangeEstimator
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.numerics.scheme import ESTIMATORS, OBSERVED, QUANTIZERS, Scheme
 
-__all__ = ["RULES", "QuantizerRule", "has_rule", "register", "register_estimator", "rule_of", "without_rule"]
+__all__ = [
+    "RULES",
+    "QuantizerRule",
+    "has_rule",
+    "is_plain",
+    "register",
+    "register_estimator",
+    "rule_of",
+    "without_rule",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +174,23 @@ def _wrong_with(estimator: Any) -> str | None:
     return None
 
 
+def _is_changed(quantizer: FakeQuantize) -> bool:
+    """Whether one quantizer does otherwise than its class: a hook, or a ``forward`` or ``rounded`` of its own."""
+    own = {"forward", "rounded"} & quantizer.__dict__.keys()
+    return bool(own or quantizer._forward_hooks or quantizer._forward_pre_hooks)
+
+
+def is_plain(quantizer: FakeQuantize) -> bool:
+    """Whether a quantizer computes as fxquant's own classes of observed ranges do.
+
+    Example:
+        >>> is_plain(prepared.relu.output_quantizer)
+        True
+    """
+    own = type(quantizer) in (FakeQuantize, WeightQuantize)
+    return own and not quantizer._parameters and not _is_changed(quantizer)
+
+
 def rule_of(quantizer: FakeQuantize) -> QuantizerRule | None:
     """The registered rule that made a quantizer as it is now; None for one that was changed, or of another class.
 
@@ -173,8 +199,7 @@ def rule_of(quantizer: FakeQuantize) -> QuantizerRule | None:
         'observed'
     """
     rule = RULES[quantizer.scheme.quantizer]
-    changed = "forward" in quantizer.__dict__ or quantizer._forward_hooks or quantizer._forward_pre_hooks
-    return None if changed or type(quantizer) not in (rule.tensor, rule.weight) else rule
+    return None if _is_changed(quantizer) or type(quantizer) not in (rule.tensor, rule.weight) else rule
 
 
 def has_rule(quantizer: FakeQuantize) -> bool:
@@ -184,9 +209,7 @@ def has_rule(quantizer: FakeQuantize) -> bool:
         >>> has_rule(prepared.relu.output_quantizer)
         True
     """
-    plain = type(quantizer) in (FakeQuantize, WeightQuantize) and not quantizer._parameters
-    changed = "forward" in quantizer.__dict__ or quantizer._forward_hooks or quantizer._forward_pre_hooks
-    return (plain and not changed) or rule_of(quantizer) is not None
+    return is_plain(quantizer) or rule_of(quantizer) is not None
 
 
 def without_rule(module: nn.Module) -> list[str]:

@@ -46,21 +46,10 @@ def _rounded(
 class StochasticTensor(FakeQuantize):
     """The quantizer of a tensor."""
 
-    def forward(
-        self,
-        x: Tensor,
-        lower: float | None = None,
-        upper: float | None = None,
-        inplace: bool = False,
-        observes: bool = True,
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
     ) -> Tensor:
-        if not self.training:
-            return super().forward(x, lower, upper, inplace, observes)
-        if observes and self.enabled and (self.observing or self.tracking):
-            self.observe(x, lower=lower, upper=upper)
-        if not self.active or not x.is_floating_point():
-            return x
-        return _rounded(self, x, lower, upper)
+        return _rounded(self, x, lower, upper) if self.training else super().rounded(x, lower, upper, inplace)
 
 
 class StochasticWeight(WeightQuantize):
@@ -68,20 +57,11 @@ class StochasticWeight(WeightQuantize):
 
     _drawn: tuple[int, int, Tensor] | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        lower: float | None = None,
-        upper: float | None = None,
-        inplace: bool = False,
-        observes: bool = True,
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
     ) -> Tensor:
         if not self.training or self.pinned:
-            return super().forward(x, lower, upper, inplace, observes)
-        if self.enabled:
-            self.refresh(x)
-        if not self.active:
-            return x
+            return super().rounded(x, lower, upper, inplace)
         if not (self.is_shared and torch.is_grad_enabled() and x.requires_grad):
             return _rounded(self, x, lower, upper)
         result = _rounded(self, x, lower, upper, self._noise(x))

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import broadcast
 
-__all__ = ["Replaced", "RoundedWeight", "per_row", "replaced"]
+__all__ = ["Replaced", "per_row", "replaced"]
 
 
 class Replaced(torch.autograd.Function):
@@ -40,18 +39,3 @@ def per_row(weight: Tensor, axis: int | None, of: Tensor) -> tuple[Tensor, Tenso
         return of.sum(), torch.tensor(float(weight.numel()), device=weight.device)
     total = of.movedim(axis, 0).flatten(1).sum(1)
     return total, broadcast(torch.full_like(total, weight.numel() / len(total)), weight.ndim, axis)
-
-
-class RoundedWeight(WeightQuantize):
-    """A weight's quantizer that says only how it rounds; it is refreshed, pinned and switched off as every one is."""
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        if self.enabled and not self.pinned:
-            self.refresh(x)
-        if not self.active:
-            return x
-        return self.rounded(x) if self.integers is None else self.as_pinned(x)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """``x`` on the grid of ``scale``, of its shape and dtype, with the gradient of the rule."""
-        raise NotImplementedError

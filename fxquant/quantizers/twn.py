@@ -8,26 +8,29 @@ per channel each has its own. Source: Li et al., Ternary Weight Networks, 1605.0
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fxquant.errors import Refusal
+from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import broadcast, smallest_scale
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.registry import register
-from fxquant.quantizers.straight_through import RoundedWeight, per_row, replaced
+from fxquant.quantizers.straight_through import per_row, replaced
 
 __all__ = ["TWNWeight"]
 
 _FACTOR = 0.7
 
 
-class TWNWeight(RoundedWeight):
+class TWNWeight(WeightQuantize):
     """The quantizer of a weight."""
 
     takes_estimator = False
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return replaced(x, broadcast(self.scale, x.ndim, self.axis) * self._signs(x.detach()))
 
     def _signs(self, weight: Tensor) -> Tensor:

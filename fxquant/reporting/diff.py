@@ -197,12 +197,12 @@ def _captured_like(after: nn.Module, model: nn.Module) -> nn.Module:
     example = None if call is None else call[1] or call[0]
     leaves = settings.get("leaves", ())
     try:
-        captured: nn.Module = capture(model, example, for_training=settings.get("qat", False), leaves=leaves)
+        captured = capture(model, example, for_training=settings.get("qat", False), leaves=leaves)
     except InputError as error:
         if example is None:
             raise
         raise InputError(f"the second model was not made from the first, as that tells: {error}") from error
-    return captured
+    return captured.model
 
 
 def _parts(before: nn.Module, after: nn.Module) -> Iterator[GraphRows | Island]:
