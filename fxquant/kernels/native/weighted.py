@@ -73,7 +73,7 @@ class Weighted(Operation):
         self._choose_form()
         if self.depthwise and self.to_float:
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")
-        self._lay_out(part, weight, bias, largest)
+        self._lay_out(part, weight, largest)
         self.clamp = part.clamp if self.to_float else (None, None)
 
     def _choose_form(self) -> None:
@@ -83,9 +83,11 @@ class Weighted(Operation):
         self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
         self.by_lines = g.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and g.dilation[1] == 1
 
-    def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, largest: Tensor) -> None:
+    def _lay_out(self, part: IntegerWeighted, weight: Tensor, largest: Tensor) -> None:
         groups, size = self._blocks()
-        self.bias = self._spread(bias).to(torch.int32)
+        zero_point = self.zero_point - self.library.centre  # as the kernels see it
+        # What leaves 32 bits here comes back in the sum.
+        self.bias = self._spread(folded_bias(part, weight, zero_point)).to(torch.int32)
         if self.to_float:
             scale = part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()
@@ -94,7 +96,7 @@ class Weighted(Operation):
             self.constants = self.rescaling.laid_out(self._spread)
         taps = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
         # What each tap adds to a sum where it lies outside.
-        self.at_zero = self.zero_point * taps.sum(2, dtype=torch.int32)
+        self.at_zero = zero_point * taps.sum(2, dtype=torch.int32)
         if self.three:
             filled = torch.nn.functional.pad(taps[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
             self.weight = columns_weight(filled.reshape(-1, 3, 3), self.library)
@@ -188,7 +190,7 @@ class Weighted(Operation):
 
     def _bias_without(self, step: Step, taps: tuple[int, ...]) -> Tensor:
         missing = sorted(set(range(step.taps)) - set(taps))
-        if not missing or not self.zero_point:
+        if not missing or self.zero_point == self.library.centre:
             return self.bias
         return self.bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
 
