@@ -16,8 +16,8 @@ and on 64-bit ARM:
     neon_i8mm      with ``usdot``, which does so for unsigned by signed bytes
 
 The environment variable ``FXQUANT_ISA`` names the most that fxquant may use: with ``FXQUANT_ISA=avx2`` it behaves, and is
-tested, as on a processor without VNNI. What other libraries in the process do is not ours to switch; ``scripts/without-vnni``
-hides the instructions from them too.
+tested, as on a processor without VNNI. What other libraries in the process do is not ours to switch;
+``scripts/without-vnni`` hides the instructions from them too.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _ARM = {
     "neon_i8mm": frozenset({"neon", "armdot", "i8mm"}),
 }
 _AUXILIARY = {"neon": (16, 1), "armdot": (16, 20), "i8mm": (26, 13)}
-"""Where Linux tells a process of ARM's features: an entry of its auxiliary vector (16: AT_HWCAP, 26: AT_HWCAP2), and a bit of that
-(arch/arm64/include/uapi/asm/hwcap.h)."""
+"""Where Linux tells a process of ARM's features: an entry of its auxiliary vector (16: AT_HWCAP, 26: AT_HWCAP2), and a bit
+of that (arch/arm64/include/uapi/asm/hwcap.h)."""
 
 INSTRUCTION_SETS = (*_X86, *(name for name in _ARM if name not in _X86))
 """Every name that ``FXQUANT_ISA`` may have."""

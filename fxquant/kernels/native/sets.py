@@ -1,4 +1,4 @@
-"""The instruction sets that the native kernels are compiled for, from the least of a processor to the most: rows and headers."""
+"""The instruction sets that the native kernels are compiled for, a processor's from the least to the most: rows and headers."""
 
 from __future__ import annotations
 

@@ -214,11 +214,11 @@ inline Vector each64(int64_t x) {
     return numbered<int64_t>([&](int) { return x; });
 }
 inline Floats each(float x) {
-    const Lane<float> all = Lane<float>{} + x;
+    const Lane<float> all = {x, x, x, x};  // not 0 + x, which has no sign where x is -0
     return {{all, all, all, all}};
 }
 inline Doubles each(double x) {
-    const Lane<double> all = Lane<double>{} + x;
+    const Lane<double> all = {x, x};
     return {{all, all, all, all}};
 }
 inline Doubles counted() { return {{Lane<double>{0, 1}, Lane<double>{2, 3}, Lane<double>{4, 5}, Lane<double>{6, 7}}}; }
