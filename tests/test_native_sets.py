@@ -89,7 +89,9 @@ def test_pairs_of_the_largest_products(name, shape):
     x = signal(2, depth, 5, 8).abs() + 3
     native = require_same(integers_of(conv, x), (x,), (torch.cat([x, torch.full_like(x, 100.0), -x]),))
     (layer,) = (line.operation for line in native.program.lines if isinstance(line.operation, Weighted))
-    assert (layer.halves is not None) == native.program.library.pairs_of_bytes, "weights of bytes, and halves of those that could saturate"
+    assert (layer.halves is not None) == native.program.library.pairs_of_bytes, (
+        "weights of bytes, and halves of those that could saturate"
+    )
     if layer.halves is not None:
         assert 0 < len(layer.halves.weight) == int(layer.halves.first[-1])
 

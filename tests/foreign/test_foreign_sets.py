@@ -1,6 +1,6 @@
-"""Instruction sets that this processor lacks, under an emulator, and under sanitizers: the reference's bits from each of them.
+"""Instruction sets that this processor lacks, under an emulator or sanitizers: the reference's bits from each of them.
 
-apt-get install g++-aarch64-linux-gnu qemu-user     # for ARM's sets
+ARM's sets need what ``apt-get install g++-aarch64-linux-gnu qemu-user`` brings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The instruction sets that the native kernels are compiled for, a processor's from the least to the most: rows and headers."""
+"""The instruction sets that the native kernels are compiled for, a processor's from the least to the most: a row each."""
 
 from __future__ import annotations
 
