@@ -116,9 +116,9 @@ class ForeignLibrary(Library):
     made: Path
     runs: list[int] = field(default_factory=list, compare=False)
 
-    def run(self, steps: object, count: int) -> None:
+    def run(self, steps: object, count: int, threads: int | None = None) -> None:
         memory = Memory(steps, count)
-        memory.restore(self.program.run(self.made, given=memory.dump(self.program.threads)))
+        memory.restore(self.program.run(self.made, given=memory.dump(threads or self.program.threads)))
         self.runs.append(count)
 
 

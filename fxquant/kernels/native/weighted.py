@@ -73,7 +73,7 @@ class Weighted(Operation):
         self._choose_form()
         if self.depthwise and self.to_float:
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")
-        self._lay_out(part, weight, largest)
+        self._lay_out(part, weight, bias, largest)
         self.clamp = part.clamp if self.to_float else (None, None)
 
     def _choose_form(self) -> None:
@@ -83,11 +83,12 @@ class Weighted(Operation):
         self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
         self.by_lines = g.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and g.dilation[1] == 1
 
-    def _lay_out(self, part: IntegerWeighted, weight: Tensor, largest: Tensor) -> None:
+    def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, largest: Tensor) -> None:
         groups, size = self._blocks()
-        zero_point = self.zero_point - self.library.centre  # as the kernels see it
+        self.bias = self._spread(bias).to(torch.int32)
+        zero_point = self.zero_point - self.library.centre  # as dot products see it
         # What leaves 32 bits here comes back in the sum.
-        self.bias = self._spread(folded_bias(part, weight, zero_point)).to(torch.int32)
+        self.centred_bias = self._spread(folded_bias(part, weight, zero_point)).to(torch.int32)
         if self.to_float:
             scale = part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()
@@ -167,7 +168,11 @@ class Weighted(Operation):
         step.groups = self.lines if self.depthwise else g.groups
         step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
         step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
-        step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
+        step.weight, step.bias, step.border = (
+            self.weight.data_ptr(),
+            self.centred_bias.data_ptr(),
+            self.border.data_ptr(),
+        )
         if self.halves is not None:
             step.halves, step.half_four = self.halves.weight.data_ptr(), self.halves.four.data_ptr()
             step.half_first = self.halves.first.data_ptr()
@@ -191,8 +196,8 @@ class Weighted(Operation):
     def _bias_without(self, step: Step, taps: tuple[int, ...]) -> Tensor:
         missing = sorted(set(range(step.taps)) - set(taps))
         if not missing or self.zero_point == self.library.centre:
-            return self.bias
-        return self.bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
+            return self.centred_bias
+        return self.centred_bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
 
     def _fill_end(self, step: Step) -> None:
         """Write what becomes of the sums."""
