@@ -8,13 +8,21 @@ An instruction set is a name for what integer kernels may use. On x86-64, from t
     avx512         512 bits, without it
     avx512_vnni    512 bits, with it
 
-and on ARM ``plain``, ``neon`` and ``neon_dotprod``. The environment variable ``FXQUANT_ISA`` names the most that fxquant may
-use: with ``FXQUANT_ISA=avx2`` it behaves, and is tested, as on a processor without VNNI. What other libraries in the process
-do is not ours to switch; ``scripts/without-vnni`` hides the instructions from them too.
+and on 64-bit ARM:
+
+    plain          no vector instructions are assumed
+    neon           128 bits, no dot products
+    neon_dotprod   with ``sdot``, which adds four products of signed bytes into 32 bits
+    neon_i8mm      with ``usdot``, which does so for unsigned by signed bytes
+
+The environment variable ``FXQUANT_ISA`` names the most that fxquant may use: with ``FXQUANT_ISA=avx2`` it behaves, and is
+tested, as on a processor without VNNI. What other libraries in the process do is not ours to switch;
+``scripts/without-vnni`` hides the instructions from them too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from functools import cache
@@ -37,7 +45,15 @@ _X86 = {
     "avx512": _AVX512,
     "avx512_vnni": _AVX512 | {"avx512vnni", "avx512vbmi"},
 }
-_ARM = {"plain": frozenset[str](), "neon": frozenset({"neon"}), "neon_dotprod": frozenset({"neon", "armdot"})}
+_ARM = {
+    "plain": frozenset[str](),
+    "neon": frozenset({"neon"}),
+    "neon_dotprod": frozenset({"neon", "armdot"}),
+    "neon_i8mm": frozenset({"neon", "armdot", "i8mm"}),
+}
+_AUXILIARY = {"neon": (16, 1), "armdot": (16, 20), "i8mm": (26, 13)}
+"""Where Linux tells a process of ARM's features: an entry of its auxiliary vector (16: AT_HWCAP, 26: AT_HWCAP2), and a bit
+of that (arch/arm64/include/uapi/asm/hwcap.h)."""
 
 INSTRUCTION_SETS = (*_X86, *(name for name in _ARM if name not in _X86))
 """Every name that ``FXQUANT_ISA`` may have."""
@@ -90,8 +106,17 @@ def _sets_here() -> tuple[str, ...]:
     return tuple(name for name, needs in (_ARM if is_arm() else _X86).items() if needs <= _features())
 
 
+def _auxiliary(kind: int) -> int:
+    """An entry of the process's auxiliary vector."""
+    library = ctypes.CDLL(None)
+    library.getauxval.restype, library.getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return int(library.getauxval(kind))
+
+
 def _features() -> set[str]:
     """What the processor has, by the kernel's names without underscores."""
+    if is_arm() and platform.system() == "Linux":
+        return {name for name, (kind, bit) in _AUXILIARY.items() if _auxiliary(kind) >> bit & 1}
     if hasattr(torch.cpu, "get_capabilities"):
         names = [name for name, value in torch.cpu.get_capabilities().items() if value is True]
     else:  # torch before 2.10
@@ -100,5 +125,5 @@ def _features() -> set[str]:
         except OSError:
             lines = []
         names = next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split()
-    renamed = {"fma3": "fma", "asimd": "neon", "asimddp": "armdot"}
+    renamed = {"fma3": "fma", "asimd": "neon", "asimddp": "armdot", "dot": "armdot"}
     return {renamed.get(name, name.replace("_", "")) for name in names}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 import pytest
 
 from fxquant import processor
@@ -43,3 +46,21 @@ def test_a_set_that_is_unknown_or_missing_is_refused(monkeypatch):
     monkeypatch.setenv(processor.VARIABLE, "avx512_vnni")
     with pytest.raises(InputError, match=r"this processor does not have it\. It has plain, avx2"):
         processor.instruction_set()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "best"),
+    [(0x8FB, 0, "neon"), (0x119FFB, 0, "neon_dotprod"), (0xECFFFFFB, 0x7F877FFF, "neon_i8mm"), (0, 0, "plain")],
+    ids=["Cortex-A53", "Cortex-A76", "all", "none"],
+)
+def test_what_linux_tells_of_arm(monkeypatch, first, second, best):
+    """The auxiliary vectors of QEMU's processors."""
+    monkeypatch.setattr(processor, "is_arm", lambda: True)
+    monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(processor, "_auxiliary", {16: first, 26: second}.__getitem__)
+    assert processor._sets_here.__wrapped__()[-1] == best
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="an auxiliary vector is Linux's")
+def test_the_auxiliary_vector_is_read():
+    assert processor._auxiliary(6) == os.sysconf("SC_PAGE_SIZE")

@@ -148,6 +148,7 @@ class Library:
         weight_size: bytes of a weight as the kernels multiply it, 1 or 2.
         pairs_of_bytes: whether a layer may have weights of bytes instead whose products are added by twos in 16 bits.
         blocks_together: blocks of 16 output channels whose weights lie beside each other.
+        centre: what the kernels take off each byte that they multiply by a weight.
     """
 
     handle: ctypes.CDLL
@@ -155,6 +156,7 @@ class Library:
     weight_size: int
     pairs_of_bytes: bool
     blocks_together: int
+    centre: int
 
     def run(self, steps: Any, count: int) -> None:
         """Compute an array of ``Step`` with as many threads as torch uses."""
@@ -203,7 +205,7 @@ def _open(row: InstructionSet) -> Library:
     library.fxquant_run.argtypes = [c_void_p, ctypes.c_int, ctypes.c_int, c_void_p]
     library.fxquant_run.restype = None
     size, pairs = library.fxquant_weight_size(), bool(library.fxquant_pairs_of_bytes())
-    return Library(library, row.name, size, pairs, library.fxquant_blocks_together())
+    return Library(library, row.name, size, pairs, library.fxquant_blocks_together(), library.fxquant_centre())
 
 
 def _digest(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The instruction sets that the native kernels are compiled for, from the least to the most: a row and a header each."""
+"""The instruction sets that the native kernels are compiled for, a processor's from the least to the most: a row each."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ class InstructionSet:
 
 
 _AVX2 = ("-mavx2", "-mfma")
-_AVX512 = (*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni", "vbmi")))
+_AVX512 = (*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl")))
+_ARM = "-march=armv8.2-a+dotprod"
 
 SETS = (
     InstructionSet("plain", "isa_plain.h"),
     InstructionSet("avx2", "isa_avx2.h", _AVX2),
     InstructionSet("avx_vnni", "isa_avx_vnni.h", (*_AVX2, "-mavxvnni")),
-    InstructionSet("avx512_vnni", "isa_avx512_vnni.h", _AVX512),
+    InstructionSet("avx512", "isa_avx512.h", _AVX512),
+    InstructionSet("avx512_vnni", "isa_avx512.h", (*_AVX512, "-mavx512vnni", "-mavx512vbmi")),
+    InstructionSet("neon_dotprod", "isa_neon_dot.h", (_ARM,)),
+    InstructionSet("neon_i8mm", "isa_neon_dot.h", (f"{_ARM}+i8mm",)),
 )
 
 

@@ -86,6 +86,9 @@ class Weighted(Operation):
     def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, largest: Tensor) -> None:
         groups, size = self._blocks()
         self.bias = self._spread(bias).to(torch.int32)
+        zero_point = self.zero_point - self.library.centre  # as dot products see it
+        # What leaves 32 bits here comes back in the sum.
+        self.centred_bias = self._spread(folded_bias(part, weight, zero_point)).to(torch.int32)
         if self.to_float:
             scale = part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()
@@ -94,7 +97,7 @@ class Weighted(Operation):
             self.constants = self.rescaling.laid_out(self._spread)
         taps = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
         # What each tap adds to a sum where it lies outside.
-        self.at_zero = self.zero_point * taps.sum(2, dtype=torch.int32)
+        self.at_zero = zero_point * taps.sum(2, dtype=torch.int32)
         if self.three:
             filled = torch.nn.functional.pad(taps[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
             self.weight = columns_weight(filled.reshape(-1, 3, 3), self.library)
@@ -165,7 +168,11 @@ class Weighted(Operation):
         step.groups = self.lines if self.depthwise else g.groups
         step.taps, step.depth = (high, wide * self.depth) if self.by_lines else (high * wide, self.depth)
         step.blocks = 0 if self.depthwise else -(-(self.channels // g.groups) // 16)
-        step.weight, step.bias, step.border = self.weight.data_ptr(), self.bias.data_ptr(), self.border.data_ptr()
+        step.weight, step.bias, step.border = (
+            self.weight.data_ptr(),
+            self.centred_bias.data_ptr(),
+            self.border.data_ptr(),
+        )
         if self.halves is not None:
             step.halves, step.half_four = self.halves.weight.data_ptr(), self.halves.four.data_ptr()
             step.half_first = self.halves.first.data_ptr()
@@ -188,9 +195,9 @@ class Weighted(Operation):
 
     def _bias_without(self, step: Step, taps: tuple[int, ...]) -> Tensor:
         missing = sorted(set(range(step.taps)) - set(taps))
-        if not missing or not self.zero_point:
-            return self.bias
-        return self.bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
+        if not missing or self.zero_point == self.library.centre:
+            return self.centred_bias
+        return self.centred_bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
 
     def _fill_end(self, step: Step) -> None:
         """Write what becomes of the sums."""

@@ -75,7 +75,8 @@ struct Head {
             for (int q = std::min(left, static_cast<int>(sizeof(centred)) / 4); q > 0; q--, left--, four += 4, to += 64 * together)
                 std::memcpy(to, four, 4);
         }
-        bias[k] = k < keys ? -a.zero_query * static_cast<int32_t>(sum - depth * a.zero_key) : 0;
+        const int32_t taken_off = CENTRE * static_cast<int32_t>(sum - depth * 128);
+        bias[k] = k < keys ? taken_off - a.zero_query * static_cast<int32_t>(sum - depth * a.zero_key) : 0;
     }
     void unpack(int k) {
         const uint8_t* value = a.value.at(i, h, k);

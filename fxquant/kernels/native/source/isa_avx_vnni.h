@@ -9,6 +9,7 @@ inline bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu
 
 using Operand = uint8_t;
 constexpr bool PAIRS_OF_BYTES = false;
+constexpr int CENTRE = 0;
 using Weight = int8_t;
 constexpr int BLOCKS_TOGETHER = 1;
 constexpr int PIXELS_FOR[5] = {0, 6, 0, 0, 0};

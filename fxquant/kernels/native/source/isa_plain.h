@@ -84,9 +84,11 @@ struct Numbers {
 // other). Up to PIXELS_AT_ONCE[blocks] with at most FOURS_AT_ONCE[blocks] products become bytes without being stored; with at
 // most FOURS_IN_TURNS products, a tile is finished while the next one is added up. Zeros: never. With PAIRS_OF_BYTES a layer may
 // also have weights of bytes for dot_in_pairs, which adds two products in 16 bits: Python has seen to it that they fit.
+// CENTRE is what dot and dot_bytes take off each byte of a pixel, as is no work where both factors are signed; biases make up for it.
 
 using Operand = uint16_t;
 constexpr bool PAIRS_OF_BYTES = false;
+constexpr int CENTRE = 0;
 using Weight = int16_t;
 constexpr int BLOCKS_TOGETHER = 1;
 constexpr int PIXELS_FOR[5] = {0, 6, 0, 0, 0};
@@ -212,11 +214,11 @@ inline Vector each64(int64_t x) {
     return numbered<int64_t>([&](int) { return x; });
 }
 inline Floats each(float x) {
-    const Lane<float> all = Lane<float>{} + x;
+    const Lane<float> all = {x, x, x, x};  // not 0 + x, which has no sign where x is -0
     return {{all, all, all, all}};
 }
 inline Doubles each(double x) {
-    const Lane<double> all = Lane<double>{} + x;
+    const Lane<double> all = {x, x};
     return {{all, all, all, all}};
 }
 inline Doubles counted() { return {{Lane<double>{0, 1}, Lane<double>{2, 3}, Lane<double>{4, 5}, Lane<double>{6, 7}}}; }

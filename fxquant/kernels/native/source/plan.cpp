@@ -81,9 +81,10 @@ int fxquant_layout_count() { return static_cast<int>(sizeof(fxquant::LAYOUT) / s
 int fxquant_runs_here() { return fxquant::runs_here(); }
 
 // How weights are laid out for this instruction set: bytes of a weight, whether a layer may have bytes whose products are added
-// in pairs instead, and blocks of 16 channels beside each other.
+// in pairs instead, what is taken off a pixel's bytes, and blocks of 16 channels beside each other.
 int fxquant_weight_size() { return static_cast<int>(sizeof(fxquant::Weight)); }
 int fxquant_pairs_of_bytes() { return fxquant::PAIRS_OF_BYTES; }
+int fxquant_centre() { return fxquant::CENTRE; }
 int fxquant_blocks_together() { return fxquant::BLOCKS_TOGETHER; }
 
 // parallel: GOMP_parallel of the OpenMP that torch runs on, or null for threads of our own.

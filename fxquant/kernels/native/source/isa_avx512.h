@@ -1,5 +1,5 @@
-// 512 bits, with dot products of bytes (VNNI) and permutations of bytes (VBMI): what each operation means is told in
-// isa_plain.h.
+// 512 bits, with or without dot products of bytes (VNNI) and permutations of bytes (VBMI), as the compiler is told. What each
+// operation means is told in isa_plain.h.
 #pragma once
 #include <immintrin.h>
 
@@ -12,13 +12,21 @@ using Floats = __m512;
 using Doubles = __m512d;
 
 inline bool runs_here() {
+#ifdef __AVX512VNNI__
+    if (!__builtin_cpu_supports("avx512vnni")) return false;
+#endif
+#ifdef __AVX512VBMI__
+    if (!__builtin_cpu_supports("avx512vbmi")) return false;
+#endif
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512vl");
 }
 inline void pause() { _mm_pause(); }
 
 // ---- how sums are made
 
+constexpr int CENTRE = 0;
+#ifdef __AVX512VNNI__
 using Operand = uint8_t;
 constexpr bool PAIRS_OF_BYTES = false;
 using Weight = int8_t;
@@ -32,6 +40,27 @@ inline Vector dot_bytes(Vector acc, Vector x, const int8_t* weight) {
     return _mm512_dpbusd_epi32(acc, x, _mm512_loadu_si512(weight));
 }
 inline Vector dot_words(Vector acc, Vector a, Vector b) { return _mm512_dpwssd_epi32(acc, a, b); }
+#else
+// As in isa_avx2.h: products of words, and of bytes in pairs where weights allow it.
+using Operand = uint16_t;
+constexpr bool PAIRS_OF_BYTES = true;
+using Weight = int16_t;
+constexpr int BLOCKS_TOGETHER = 1;
+constexpr int PIXELS_FOR[5] = {0, 8, 0, 0, 0};
+constexpr int PIXELS_AT_ONCE[5] = {}, FOURS_AT_ONCE[5] = {};
+constexpr int FOURS_IN_TURNS = 0;
+
+inline Vector dot_words(Vector acc, Vector a, Vector b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+inline Vector dot(Vector acc, Vector x, Vector weight) { return dot_words(acc, x, weight); }
+inline Vector dot_in_pairs(Vector acc, Vector x, Vector weight) {
+    return dot_words(acc, _mm512_maddubs_epi16(x, weight), _mm512_set1_epi16(1));
+}
+inline Vector dot_bytes(Vector acc, Vector x, const int8_t* weight) {
+    const Vector even = _mm512_and_si512(x, _mm512_set1_epi16(0xFF)), odd = _mm512_srli_epi16(x, 8);
+    acc = dot_words(acc, even, _mm512_loadu_si512(weight));
+    return dot_words(acc, odd, _mm512_loadu_si512(weight + 64));
+}
+#endif
 inline void keep(Vector&) {}
 inline void keep(Floats&) {}
 
@@ -98,10 +127,17 @@ inline Vector part(Vector v) {
 }
 
 inline void store_triples(uint8_t* to, Vector a, Vector b, Vector c, int count) {
+    const Vector q = _mm512_or_si512(a, _mm512_or_si512(_mm512_slli_epi32(b, 8), _mm512_slli_epi32(c, 16)));
+#ifdef __AVX512VBMI__
     alignas(64) uint8_t order[64] = {};
     for (int k = 0; k < 48; k++) order[k] = static_cast<uint8_t>(k / 3 * 4 + k % 3);
-    const Vector q = _mm512_or_si512(a, _mm512_or_si512(_mm512_slli_epi32(b, 8), _mm512_slli_epi32(c, 16)));
-    _mm512_mask_storeu_epi8(to, first(3 * count), _mm512_permutexvar_epi8(_mm512_load_si512(order), q));
+    const Vector triples = _mm512_permutexvar_epi8(_mm512_load_si512(order), q);
+#else
+    const Vector close = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    const Vector order = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15);
+    const Vector triples = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(q, close));
+#endif
+    _mm512_mask_storeu_epi8(to, first(3 * count), triples);
 }
 inline void store_low_bytes(uint8_t* to, Vector v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
@@ -155,11 +191,27 @@ struct Table {
     explicit Table(const uint8_t* table) {
         for (int i = 0; i < 4; i++) part[i] = _mm512_loadu_si512(table + 64 * i);
     }
+#ifdef __AVX512VBMI__
     Vector operator()(Vector index) const {
         const Vector low = _mm512_permutex2var_epi8(part[0], index, part[1]);
         const Vector high = _mm512_permutex2var_epi8(part[2], index, part[3]);
         return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
     }
+#else
+    // Bytes of the even places, or of the odd ones, as words: two entries are found together, and one of them kept.
+    Vector one(Vector index) const {
+        const Vector pair = _mm512_srli_epi16(index, 1);
+        const Vector low = _mm512_permutex2var_epi16(part[0], pair, part[1]);
+        const Vector high = _mm512_permutex2var_epi16(part[2], pair, part[3]);
+        const Vector both = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(128)), low, high);
+        const Vector by = _mm512_slli_epi16(_mm512_and_si512(index, _mm512_set1_epi16(1)), 3);
+        return _mm512_and_si512(_mm512_srlv_epi16(both, by), _mm512_set1_epi16(0xFF));
+    }
+    Vector operator()(Vector index) const {
+        const Vector even = one(_mm512_and_si512(index, _mm512_set1_epi16(0xFF))), odd = one(_mm512_srli_epi16(index, 8));
+        return _mm512_or_si512(even, _mm512_slli_epi16(odd, 8));
+    }
+#endif
 };
 
 // ---- 32 bits
