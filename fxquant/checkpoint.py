@@ -243,6 +243,7 @@ def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
         "default": _setting_to_plain(recipe.default),
         "quantize_outputs": recipe.quantize_outputs,
         "float_dtype": recipe.float_dtype,
+        "title": recipe.title,
     }
 
 
@@ -307,4 +308,5 @@ def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
         default=setting(plain["default"]),
         quantize_outputs=plain["quantize_outputs"],
         float_dtype=plain.get("float_dtype", "float32"),
+        title=plain.get("title", ""),
     )
