@@ -27,7 +27,7 @@ from fxquant.nn.pinning import Pinned
 from fxquant.nn.processes import fold_of_all, warn_if_alone
 from fxquant.nn.switch import Switch
 from fxquant.numerics.affine import scale_and_zero_point
-from fxquant.numerics.gradients import fake_quantize
+from fxquant.numerics.gradients import fake_quantize, traces
 from fxquant.numerics.pairs import scale_factor
 from fxquant.numerics.ranges import ESTIMATOR, Auto
 from fxquant.numerics.scheme import OBSERVED, Scheme
@@ -196,7 +196,7 @@ class FakeQuantize(GridState):
             upper=upper,
             inplace=inplace,
         )
-        if torch.compiler.is_compiling():
+        if traces():
             return self.where_known(y, x)
         if self.tracking and not self.training and y.requires_grad:
             y.register_hook(_warn_left_behind)
