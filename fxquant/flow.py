@@ -126,7 +126,7 @@ def prepare(
         example_inputs: one call: a tensor, the tuple of its arguments, or the dict of its keyword arguments. Optional;
             answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
-        recipe: what is quantized how: a ``Recipe``, the dict that it is made of, or the name of a preset (``Recipe.preset``);
+        recipe: what is quantized how: a ``Recipe``, the dict that it is made of, or a preset's name (``Recipe.preset``);
             what it leaves open is the target's.
         target: where the model will run: a name of ``fxquant.targets.TARGETS``, or a ``Target`` of your own.
         processor: what it shall be right on, a name of ``fxquant.targets.PROCESSORS``; None for the target's (``"any"``).

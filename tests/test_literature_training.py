@@ -1,7 +1,8 @@
-"""ABC-Net, Hessian-weighted codebooks, binary activations with thresholds, QSGD and DoReFa's gradients, by their criteria."""
+"""ABC-Net, weighed codebooks, binary activations with thresholds, QSGD and DoReFa's gradients, by their criteria."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from typing import Any
@@ -39,7 +40,7 @@ def test_the_residual_falls_with_every_base_and_one_base_is_xnor():
         bases, factors = binary_bases(W, count)
         errors.append((W - (bases @ factors[..., None]).squeeze(2)).square().sum(1))
         assert set(bases.unique().tolist()) == {-1.0, 1.0}
-    assert all(bool((b < a).all()) for a, b in zip(errors, errors[1:], strict=False))
+    assert all(bool((b < a).all()) for a, b in itertools.pairwise(errors))
     balanced = torch.cat([W, -W], 1)  # mean 0
     bases, factors = binary_bases(balanced, 1)
     assert torch.equal(bases.squeeze(2), balanced.sign().double())
@@ -143,12 +144,16 @@ def test_thresholds_are_the_sign_behind_a_batch_norm_of_any_gain():
     wanted = norm(conv(x * 0.01))
     found = thresholds(scale, gain.detach(), offset.detach()).sign(accumulator)
     clear = wanted.abs() > 1e-9  # elsewhere float64 itself does not know the sign
-    assert clear.double().mean() > 0.99 and torch.equal(found[clear], torch.where(wanted < 0, -1, 1).to(torch.int8)[clear])
+    assert clear.double().mean() > 0.99 and torch.equal(
+        found[clear], torch.where(wanted < 0, -1, 1).to(torch.int8)[clear]
+    )
     for exact in range(-5, 6):  # gain · n + offset is exactly 0 at n = exact: the sign is 1 there
         for slope in (2.0, -2.0):
             edge = thresholds(torch.tensor(1.0), torch.tensor([slope]), torch.tensor([-slope * exact]))
             n = torch.arange(-8, 9)
-            assert torch.equal(edge.sign(n[:, None])[:, 0], torch.where(slope * n - slope * exact < 0, -1, 1).to(torch.int8))
+            assert torch.equal(
+                edge.sign(n[:, None])[:, 0], torch.where(slope * n - slope * exact < 0, -1, 1).to(torch.int8)
+            )
 
 
 def binary_net() -> nn.Module:
@@ -270,7 +275,10 @@ def test_dorefas_gradients_are_unbiased_and_on_their_grid(bits):
     mean = rounded_gradient(g.repeat(tries, 1), bits).double().reshape(tries, 3, 40).mean(0)
     m, steps = g.abs().amax(1, keepdim=True).double(), 2**bits - 1
     levels = (rounded_gradient(g, bits)[:2].double() / (2 * m[:2]) + 0.5) * steps
-    assert torch.allclose(levels, levels.round(), atol=1e-4) and 0 <= float(levels.min()) <= float(levels.max()) <= steps + 1e-4
+    assert (
+        torch.allclose(levels, levels.round(), atol=1e-4)
+        and 0 <= float(levels.min()) <= float(levels.max()) <= steps + 1e-4
+    )
     inside = g.abs() < m * (1 - 1 / steps)  # at the ends noise is cut off, as in the paper
     bound = 5 * (2 * m / steps / 2) / math.sqrt(tries)
     assert bool(((mean - g).abs() <= bound)[inside].all())

@@ -232,7 +232,9 @@ def test_a_rule_that_lacks_something_leaves_that_observed(rule, of_weights, of_t
 
 def test_a_target_without_the_bits_refuses_the_preset():
     recipe = Recipe.preset("academic", weight_bits=4, activation_bits=4)
-    with pytest.raises(RecipeError, match="target 'onnxruntime' cannot run: .* takes tensors of 8 or 16 bits") as caught:
+    with pytest.raises(
+        RecipeError, match=r"target 'onnxruntime' cannot run: .* takes tensors of 8 or 16 bits"
+    ) as caught:
         fxquant.prepare(ResNet(), torch.randn(IMAGE), recipe=recipe, target="onnxruntime")
     assert "the preset academic W4A4" in str(caught.value) and "leave activation_bits= out" in str(caught.value)
 
@@ -276,4 +278,6 @@ def test_on_the_command_line(capsys):
     arguments = ["--preset", "academic", "--weight-bits", "4", "--activation-bits", "4", "--shape", "1x3x32x32"]
     assert main(["diff", "torchvision:resnet18", *arguments]) == 0
     told = capsys.readouterr().out
-    assert "preset academic W4A4" in told and told.count("rounded anew for") == 5  # behind the pool, and behind each stage's first
+    assert (
+        "preset academic W4A4" in told and told.count("rounded anew for") == 5
+    )  # behind the pool, and behind each stage's first

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.errors import InputError, LevelError, SpecializationError
+from fxquant.errors import LevelError, SpecializationError
 from fxquant.graph.transforms import inside_transform, lent_buffers, without_aliases
 
 __all__ = ["LEVELS", "Container", "ISLAND_MARK", "RUNNER", "LeveledModule", "is_container"]

@@ -55,7 +55,9 @@ def lent_buffers(module: nn.Module) -> Iterator[None]:
             "quantizer.tracking = False and fxquant.freeze_batchnorm(model).",
             stacklevel=4,
         )
-    before = [(part, part._buffers, {name: part.__dict__[name] for name in _KEPT if name in part.__dict__}) for part in parts]
+    before = [
+        (part, part._buffers, {name: part.__dict__[name] for name in _KEPT if name in part.__dict__}) for part in parts
+    ]
     copies = {id(b): b.clone() for _, buffers, _ in before for b in buffers.values() if b is not None}
     try:
         for part, buffers, _ in before:

@@ -53,6 +53,12 @@ class GridState(Switched):
             self.origin.copy_(self.zero_point)
             self.known.copy_(torch.where(holds, torch.ones_like(self.known), self.known))
 
+    def where_known(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y``, or ``x`` in a compiled graph that runs before there is a range."""
+        if self._ready or not torch.compiler.is_compiling():
+            return y
+        return torch.where((self.scale > 0).all(), y, x)
+
     @property
     def ready(self) -> bool:
         """Whether there is a range to round to. It asks the device only as long as there is none.
@@ -65,12 +71,6 @@ class GridState(Switched):
         if not self._ready:
             self._ready = bool(((self.scale > 0) & torch.isfinite(self.scale)).all())
         return self._ready
-
-    def where_known(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y``, or ``x`` in a compiled graph that runs before there is a range."""
-        if self._ready or not torch.compiler.is_compiling():
-            return y
-        return torch.where((self.scale > 0).all(), y, x)
 
     @ready.setter
     @torch.no_grad()

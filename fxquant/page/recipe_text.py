@@ -65,7 +65,9 @@ def _setting(setting: Setting | None) -> str:
     if setting is None:
         return "None"
     given = [
-        f"{name}={_scheme(value)}" for name in ("weight", "activation", "input") if (value := getattr(setting, name)) is not None
+        f"{name}={_scheme(value)}"
+        for name in ("weight", "activation", "input")
+        if (value := getattr(setting, name)) is not None
     ]
     return f"fxquant.Setting({', '.join(given)})"
 

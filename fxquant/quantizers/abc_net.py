@@ -77,7 +77,11 @@ class ABCWeight(RoundedWeight):
 
 
 def _refuses(scheme: Scheme, kind: str) -> Refusal | None:
-    return None if scheme.bits <= _MOST_BASES else Refusal(f"it has a base for each bit: set bits to {_MOST_BASES} or fewer")
+    return (
+        None
+        if scheme.bits <= _MOST_BASES
+        else Refusal(f"it has a base for each bit: set bits to {_MOST_BASES} or fewer")
+    )
 
 
 register(

@@ -71,7 +71,11 @@ class QSGD:
         rows = (whole.reshape(norms.numel(), self.piece) - self.levels).float()
         return (rows * (norms / self.levels)[:, None]).flatten()[:count]
 
-    def hook(self, state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def hook(
+        self,
+        state: Any,
+        bucket: torch.distributed.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
         """DDP's hook: the mean over all processes of what they have sent of this bucket."""
         v: Tensor = bucket.buffer()
         own = self.encode(v)
@@ -89,8 +93,8 @@ class QSGD:
             for one in done.value():
                 one.wait()  # raises what went wrong
             total = torch.zeros_like(v, dtype=torch.float32)
-            for pair in zip(*gathered, strict=True):
-                total += self.decode(*pair, v.numel())
+            for sent_by, norms in zip(*gathered, strict=True):
+                total += self.decode(sent_by, norms, v.numel())
             result: Tensor = v.copy_(total / world)
             return result
 
