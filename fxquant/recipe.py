@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxquant.errors import RecipeError, SchemeError
-from fxquant.numerics.scheme import OBSERVED, Scheme
-from fxquant.quantizers.registry import RULES
+from fxquant.numerics.scheme import OBSERVED, QUANTIZERS, Scheme
 
 __all__ = ["FIRST", "INPUT", "LAST", "OUTPUT", "PRESETS", "Op", "Place", "Preset", "Recipe", "Setting", "Site"]
 
@@ -101,6 +100,8 @@ class Site:
 
 
 Selector = str | type[nn.Module] | Op | Place
+Refusals = Callable[[Scheme, str], object]
+"""Why the rule that a scheme names cannot quantize a ``"tensor"`` or a ``"weight"`` to it; None where it can."""
 FLOAT_DTYPES = ("float32", "bfloat16")
 
 PRESETS = {
@@ -132,7 +133,7 @@ class Preset:
     wide_bits: int = 8
 
     def __post_init__(self) -> None:
-        for what, value, known in (("preset", self.name, list(PRESETS)), ("rule", self.rule, list(RULES))):
+        for what, value, known in (("preset", self.name, list(PRESETS)), ("rule", self.rule, list(QUANTIZERS))):
             if value not in known:
                 near = difflib.get_close_matches(str(value), known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -142,35 +143,40 @@ class Preset:
         bits = (f"{letter}{n}" for letter, n in (("W", self.weight_bits), ("A", self.activation_bits)) if n is not None)
         return " ".join(filter(None, (self.name, "".join(bits), "" if self.rule == OBSERVED else self.rule)))
 
-    def expand(self, activation: Scheme, weight: Scheme) -> tuple[tuple[tuple[Place, Setting], ...], Setting]:
+    def expand(
+        self, activation: Scheme, weight: Scheme, refusal: Refusals
+    ) -> tuple[tuple[tuple[Place, Setting], ...], Setting]:
         """The settings, and that of everything else, for a target with these schemes.
 
         Raises:
             SchemeError: bits that no scheme can have.
         """
-        low_weight = self._scheme(weight, self.weight_bits or weight.bits, "weight")
-        low = self._scheme(activation, self.activation_bits or activation.bits, "tensor")
+        low_weight = self._scheme(weight, self.weight_bits or weight.bits, "weight", refusal)
+        low = self._scheme(activation, self.activation_bits or activation.bits, "tensor", refusal)
         if self.name == "deploy":
             return (), Setting(weight=low_weight, activation=low)
-        wide = self._scheme(activation, self.wide_bits, "tensor")
-        ends = Setting(weight=self._scheme(weight, self.wide_bits, "weight"), activation=wide, input=wide)
+        wide = self._scheme(activation, self.wide_bits, "tensor", refusal)
+        ends = Setting(weight=self._scheme(weight, self.wide_bits, "weight", refusal), activation=wide, input=wide)
         pairs = ((FIRST, ends), (LAST, ends), (INPUT, Setting(activation=wide)))
         return pairs, Setting(weight=low_weight, activation=wide, input=low)
 
-    def _scheme(self, of_target: Scheme, bits: int, kind: str) -> Scheme:
+    def _scheme(self, of_target: Scheme, bits: int, kind: str, refusal: Refusals) -> Scheme:
         """``of_target`` with these bits, by the rule where it has such; a refusal of the bits asked for is ``prepare``'s.
 
         A rule that has one scale gets one.
         """
         observed = replace(of_target, bits=bits)
-        rule = RULES[self.rule]
-        if self.rule == OBSERVED or getattr(rule, kind) is None:
-            return observed
         learned = replace(of_target, bits=bits, quantizer=self.rule, estimator="")
         tried = (learned, replace(learned, per_channel=False))
-        fits = next((scheme for scheme in tried if rule.refusal(scheme, kind) is None), None)
+        fits = next((scheme for scheme in tried if refusal(scheme, kind) is None), None)
         asked = self.weight_bits if kind == "weight" else self.activation_bits
-        return fits or (learned if bits == asked else observed)
+        refused = learned if bits == asked and not _lacks(refusal, learned, kind) else observed
+        return observed if self.rule == OBSERVED else fits or refused
+
+
+def _lacks(refusal: Refusals, scheme: Scheme, kind: str) -> bool:
+    """Whether the rule of ``scheme`` has no such quantizers at all, whatever their bits."""
+    return all(refusal(replace(scheme, bits=bits, per_channel=False), kind) is not None for bits in range(2, 17))
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,7 @@ class Recipe:
         )
         return cls(settings, base=base)
 
-    def completed(self, activation: Scheme, weight: Scheme) -> Recipe:
+    def completed(self, activation: Scheme, weight: Scheme, refusal: Refusals) -> Recipe:
         """This recipe with the settings of its preset, for a target with these schemes; itself where it has none.
 
         Raises:
@@ -277,7 +283,7 @@ class Recipe:
                 "  what to do: leave one of them out."
             )
         try:
-            pairs, default = self.base.expand(activation, weight)
+            pairs, default = self.base.expand(activation, weight, refusal)
         except SchemeError as error:
             raise RecipeError(f"preset {self.base}: {error}") from error
         return replace(self, settings=(*self.pairs, *pairs), default=default, base=None, title=str(self.base))

@@ -233,7 +233,7 @@ def _train_with_qsgd(rank: int, folder: str) -> None:
         torch.manual_seed(0)
         model = nn.Linear(16, 8, bias=False)
         wrapped, qsgd = nn.parallel.DistributedDataParallel(model), QSGD(bits=4, piece=32)
-        wrapped.register_comm_hook(None, qsgd.hook)
+        qsgd.register(wrapped)
         x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
         torch.manual_seed(100 + rank)
         mean, tries = torch.zeros(8, 16), 300

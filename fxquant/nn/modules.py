@@ -305,8 +305,7 @@ class _BatchNorm(Switched, QuantParametric, nn.modules.batchnorm._BatchNorm):
             offset = offset if self.bias is None else offset + self.bias.double()
             offset = offset if weighted.bias is None else offset + gain * weighted.bias.double()
             scale = weighted.weight_quantizer.scale.double() * gain.abs()
-            moved = source.where_known(rounded_bias(offset, source.scale, scale), offset) - offset
-        moved = moved.to(self.running_mean.dtype)
+        moved = (source.where_known(rounded_bias(offset, source.scale, scale), offset) - offset).to(self.running_mean)
         return moved if self.bias is None else self.bias + moved
 
     def replaced_by(self, new: Any, name: str) -> nn.Module:

@@ -15,7 +15,16 @@ from fxquant.numerics.ranges import ESTIMATOR, RangeEstimator
 from fxquant.numerics.requantize import ROUNDINGS
 from fxquant.numerics.scheme import ESTIMATORS, OBSERVED, QUANTIZERS, Scheme
 
-__all__ = ["RULES", "QuantizerRule", "has_rule", "register", "register_estimator", "rule_of", "without_rule"]
+__all__ = [
+    "RULES",
+    "QuantizerRule",
+    "has_rule",
+    "refusal_of",
+    "register",
+    "register_estimator",
+    "rule_of",
+    "without_rule",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,11 @@ class QuantizerRule:
 
 RULES: dict[str, QuantizerRule] = {OBSERVED: QuantizerRule(name=OBSERVED, tensor=FakeQuantize, weight=WeightQuantize)}
 """All rules by name."""
+
+
+def refusal_of(scheme: Scheme, kind: str) -> Refusal | None:
+    """Why the rule that ``scheme`` names cannot quantize a ``"tensor"`` or a ``"weight"`` to it; None where it can."""
+    return RULES[scheme.quantizer].refusal(scheme, kind)
 
 
 def register(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fxquant.errors import InputError, RecipeError, SchemeError
 from fxquant.numerics.scheme import Scheme
-from fxquant.recipe import Op, Recipe, Setting
+from fxquant.recipe import Op, Recipe, Refusals, Setting
 from fxquant.targets import get
 from fxquant.targets.target import Target
 
@@ -20,6 +20,7 @@ def fit_target(
     recipe: Recipe,
     *,
     ops: Collection[str],
+    refusal: Refusals,
     estimator: str | None = None,
     processor: str | None = None,
 ) -> tuple[Target, Recipe]:
@@ -29,6 +30,7 @@ def fit_target(
         target: its name, or one of your own.
         recipe: what it must be able to run.
         ops: the names of the op table.
+        refusal: what the rules of quantizers cannot have, for presets.
         estimator: how ranges of tensors are found that the recipe leaves open; as the target has it where None.
         processor: where it will run, by a name of ``PROCESSORS``; as the target has it where None.
 
@@ -44,7 +46,7 @@ def fit_target(
             raise InputError(str(error)) from None
     _require_known(found, ops)
     fitted = found if estimator is None else found.with_estimator(estimator)
-    recipe = recipe.completed(fitted.activation, fitted.weight)
+    recipe = recipe.completed(fitted.activation, fitted.weight, refusal)
     _require_possible(recipe, found)
     return fitted, recipe
 

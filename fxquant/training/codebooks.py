@@ -10,14 +10,15 @@ Limit of Network Quantization, 1612.01543, eq. 6 and §3.3; the approximation: t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxquant.errors import CalibrationError, InputError
-from fxquant.flow import quantizers_off
+from fxquant.nn.fake_quantize import FakeQuantize
 from fxquant.quantizers.kmeans import KMeansWeight
 from fxquant.training.weights import weights_of
 
@@ -55,18 +56,13 @@ def weigh_codebooks(
             "  what to do: prepare it with Scheme.weight(4, per_channel=False, quantizer='kmeans')."
         )
     weights = [weight for _, weight in chosen.values()]
-    sums, count, modes = [torch.zeros_like(weight) for weight in weights], 0, _modes(prepared)
-    prepared.eval()
-    try:
-        with quantizers_off(prepared):
-            for batch in batches:
-                found = torch.autograd.grad(loss(prepared, batch), weights, allow_unused=True)
-                for total, gradient in zip(sums, found, strict=True):
-                    total += 0.0 if gradient is None else gradient.square()
-                count += 1
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    sums, count = [torch.zeros_like(weight) for weight in weights], 0
+    with _as_float(prepared):
+        for batch in batches:
+            found = torch.autograd.grad(loss(prepared, batch), weights, allow_unused=True)
+            for total, gradient in zip(sums, found, strict=True):
+                total += 0.0 if gradient is None else gradient.square()
+            count += 1
     if not count:
         raise CalibrationError("weigh_codebooks was given no batches.\n  what to do: give some, with their labels.")
     for (quantizer, weight), total in zip(chosen.values(), sums, strict=True):
@@ -74,5 +70,18 @@ def weigh_codebooks(
     return prepared
 
 
-def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    return [(part, part.training) for part in module.modules()]
+@contextmanager
+def _as_float(prepared: nn.Module) -> Iterator[None]:
+    """Inside, ``prepared`` is the float model in eval mode; behind it everything is as it was."""
+    modes = [(part, part.training) for part in prepared.modules()]
+    rounding = [part for part in prepared.modules() if isinstance(part, FakeQuantize) and part.enabled]
+    prepared.eval()
+    for quantizer in rounding:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for quantizer in rounding:
+            quantizer.enabled = True

@@ -1,4 +1,4 @@
-"""QSGD: gradients that processes exchange in a few bits, rounded at random so that their mean is right.
+"""QSGD: gradients that processes send each other in a few bits, rounded at random so that their mean is right.
 
     Q(v_i) = ‖v‖ · sign(v_i) · ξ_i / s,     ξ_i = floor(s·|v_i| / ‖v‖ + u),  u uniform in [0, 1),   s = 2^(bits - 1) - 1
     E[Q(v)] = v,     E‖Q(v) - v‖² ≤ min(n / s², √n / s) · ‖v‖²
@@ -9,7 +9,8 @@ the network between processes is the bottleneck, and costs accuracy, never time 
 Source: Alistarh et al., QSGD, 1610.02132, §3.1, lemma 3.1 and §5 (pieces of a bucket).
 """
 
-# Annotations stay types here: DistributedDataParallel reads those of a hook.
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ __all__ = ["QSGD"]
 
 
 class QSGD:
-    """The state of the hook, and the hook: ``ddp.register_comm_hook(None, QSGD(bits=4).hook)``.
+    """What sends gradients, and counts the bytes: ``QSGD(bits=4).register(ddp)``.
 
     Args:
         bits: of one number, its sign included: 2, 4 or 8.
@@ -33,7 +34,7 @@ class QSGD:
         bytes_saved: what gradients in their own type would have taken beyond that.
 
     Example:
-        >>> ddp.register_comm_hook(None, fxquant.training.QSGD(bits=4).hook)
+        >>> fxquant.training.QSGD(bits=4).register(ddp)
 
     Raises:
         InputError: bits that do not fill bytes, or a piece without numbers.
@@ -60,7 +61,7 @@ class QSGD:
         level = torch.floor(rows.abs() / safe * self.levels + u).clamp_(max=self.levels)
         whole = (level * rows.sign() + self.levels).to(torch.uint8).flatten()
         each = 8 // self.bits
-        padded = torch.nn.functional.pad(whole, (0, -whole.numel() % each)).reshape(-1, each)
+        padded = _in_pieces(whole, each)
         shifts = torch.arange(0, 8, self.bits, device=v.device)
         return (padded.int() << shifts).sum(1).to(torch.uint8), norms
 
@@ -71,12 +72,12 @@ class QSGD:
         rows = (whole.reshape(norms.numel(), self.piece) - self.levels).float()
         return (rows * (norms / self.levels)[:, None]).flatten()[:count]
 
-    def hook(
-        self,
-        state: Any,
-        bucket: torch.distributed.GradBucket,  # type: ignore[name-defined]
-    ) -> torch.futures.Future[torch.Tensor]:
-        """DDP's hook: the mean over all processes of what they have sent of this bucket."""
+    def register(self, ddp: torch.nn.parallel.DistributedDataParallel) -> None:
+        """Let ``ddp`` send its gradients so."""
+        ddp.register_comm_hook(None, lambda _, bucket: self._average(bucket))  # DDP reads a hook's annotations
+
+    def _average(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """The mean over all processes of what they have sent of this bucket."""
         v: Tensor = bucket.buffer()
         own = self.encode(v)
         world = torch.distributed.get_world_size(self.group)
@@ -105,4 +106,4 @@ class QSGD:
 
 def _in_pieces(v: Tensor, piece: int) -> Tensor:
     """``(pieces, piece)``, zeros behind."""
-    return torch.nn.functional.pad(v, (0, -v.numel() % piece)).reshape(-1, piece)
+    return torch.cat([v, v.new_zeros(-v.numel() % piece)]).reshape(-1, piece)
