@@ -21,7 +21,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-__all__ = ["DATA", "DEPTHS", "Cifar10", "CifarResNet", "calibration_batches", "load_cifar10", "load_resnet"]
+__all__ = [
+    "DATA",
+    "DEPTHS",
+    "Cifar10",
+    "CifarResNet",
+    "NetworkInNetwork",
+    "calibration_batches",
+    "load_cifar10",
+    "load_resnet",
+]
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
@@ -142,6 +151,33 @@ class CifarResNet(nn.Module):
         out = self.layer3(self.layer2(self.layer1(out)))
         out = F.avg_pool2d(out, out.size()[3])
         return self.linear(out.view(out.size(0), -1))
+
+
+class NetworkInNetwork(nn.Module):
+    """Lin et al., 1312.4400, with a batch norm behind each convolution, as the articles that quantize it have it."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_mlpconv(3, (192, 160, 96), 5),
+            nn.MaxPool2d(3, 2, 1),
+            *_mlpconv(96, (192, 192, 192), 5),
+            nn.AvgPool2d(3, 2, 1),
+            *_mlpconv(192, (192, 192, classes), 3),
+            nn.AvgPool2d(8),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(1)
+
+
+def _mlpconv(inputs: int, widths: tuple[int, int, int], kernel: int) -> Iterator[nn.Module]:
+    """A convolution and two of 1 × 1, each with batch norm and ReLU."""
+    for width in widths:
+        yield nn.Conv2d(inputs, width, kernel, padding=kernel // 2, bias=False)
+        yield nn.BatchNorm2d(width)
+        yield nn.ReLU()
+        inputs, kernel = width, 1
 
 
 def load_resnet(name: str, weights: Path) -> CifarResNet:

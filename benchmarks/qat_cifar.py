@@ -1,15 +1,25 @@
-"""Quantization-aware training of ResNet-20 on CIFAR-10: last-epoch top-1 at 8 to 2 bits, beside float trained on as long.
+"""Quantization-aware training on CIFAR-10: last-epoch top-1 at 8 to 2 bits, beside float trained on as long.
 
 Every row starts from the same trained weights and sees the same batches (seeded; crop of a 4-pixel border, flip) with the
 same schedule: SGD, momentum 0.9, cosine to zero, weight decay 1e-4; batch norm statistics are taken anew at the end.
-Accuracy is that of the last epoch on all test images, never of the best one. A row is a preset, bits, a rule and a seed:
+Accuracy is that of the last epoch on all test images, never of the best one. A row is a preset, bits, a rule and a seed.
 
-    academic   first and last weights, the input and what the last layer reads have 8 bits, all else the row's bits
+``--net resnet20`` (the default) has the presets of ``Recipe.preset``:
+
+    academic   first and last layer, the input, residual sums and what they add have 8 bits, all else the row's bits
     deploy     everything has the row's bits, as one target would run it
 
-In either, residual sums have the bits of other tensors: what convolutions read is what the shortcut carries. Rows that the
-JSON has are not run again, and a row goes on from the last epoch that was finished (``--work``). Epochs, steps and learning
-rates are part of what a row is: another setting is another row, and goes on from its own epochs alone.
+``--net nin``, a network in network, has 8 bits and what the article has that quantized it first, ranges that follow:
+
+    symmetric, asymmetric                   batch norms train behind the rounded weights (``late``)
+    symmetric folded, asymmetric folded     they are folded before weights are rounded, in every pass (``whitepaper``)
+
+It has no trained weights to begin with: without ``--weights`` it is trained from scratch, in float, for ``--start-epochs``
+with the first learning rate 0.1; these epochs are kept as those of rows are.
+
+Rows that the JSON has are not run again, and a row goes on from the last epoch that was finished (``--work``). Net, epochs,
+steps and learning rates are part of what a row is: another setting is another row, and goes on from its own epochs alone.
+The bar of a row says how long it will still take: an epoch of resnet20 is 391 steps, one of nin has 5.4 times its products.
 """
 
 from __future__ import annotations
@@ -24,20 +34,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar import DATA, Cifar10, calibration_batches, load_cifar10, load_resnet
+from cifar import DATA, Cifar10, NetworkInNetwork, calibration_batches, load_cifar10, load_resnet
 from ptq_cifar import percent, predictions
 from record import add_output_option, publish
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxquant
-from fxquant import Op, Recipe, Scheme, Setting
-from fxquant.quantizers import RULES
-from fxquant.recipe import FIRST, INPUT, LAST
+from fxquant import Recipe, Scheme, Setting
+from fxquant.recipe import PRESETS
 
-PRESETS = ("academic", "deploy")
+NIN_PRESETS = ("symmetric", "symmetric folded", "asymmetric", "asymmetric folded")
+OBSERVED = "moving average"
 KEYS = ("preset", "bits", "rule", "seed")
-SETTINGS = ("epochs", "steps", "lr", "range_lr")
+SETTINGS = ("net", "epochs", "steps", "lr", "range_lr", "limit")
 """What a row was trained with, beside its key."""
 FLOAT = "float"
 BATCH = 128
@@ -45,14 +55,11 @@ BATCH = 128
 
 def recipe_of(preset: str, bits: int, rule: str) -> Recipe:
     """The recipe of a row; ``moving average`` is the rule that ``prepare(qat=True)`` has by default."""
-    own: dict[str, Any] = {"quantizer": rule} if rule in RULES else {"estimator": "moving_average"}
-    weights: dict[str, Any] = {"quantizer": rule} if rule in RULES and RULES[rule].weight else {}
-    low = Setting(weight=Scheme.weight(bits, **weights), activation=Scheme.activation(bits, **own))
-    if preset == "deploy":
-        return Recipe(default=low)
-    ends = Setting(weight=Scheme.weight(8, **weights), activation=low.activation)
-    wide = Setting(activation=Scheme.activation(8, **own))
-    return Recipe([(FIRST, ends), (LAST, ends), (INPUT, wide), (Op("avg_pool2d"), wide)], default=low)
+    if preset in NIN_PRESETS:
+        activation = Scheme.activation(bits, symmetric=preset.startswith("symmetric"), estimator="moving_average")
+        return Recipe(default=Setting(weight=Scheme.weight(bits), activation=activation))
+    name = "observed" if rule == OBSERVED else rule
+    return Recipe.preset(preset, weight_bits=bits, activation_bits=bits, rule=name)
 
 
 def augmented(data: Cifar10, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,12 +88,12 @@ def train(model: nn.Module, data: Cifar10, args: argparse.Namespace, seed: int, 
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["epoch"]
     steps = args.steps or math.ceil(len(data) / BATCH)
+    bar = tqdm(total=args.epochs * steps, initial=start * steps, desc=state.stem, unit="step", leave=False)
     for epoch in range(start, args.epochs):
         model.train()
         batches = augmented(data, 1000 * seed + epoch)
-        for step, (images, labels) in zip(
-            tqdm(range(steps), desc=f"epoch {epoch + 1}", leave=False), batches, strict=False
-        ):
+        for step, (images, labels) in zip(range(steps), batches, strict=False):
+            bar.update()
             done = (epoch * steps + step) / (args.epochs * steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
@@ -96,6 +103,21 @@ def train(model: nn.Module, data: Cifar10, args: argparse.Namespace, seed: int, 
         part = state.with_suffix(".part")
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, part)
         part.replace(state)
+    bar.close()
+
+
+def start_of(args: argparse.Namespace, data: Cifar10) -> nn.Module:
+    """The float network that all rows start from, in training mode."""
+    if args.net == "resnet20":
+        return load_resnet("resnet20", args.weights).train()
+    torch.manual_seed(0)
+    model = NetworkInNetwork()
+    if args.weights.exists():
+        model.load_state_dict(torch.load(args.weights, weights_only=True))
+        return model.train()
+    own = argparse.Namespace(**{**vars(args), "epochs": args.start_epochs, "lr": 0.1, "range_lr": None})
+    train(model, data, own, 0, state_of(("start", 32, FLOAT, 0), own))
+    return model.train()
 
 
 def settings_of(one: Any) -> tuple[Any, ...]:
@@ -114,10 +136,11 @@ def row(key: tuple[str, int, str, int], args: argparse.Namespace, data: Cifar10,
     """One row of the table."""
     preset, bits, rule, seed = key
     torch.manual_seed(seed)
-    model: Any = load_resnet("resnet20", args.weights).train()
+    model: Any = start_of(args, data)
     batches = calibration_batches(data)
     if rule != FLOAT:
-        model = fxquant.prepare(model, batches[0][0], qat=True, recipe=recipe_of(preset, bits, rule))
+        folds = {"batch_norm": "whitepaper"} if preset.endswith("folded") else {}
+        model = fxquant.prepare(model, batches[0][0], qat=True, recipe=recipe_of(preset, bits, rule), **folds)
         fxquant.calibrate(model, batches, progress=False)
     train(model, data, args, seed, state_of(key, args))
     found: dict[str, Any] = {**dict(zip(KEYS, key, strict=True)), **dict(zip(SETTINGS, settings_of(args), strict=True))}
@@ -135,13 +158,16 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the two zips, or torchvision's CIFAR-10")
-    parser.add_argument("--weights", type=Path, help="trained ResNet-20 (default: resnet20-cifar10-jpeg.pt in --data)")
+    parser.add_argument("--net", choices=("resnet20", "nin"), default="resnet20")
+    parser.add_argument("--weights", type=Path, help="trained weights (default: NET-cifar10-jpeg.pt in --data)")
+    parser.add_argument("--start-epochs", type=int, default=30, help="of nin from scratch (default: 30)")
+    parser.add_argument("--limit", type=int, help="test images, evenly chosen (default: all)")
     parser.add_argument(
         "--work", type=Path, default=Path.home() / ".cache" / "fxquant" / "qat_cifar", help="unfinished rows"
     )
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 2, 3, 8])
-    parser.add_argument("--rules", nargs="+", default=["lsq", "moving average"], help="rules, or 'moving average'")
+    parser.add_argument("--presets", nargs="+", choices=[*PRESETS, *NIN_PRESETS], help="default: all that the net has")
+    parser.add_argument("--bits", nargs="+", type=int, help="default: 4 2 3 8; of nin 8")
+    parser.add_argument("--rules", nargs="+", help=f"rules, or '{OBSERVED}'; default: lsq and that; of nin that alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, help="of an epoch, to cut it short (default: the whole training set)")
@@ -150,7 +176,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     add_output_option(parser, "qat_cifar")
     args = parser.parse_args()
-    args.weights = args.weights or args.data / "resnet20-cifar10-jpeg.pt"
+    is_nin = args.net == "nin"
+    args.weights = args.weights or args.data / f"{args.net}-cifar10-jpeg.pt"
+    args.presets = args.presets or list(NIN_PRESETS if is_nin else PRESETS)
+    if not set(args.presets) <= set(NIN_PRESETS if is_nin else PRESETS):
+        parser.error(f"--net {args.net} has no presets {', '.join(args.presets)}")
+    args.bits = args.bits or ([8] if is_nin else [4, 2, 3, 8])
+    args.rules = args.rules or ([OBSERVED] if is_nin else ["lsq", OBSERVED])
     return args
 
 
@@ -188,6 +220,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     data, test = load_cifar10(args.data, "train"), load_cifar10(args.data, "test")
+    test = test if args.limit is None else test.take(torch.linspace(0, len(test) - 1, args.limit).long())
     old = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     rows = rows_of(old)
     shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "work"})

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,23 +37,45 @@ def _float(model: nn.Module, example: Tensor) -> nn.Module:
     return model.train()
 
 
-def _fxquant(model: nn.Module, example: Tensor) -> nn.Module:
+def _fxquant(model: nn.Module, example: Tensor, *, rule: str = "", compiled: bool = False, **how: Any) -> nn.Module:
     import fxquant
 
-    prepared = fxquant.prepare(model.train(), (example,), qat=True)
+    if rule:
+        how["recipe"] = fxquant.Recipe.preset("deploy", weight_bits=8, activation_bits=8, rule=rule)
+    prepared = fxquant.prepare(model.train(), (example,), qat=True, **how)
     with torch.no_grad():
         prepared(example)
     fxquant.freeze(prepared)  # raises if any quantizer would have sat idle: a step without rounding proves nothing
-    return prepared
+    return torch.compile(prepared, fullgraph=True) if compiled else prepared
 
 
-CONTENDERS = {peer.name: peer for peer in (Peer("float", "torch", _float), Peer("fxquant", "fxquant", _fxquant), *QAT)}
+def _compiled(model: nn.Module, example: Tensor) -> nn.Module:
+    return torch.compile(model.train(), fullgraph=True)
 
 
-def example_batch(batch: int) -> tuple[Tensor, Tensor]:
-    """A fixed batch of noise images ``(batch, 3, 224, 224)`` and random labels, NCHW contiguous."""
+OURS = {
+    "fxquant": {},
+    "fxquant learned": {"rule": "lsq"},
+    "fxquant whitepaper": {"batch_norm": "whitepaper"},
+    "fxquant compiled": {"compiled": True},
+    "fxquant learned compiled": {"rule": "lsq", "compiled": True},
+}
+"""Our rows: ranges that follow, that are learned (LSQ, weights too), batch norms folded in every pass, torch.compile."""
+CONTENDERS = {
+    peer.name: peer
+    for peer in (
+        Peer("float", "torch", _float),
+        Peer("float compiled", "torch", _compiled),
+        *(Peer(name, "fxquant", partial(_fxquant, **how)) for name, how in OURS.items()),
+        *QAT,
+    )
+}
+
+
+def example_batch(batch: int, image: int) -> tuple[Tensor, Tensor]:
+    """A fixed batch of noise images ``(batch, 3, image, image)`` and random labels, NCHW contiguous."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)
+    images = torch.randn(batch, 3, image, image, generator=generator)
     return images, torch.randint(1000, (batch,), generator=generator)
 
 
@@ -70,11 +93,13 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return step
 
 
-def build_steps(model_name: str, names: list[str], batch: int) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+def build_steps(
+    model_name: str, names: list[str], batch: int, image: int
+) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
     """The training step of every contender that runs, and the reason of every one that does not."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(model_name, weights=None)
-    images, labels = example_batch(batch)
+    images, labels = example_batch(batch, image)
     steps: dict[str, Callable[[], float]] = {}
     skipped: dict[str, str] = {}
     for name in tqdm(names, desc=f"preparing {model_name}", leave=False):
@@ -101,12 +126,12 @@ def race(steps: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, 
     return times, losses
 
 
-def peak_megabytes(model_name: str, name: str, batch: int, heap_kept: bool) -> int:
+def peak_megabytes(model_name: str, name: str, batch: int, image: int, heap_kept: bool) -> int:
     """Peak resident memory of a fresh process that takes three steps of one contender alone."""
     if heap_kept:
         keep_heap()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    steps, _ = build_steps(model_name, [name], batch)
+    steps, _ = build_steps(model_name, [name], batch, image)
     for _ in range(3):
         steps[name]()
     return _peak_kilobytes() // 1024
@@ -129,7 +154,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
 
 def model_rows(model_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one network: one a contender, the float step first."""
-    steps, skipped = build_steps(model_name, args.contenders, args.batch)
+    steps, skipped = build_steps(model_name, args.contenders, args.batch, args.image)
     times, losses = race(steps, args.rounds)
     rows = []
     for name in args.contenders:
@@ -143,7 +168,7 @@ def model_rows(model_name: str, args: argparse.Namespace) -> list[dict[str, Any]
         row["step s"] = seconds(statistics.median(times[name]))
         row["loss"] = round(losses[name], 4)
         if args.memory:
-            row["peak MB"] = in_fresh_process(peak_megabytes, model_name, name, args.batch, args.keep_heap)
+            row["peak MB"] = in_fresh_process(peak_megabytes, model_name, name, args.batch, args.image, args.keep_heap)
         rows.append(row)
     return rows
 
@@ -160,6 +185,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenet_v2"], help="torchvision model names")
     parser.add_argument("--batch", type=int, default=16, help="images a step (default: 16)")
+    parser.add_argument("--image", type=int, default=IMAGE, help=f"height and width (default: {IMAGE})")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
     names = list(CONTENDERS)
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, help=f"default: {', '.join(names)}")

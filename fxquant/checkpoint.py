@@ -185,8 +185,8 @@ def _pin_calls(prepared: nn.Module, state: dict[str, Any]) -> None:
 
 def _one_name_each(saved: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A state without the other names of what the rebuilt ``module`` shares, and older versions did not."""
-    own, every = module.state_dict(), (module.named_parameters, module.named_buffers)
-    names = {name for named in every for name, _ in named(remove_duplicate=False)}
+    own, every = module.state_dict(), (nn.Module.named_parameters, nn.Module.named_buffers)
+    names = {name for named in every for name, _ in named(module, remove_duplicate=False)}
     return {key: value for key, value in saved.items() if key in own or key not in names}
 
 
@@ -242,6 +242,7 @@ def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
         "default": _setting_to_plain(recipe.default),
         "quantize_outputs": recipe.quantize_outputs,
         "float_dtype": recipe.float_dtype,
+        "title": recipe.title,
     }
 
 
@@ -306,4 +307,5 @@ def _recipe_from_plain(plain: dict[str, Any], model: nn.Module) -> Recipe:
         default=setting(plain["default"]),
         quantize_outputs=plain["quantize_outputs"],
         float_dtype=plain.get("float_dtype", "float32"),
+        title=plain.get("title", ""),
     )

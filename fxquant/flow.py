@@ -59,11 +59,12 @@ from fxquant.passes.leave_unrounded import leave_unrounded
 from fxquant.passes.levels import check
 from fxquant.passes.merge_clamps import merge_clamps
 from fxquant.passes.place_quantizers import place_quantizers
+from fxquant.passes.round_for_readers import round_for_readers
 from fxquant.passes.scale_groups import scale_groups
 from fxquant.passes.settle_quantizers import settle_quantizers
 from fxquant.passes.to_integer import to_integer
 from fxquant.passes.verification import verify_against
-from fxquant.quantizers import RULES
+from fxquant.quantizers.registry import RULES, refusal_of
 from fxquant.reach import keep_reach, seen_by_all, watching
 from fxquant.recipe import Recipe
 from fxquant.targets import X86, Target
@@ -94,6 +95,7 @@ def placing_passes(recipe: Recipe, target: Target, *, folds_first: bool = False)
         choose_regions,
         partial(merge_clamps, folds_first=folds_first),
         partial(keep_accumulators, target=target),
+        partial(round_for_readers, recipe=recipe, target=target),
         partial(scale_groups, recipe=recipe, target=target),
         partial(place_quantizers, recipe=recipe, target=target, folds_first=folds_first),
     )
@@ -124,7 +126,7 @@ def prepare(
         example_inputs: one call: a tensor, the tuple of its arguments, or the dict of its keyword arguments. Optional;
             answers what Python asks about shapes, adds them to reports, tells integer tensors from real ones.
         qat: make it trainable with quantizers that follow the ranges.
-        recipe: what is quantized how: a ``Recipe``, or the dict that it is made of; what it leaves open is the target's.
+        recipe: what is quantized how: a ``Recipe``, its dict, or a preset's name; what it leaves open is the target's.
         target: where the model will run: a name of ``fxquant.targets.TARGETS``, or a ``Target`` of your own.
         processor: what it shall be right on, a name of ``fxquant.targets.PROCESSORS``; None for the target's (``"any"``).
         batch_norm: in QAT, ``"late"`` trains batch norms behind the quantized weights and folds them into the weight
@@ -146,8 +148,8 @@ def prepare(
         raise InputError(f"batch_norm={batch_norm!r} is not known. Choose one of {', '.join(BATCH_NORM_MODES)}.")
     if verify and example_inputs is None:
         raise InputError("verify=True compares outputs: give example_inputs to run on.")
-    recipe = Recipe.of(recipe)
-    target = fit_target(target, recipe, ops=TABLE, estimator="moving_average" if qat else None, processor=processor)
+    how: Any = {"estimator": "moving_average" if qat else None, "processor": processor, "refusal": refusal_of}
+    target, recipe = fit_target(target, Recipe.of(recipe), ops=TABLE, **how)
     captured = capture(model, example_inputs, for_training=qat, leaves=leaves)
     call, named = captured.call, list(captured.leaves)
     for graph in captured.graphs:

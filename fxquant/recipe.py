@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from fxquant.errors import RecipeError
-from fxquant.numerics.scheme import Scheme
+from fxquant.errors import RecipeError, SchemeError
+from fxquant.numerics.scheme import OBSERVED, QUANTIZERS, Scheme
 
-__all__ = ["FIRST", "INPUT", "LAST", "OUTPUT", "Op", "Place", "Recipe", "Setting", "Site"]
+__all__ = ["FIRST", "INPUT", "LAST", "OUTPUT", "PRESETS", "Op", "Place", "Preset", "Recipe", "Setting", "Site"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +26,21 @@ class Setting:
     Args:
         weight: the weight's scheme; None for the target's own.
         activation: the output's scheme; None for the target's own.
+        input: the scheme in which an op that multiplies (a weighted op, a product of matrices) reads its tensors, where
+            that is not the tensor's own; None for as it is. What only such ops read, in one scheme, is rounded to it at
+            once; what others read too, such as a residual sum, is rounded anew for each of them.
     """
 
     weight: Scheme | None = None
     activation: Scheme | None = None
+    input: Scheme | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "activation"):
+        for name, maker in (("weight", "weight"), ("activation", "activation"), ("input", "activation")):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Scheme):
                 bits = value if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 16 else 8
-                raise RecipeError(f"{name}={value!r}: write {name}=fxquant.Scheme.{name}({bits}).")
+                raise RecipeError(f"{name}={value!r}: write {name}=fxquant.Scheme.{maker}({bits}).")
         if self.weight is not None and not self.weight.symmetric:
             raise RecipeError(
                 f"weight scheme {self.weight}: weights need zero point 0. Set symmetric=True, or write "
@@ -47,10 +51,10 @@ class Setting:
                 f"weight scheme {self.weight}: weights take both signs. Set signed=True, or write "
                 f"weight=fxquant.Scheme.weight({self.weight.bits})."
             )
-        if self.activation is not None and self.activation.per_channel:
-            raise RecipeError(
-                f"activation scheme {self.activation}: an activation has one scale. Set per_channel=False."
-            )
+        for name in ("activation", "input"):
+            scheme = getattr(self, name)
+            if scheme is not None and scheme.per_channel:
+                raise RecipeError(f"{name} scheme {scheme}: an activation has one scale. Set per_channel=False.")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,83 @@ class Site:
 
 
 Selector = str | type[nn.Module] | Op | Place
+Refusals = Callable[[Scheme, str], object]
+"""Why the rule that a scheme names cannot quantize a ``"tensor"`` or a ``"weight"`` to it; None where it can."""
 FLOAT_DTYPES = ("float32", "bfloat16")
+
+PRESETS = {
+    "academic": "first and last layers and the inputs wide, residual sums and what they add wide, all else in few bits",
+    "deploy": "everything in few bits, as the target computes it",
+}
+"""The presets, each with what it says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings that follow from a target's own schemes; made by ``Recipe.preset``.
+
+    Args:
+        name: one of ``PRESETS``.
+        weight_bits, activation_bits: the few bits; None for the target's own.
+        rule: how grids are made, by a name of ``fxquant.quantizers.RULES``; where a rule has no weights, or no tensors, or
+            cannot have the wide bits, those are observed.
+        wide_bits: the bits of what is wide, weights of first and last layers included.
+
+    Raises:
+        RecipeError: there is no such preset or rule.
+    """
+
+    name: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    rule: str = OBSERVED
+    wide_bits: int = 8
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("preset", self.name, list(PRESETS)), ("rule", self.rule, list(QUANTIZERS))):
+            if value not in known:
+                near = difflib.get_close_matches(str(value), known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"{what} {value!r} is not known. Choose one of {', '.join(known)}.{hint}")
+
+    def __str__(self) -> str:
+        bits = (f"{letter}{n}" for letter, n in (("W", self.weight_bits), ("A", self.activation_bits)) if n is not None)
+        return " ".join(filter(None, (self.name, "".join(bits), "" if self.rule == OBSERVED else self.rule)))
+
+    def expand(
+        self, activation: Scheme, weight: Scheme, refusal: Refusals
+    ) -> tuple[tuple[tuple[Place, Setting], ...], Setting]:
+        """The settings, and that of everything else, for a target with these schemes.
+
+        Raises:
+            SchemeError: bits that no scheme can have.
+        """
+        low_weight = self._scheme(weight, self.weight_bits or weight.bits, "weight", refusal)
+        low = self._scheme(activation, self.activation_bits or activation.bits, "tensor", refusal)
+        if self.name == "deploy":
+            return (), Setting(weight=low_weight, activation=low)
+        wide = self._scheme(activation, self.wide_bits, "tensor", refusal)
+        ends = Setting(weight=self._scheme(weight, self.wide_bits, "weight", refusal), activation=wide, input=wide)
+        pairs = ((FIRST, ends), (LAST, ends), (INPUT, Setting(activation=wide)))
+        return pairs, Setting(weight=low_weight, activation=wide, input=low)
+
+    def _scheme(self, of_target: Scheme, bits: int, kind: str, refusal: Refusals) -> Scheme:
+        """``of_target`` with these bits, by the rule where it has such; a refusal of the bits asked for is ``prepare``'s.
+
+        A rule that has one scale gets one.
+        """
+        observed = replace(of_target, bits=bits)
+        learned = replace(of_target, bits=bits, quantizer=self.rule, estimator="")
+        tried = (learned, replace(learned, per_channel=False))
+        fits = next((scheme for scheme in tried if refusal(scheme, kind) is None), None)
+        asked = self.weight_bits if kind == "weight" else self.activation_bits
+        refused = learned if bits == asked and not _lacks(refusal, learned, kind) else observed
+        return observed if self.rule == OBSERVED else fits or refused
+
+
+def _lacks(refusal: Refusals, scheme: Scheme, kind: str) -> bool:
+    """Whether the rule of ``scheme`` has no such quantizers at all, whatever their bits."""
+    return all(refusal(replace(scheme, bits=bits, per_channel=False), kind) is not None for bits in range(2, 17))
 
 
 @dataclass(frozen=True)
@@ -112,6 +192,8 @@ class Recipe:
             accumulator leaves as a float, which costs nothing and loses nothing.
         float_dtype: what the ops that stay in float compute in: ``float32``; or ``bfloat16``, eight significant bits, where
             a runtime has it (OpenVINO behind ``compile``, on processors that have it) and float32 elsewhere.
+        base: the settings behind these that follow from the target; see ``preset``.
+        title: what reports call it: the preset that it was made of.
 
     Example:
         >>> Recipe([("fc", None), (nn.Conv2d, Setting(weight=Scheme.weight(4)))])
@@ -124,6 +206,8 @@ class Recipe:
     default: Setting | None = field(default_factory=Setting)
     quantize_outputs: bool = False
     float_dtype: str = "float32"
+    base: Preset | None = None
+    title: str = ""
 
     def __post_init__(self) -> None:
         if self.float_dtype not in FLOAT_DTYPES:
@@ -152,8 +236,61 @@ class Recipe:
             raise RecipeError(f"default={self.default!r} is neither a fxquant.Setting nor None (keep in float).")
 
     @classmethod
+    def preset(
+        cls,
+        name: str,
+        *,
+        weight_bits: int | None = None,
+        activation_bits: int | None = None,
+        rule: str = OBSERVED,
+        wide_bits: int = 8,
+        settings: Sequence[tuple[Selector, Setting | None]] | Mapping[Selector, Setting | None] = (),
+    ) -> Recipe:
+        """A recipe by name, which ``prepare`` completes with the target's own schemes.
+
+        ``academic`` is what most papers measure: first and last layers, the inputs, residual sums and what they add have
+        ``wide_bits``, and what else is multiplied has the bits asked for, rounded for each reader of a sum. ``deploy`` has
+        the bits asked for everywhere, which is what integer hardware computes.
+
+        Example:
+            >>> print(Recipe.preset("academic", weight_bits=4, activation_bits=4, rule="lsq").base)
+            academic W4A4 lsq
+
+        Args:
+            name: ``academic`` or ``deploy``.
+            weight_bits, activation_bits, rule, wide_bits: as of ``Preset``.
+            settings: settings of your own that come before the preset's.
+
+        Raises:
+            RecipeError: there is no such preset or rule.
+        """
+        base = Preset(
+            name=name, weight_bits=weight_bits, activation_bits=activation_bits, rule=rule, wide_bits=wide_bits
+        )
+        return cls(settings, base=base)
+
+    def completed(self, activation: Scheme, weight: Scheme, refusal: Refusals) -> Recipe:
+        """This recipe with the settings of its preset, for a target with these schemes; itself where it has none.
+
+        Raises:
+            RecipeError: a number of bits that no scheme can have, or a default beside the preset's.
+        """
+        if self.base is None:
+            return self
+        if self.default != Setting():
+            raise RecipeError(
+                f"the preset {self.base} says how everything else is quantized, and so does default={self.default}.\n"
+                "  what to do: leave one of them out."
+            )
+        try:
+            pairs, default = self.base.expand(activation, weight, refusal)
+        except SchemeError as error:
+            raise RecipeError(f"preset {self.base}: {error}") from error
+        return replace(self, settings=(*self.pairs, *pairs), default=default, base=None, title=str(self.base))
+
+    @classmethod
     def of(cls, value: Any) -> Recipe:
-        """``value`` as a recipe: itself, or one of the pairs or the dict that it is; None for one that asks for nothing.
+        """``value`` as a recipe: itself, a preset's name, or the pairs or the dict that it is; None asks for nothing.
 
         Raises:
             RecipeError: it is none of these.
@@ -162,6 +299,8 @@ class Recipe:
             return value
         if isinstance(value, Setting):
             return cls(default=value)
+        if isinstance(value, str):
+            return cls.preset(value)
         return cls(() if value is None else value)
 
     @property

@@ -25,8 +25,9 @@ from fxquant.flow import passes_of
 from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import graph_text
 from fxquant.nn.integer import IntegerOp, Site
+from fxquant.numerics.scheme import Scheme
 from fxquant.passes import levels
-from fxquant.recipe import Recipe
+from fxquant.recipe import Recipe, Setting
 
 NOT_PASSES = ("facts", "finite", "levels", "to_exchange", "verification")
 FILES = [m.name for m in pkgutil.iter_modules(fxquant.passes.__path__) if m.name not in NOT_PASSES]
@@ -86,11 +87,24 @@ class Lawful(Normalized):
         return super().forward(x).mean((2, 3))
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        return y + self.conv(y)
+
+
 IMAGE = (2, 2, 10, 10)
+RECIPES = {"round_for_readers": Recipe(default=Setting(input=Scheme.activation(4)))}
+"""The recipe that a pass's docstring needs, where the usual one gives it nothing to do."""
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "canonicalize": (InPlace, (2, 3, 4), False),
     "drop_noops": (Idle, (2, 3), False),
     "fold_batchnorm": (Normalized, IMAGE, False),
+    "round_for_readers": (Residual, IMAGE, False),
     "place_quantizers": (partial(Classifier, pools=True), IMAGE, False),
     "drop_quantizers": (partial(Classifier, pools=True), IMAGE, False),
     "fold_trained_batchnorm": (Normalized, IMAGE, True),
@@ -106,21 +120,24 @@ LAST = ("to_qdq", "to_decomposed")
 """The passes that each take an integer graph."""
 
 
-def steps(*, qat: bool, folds_first: bool = False) -> list[tuple[str, Callable[..., LeveledModule]]]:
+def steps(
+    *, qat: bool, folds_first: bool = False, recipe: Recipe | None = None
+) -> list[tuple[str, Callable[..., LeveledModule]]]:
     """The whole way from a captured graph to an integer one, and to the forms that files and programs are written from."""
-    way = [(getattr(s, "func", s).__name__, s) for s in passes_of(recipe=Recipe(), qat=qat, folds_first=folds_first)]
+    passes = passes_of(recipe=recipe or Recipe(), qat=qat, folds_first=folds_first)
+    way = [(getattr(s, "func", s).__name__, s) for s in passes]
     later = ("fold_trained_batchnorm", "settle_quantizers", "freeze", "to_integer", *LAST)
     return [*way, *((name, pass_named(name)) for name in later)]
 
 
 def way_of(
-    model: nn.Module, shape: tuple[int, ...], *, qat: bool, folds_first: bool = False
+    model: nn.Module, shape: tuple[int, ...], *, qat: bool, folds_first: bool = False, recipe: Recipe | None = None
 ) -> dict[str, tuple[LeveledModule, LeveledModule]]:
     """What each pass was given and what it gave, by the pass's name."""
     x = torch.randn(shape)
     module = capture(model, (x,), for_training=qat).model
     way = {}
-    for name, step in steps(qat=qat, folds_first=folds_first):
+    for name, step in steps(qat=qat, folds_first=folds_first, recipe=recipe):
         if name == "fold_trained_batchnorm":
             fxquant.calibrate(module, [x], progress=False)
         if name in LAST:
@@ -152,7 +169,8 @@ def test_a_pass_that_changes_graphs_shows_it(name):
         return
     assert before and after, f"{name} has no Before and After"
     build, shape, qat = MODELS[name]
-    given, gave = way_of(build().eval(), shape, qat=qat, folds_first=name == "fold_trained_batchnorm")[name]
+    folds_first, recipe = name == "fold_trained_batchnorm", RECIPES.get(name)
+    given, gave = way_of(build().eval(), shape, qat=qat, folds_first=folds_first, recipe=recipe)[name]
     assert graph_text(given) == before
     assert graph_text(gave) == after
 

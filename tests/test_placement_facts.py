@@ -34,6 +34,7 @@ RECIPES = {
     "plain": Recipe(),
     "outputs": Recipe(quantize_outputs=True),
     "joined from two schemes": Recipe([(Op("relu"), SIGNED)]),
+    "rounded for readers": Recipe(default=Setting(input=Scheme.activation(4))),
     "half in float": Recipe([(Op("add"), None), (Op("max_pool2d"), None)]),
 }
 

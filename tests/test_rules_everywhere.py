@@ -516,33 +516,56 @@ def test_sensitivity_rounds_by_the_rule_and_says_which_bits_it_cannot_hold() -> 
     assert all(layer.sqnr[4] > 0 for layer in binary.layers)
 
 
-@pytest.mark.parametrize("rule", ["observed", "lsq", "twn"])
-def test_transforms_of_torch_func_say_the_way_out_and_the_ways_out_are_right(rule: str) -> None:
-    """torch named a copy_ into a captured tensor, or a setup_context. Gradients of the ways out are those of backward."""
-    prepared = fxquant.freeze_batchnorm(trained_net(rule)[0].train())
-    for part in prepared.modules():
-        if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize):
-            part.tracking = False
+@pytest.mark.parametrize("rule", ["observed", "lsq", "tqt", "midrise", "twn"])
+def test_gradients_of_torch_func_are_those_of_backward(rule: str) -> None:
+    """In training mode too, where each call reads its own ranges and statistics; all buffers are afterwards as before."""
+    prepared = trained_net(rule)[0].train()
     x, parameters = inputs(6)[-1], {name: value.detach() for name, value in prepared.named_parameters()}
 
     def loss(values: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(prepared, values, (x,)).square().mean()
 
-    def backward() -> dict[str, Tensor]:
-        prepared.zero_grad()
-        prepared(x).square().mean().backward()
-        return {name: value.grad for name, value in prepared.named_parameters() if value.grad is not None}
+    def backward(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(x).square().mean().backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
-    for transformed in (torch.func.grad(loss), torch.func.jacrev(loss)):
-        with pytest.raises(InputError, match="quantizers_off"):
-            transformed(parameters)
-    with pytest.raises(InputError, match=r"torch\.func transforms"):
-        torch.func.vmap(lambda image: prepared(image[None]))(x)
-    with fxquant.quantizers_off(prepared):
-        found, wanted = torch.func.grad(loss)(parameters), backward()
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    with pytest.warns(UserWarning, match="they stay as they are"):
+        ways = [torch.func.grad(loss)(parameters)]
+    for part in prepared.modules():
+        if isinstance(part, FakeQuantize) and not isinstance(part, WeightQuantize):
+            part.tracking = False
+    fxquant.freeze_batchnorm(prepared)
+    still = [torch.func.grad(loss)(parameters), torch.func.jacrev(loss)(parameters)]
+    after = prepared.state_dict()
+    changed = ("holds_statistics", "follows")
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.endswith(changed))
+    wanted = backward(prepared)
+    assert len(wanted) > 4
+    for found in still:
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    gradients = dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values())), strict=True))
-    for name, gradient in backward().items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    fxquant.freeze_batchnorm(prepared, False)
+    prepared.load_state_dict(before)
+    for name, gradient in backward(copy.deepcopy(prepared)).items():
+        torch.testing.assert_close(ways[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_other_transforms_say_the_way_out_and_it_is_right() -> None:
+    prepared, x = trained_net("observed")[0].eval(), inputs(6)[-1]
+    with pytest.raises(InputError, match=r"not vmap or jvp[\s\S]*quantizers_off"):
+        torch.func.vmap(lambda image: prepared(image[None]))(x)
+    with fxquant.quantizers_off(prepared):
+        each = torch.func.vmap(lambda image: prepared(image[None])[0])(x)
+        torch.testing.assert_close(each, prepared(x), rtol=1e-4, atol=1e-6)
+
+
+def test_functional_call_leaves_a_quantizer_that_layers_share_as_it_was() -> None:
+    """torch put its own argument back where one module has two names, and the optimizer trained another tensor."""
+    prepared = trained_net("lsq")[0].train()
+    before = dict(prepared.named_parameters())
+    values = {name: value.detach().clone() for name, value in before.items()}
+    torch.func.functional_call(prepared, values, (inputs(6)[-1],))
+    after = dict(prepared.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is value for name, value in before.items())

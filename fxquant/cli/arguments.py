@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxquant.errors import InputError
 from fxquant.image_folder import ImageFolder
 from fxquant.numerics.scheme import Scheme
-from fxquant.recipe import Recipe, Setting
+from fxquant.recipe import PRESETS, Recipe, Setting
 from fxquant.reporting.tabled import plain
 from fxquant.targets import PROCESSORS, TARGETS, X86
 
@@ -77,6 +77,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="modules kept in float: 'fc', 'layer4.*'",
     )
     bits = "2 to 16; the target's own by default"
+    told = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
+    parser.add_argument("--preset", choices=PRESETS, help=f"which tensors have the bits asked for; {told}")
     parser.add_argument("--weight-bits", type=bits_of, metavar="N", help=f"of every weight, {bits}")
     parser.add_argument("--activation-bits", type=bits_of, metavar="N", help=f"of every tensor between ops, {bits}")
 
@@ -155,6 +157,9 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     weight = None if options.weight_bits is None else Scheme.weight(options.weight_bits)
     activation = None if options.activation_bits is None else Scheme.activation(options.activation_bits)
     floats = [(glob, None) for glob in options.keep_float]
+    if options.preset is not None:
+        bits = {"weight_bits": options.weight_bits, "activation_bits": options.activation_bits}
+        return Recipe.preset(options.preset, settings=floats, **bits)
     return Recipe(floats, default=Setting(weight=weight, activation=activation))
 
 

@@ -159,6 +159,14 @@ class Edit:
             user.replace_input_with(after, node)
         return node
 
+    def insert_function(self, before: fx.Node, function: Any, read: fx.Node, name: str, **meta: Any) -> fx.Node:
+        """Call ``function`` on the value of ``read`` right before ``before``, which alone reads the result in its place."""
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("call_function", function, (read,), {}, name=name)
+        node.meta = {"by": self._by, "origin": [read.name], "notes": [], **meta}
+        before.replace_input_with(read, node)
+        return node
+
     def insert_attribute(self, before: fx.Node, path: str, tensor: torch.Tensor, **meta: Any) -> fx.Node:
         """Read the parameter or buffer ``path`` right before ``before``."""
         self.attributes[path] = tensor

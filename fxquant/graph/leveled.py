@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.errors import InputError, LevelError, SpecializationError
+from fxquant.errors import LevelError, SpecializationError
+from fxquant.graph.transforms import inside_transform, lent_buffers, without_aliases
 
 __all__ = ["LEVELS", "Container", "ISLAND_MARK", "RUNNER", "LeveledModule", "is_container"]
 
@@ -167,8 +168,9 @@ class LeveledModule(Holder, fx.GraphModule):
 
     def _run(self, inputs: Sequence[Any]) -> Any:
         """The graph's result, by the program that a runner holds for such inputs, if there is one."""
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            self._refuse_transforms()
+        if inside_transform():
+            with lent_buffers(self):
+                return super().__call__(*inputs)
         runner = self.__dict__.get(RUNNER)
         if runner is not None and not self._forward_hooks and not self._forward_pre_hooks:
             taken, result = runner(self, inputs)
@@ -176,15 +178,13 @@ class LeveledModule(Holder, fx.GraphModule):
                 return result
         return super().__call__(*inputs)
 
-    def _refuse_transforms(self) -> None:
-        """Say what torch says of a buffer: quantizers write the grids that they find, which transforms do not allow."""
-        if any(getattr(part, "follows_graph", False) and part.enabled for part in self.modules()):
-            raise InputError(
-                "torch.func transforms (grad, vmap, jacrev) cannot go through a model whose quantizers are on: they keep "
-                "what they find in buffers.\n"
-                "  what to do: loss.backward(), or torch.autograd.grad of torch.func.functional_call(model, parameters, "
-                "inputs); or transform it inside fxquant.quantizers_off(model)."
-            )
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """As torch's, but that a quantizer has one name also where duplicates are asked for; see ``graph.transforms``."""
+        return without_aliases(self, super().named_parameters(prefix, recurse, remove_duplicate), prefix)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """As ``named_parameters``."""
+        return without_aliases(self, super().named_buffers(prefix, recurse, remove_duplicate), prefix)
 
     def train(self, mode: bool = True) -> Any:
         """As torch's; the quantizers follow the mode of the graph and not that of the part they stand in."""

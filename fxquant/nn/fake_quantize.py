@@ -27,7 +27,7 @@ from fxquant.nn.pinning import Pinned
 from fxquant.nn.processes import fold_of_all, warn_if_alone
 from fxquant.nn.switch import Switch
 from fxquant.numerics.affine import scale_and_zero_point
-from fxquant.numerics.gradients import fake_quantize
+from fxquant.numerics.gradients import fake_quantize, traces
 from fxquant.numerics.pairs import scale_factor
 from fxquant.numerics.ranges import ESTIMATOR, Auto
 from fxquant.numerics.scheme import OBSERVED, Scheme
@@ -207,6 +207,8 @@ class FakeQuantize(GridState):
             upper=upper,
             inplace=inplace,
         )
+        if traces():
+            return self.where_known(y, x)
         if self.tracking and not self.training and y.requires_grad:
             y.register_hook(_warn_left_behind)
         return y
@@ -238,7 +240,7 @@ class FakeQuantize(GridState):
         if self.observing:
             estimator.update(state, x.detach(), axis=self.axis, lower=lower, upper=upper)
             return
-        if torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         self._start_anew(state)
         before = {name: value.clone() for name, value in state.items()}
@@ -251,7 +253,7 @@ class FakeQuantize(GridState):
         for name, value in state.items():
             value.copy_(torch.where(finite, value, before[name]))
         self.update_scale()
-        if not self._ready:
+        if not self.ready:
             warnings.warn(
                 "NaN or infinity in the first batch that a quantizer of this model saw: it has no range, and lets its "
                 f"tensor {tuple(x.shape)} pass unrounded until a finite batch comes.",
@@ -271,6 +273,11 @@ class FakeQuantize(GridState):
         if self.fixed_range is not None:
             return
         state = self.range_state()
+        if torch.compiler.is_compiling():
+            low, high = ESTIMATOR[self.scheme.estimator].range(state, self.scheme)
+            holds = (torch.isfinite(low) & torch.isfinite(high)).all()
+            self.follow_grid(*scale_and_zero_point(low, high, self.scheme), holds)
+            return
         if not self._ready and not bool((torch.isfinite(state["low"]) & torch.isfinite(state["high"])).all()):
             return
         self.set_range(*ESTIMATOR[self.scheme.estimator].range(state, self.scheme))

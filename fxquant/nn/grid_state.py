@@ -44,9 +44,29 @@ class GridState(Switched):
         self.zero_point.copy_(zero_point)
         self._has_grid()
 
+    @torch.no_grad()
+    def follow_grid(self, scale: Tensor, zero_point: Tensor, holds: Tensor) -> None:
+        """``take_grid`` where ``holds``, a bool ``()``; asks the device nothing, as a graph that is compiled must not."""
+        self.scale.copy_(torch.where(holds, scale, self.scale))
+        self.zero_point.copy_(torch.where(holds, zero_point, self.zero_point))
+        if self.averages:
+            self.origin.copy_(self.zero_point)
+            self.known.copy_(torch.where(holds, torch.ones_like(self.known), self.known))
+
+    def where_known(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y``, or ``x`` in a compiled graph that runs before there is a range."""
+        if self._ready or not torch.compiler.is_compiling():
+            return y
+        return torch.where((self.scale > 0).all(), y, x)
+
     @property
     def ready(self) -> bool:
-        """Whether there is a range to round to. It asks the device only as long as there is none."""
+        """Whether there is a range to round to. It asks the device only as long as there is none.
+
+        While a graph is compiled it is taken to be there, and ``where_known`` chooses.
+        """
+        if torch.compiler.is_compiling():
+            return True
         self._settle()
         if not self._ready:
             self._ready = bool(((self.scale > 0) & torch.isfinite(self.scale)).all())
@@ -71,6 +91,8 @@ class GridState(Switched):
 
     def _has_grid(self) -> None:
         """Note that scale and zero point were set here, and are whole."""
+        if torch.compiler.is_compiling():
+            return
         if self.averages:
             self.origin = self.zero_point.float()
             self.known.fill_(1.0)
@@ -79,7 +101,9 @@ class GridState(Switched):
     @torch.no_grad()
     def _settle(self) -> None:
         """Make a grid of what an average of models has left in the buffers; on the device, without waiting for it."""
-        if not self.averages or "scale" not in self._buffers or _version(self.scale) == self._version:
+        if torch.compiler.is_compiling() or not self.averages or "scale" not in self._buffers:
+            return
+        if _version(self.scale) == self._version:
             return
         knows = self.known > 0
         share = torch.where(knows, self.known, torch.ones_like(self.known))

@@ -93,7 +93,7 @@ class _Quantized(Leaf):
             bias = part.weight_quantizer.bias_for(bias)
         if bias is None or source is None or weighted is not None or not source.active:
             return bias
-        return rounded_bias(bias, source.scale, part.weight_quantizer.scale)
+        return source.where_known(rounded_bias(bias, source.scale, part.weight_quantizer.scale), bias)
 
     def _quantize(self, y: Any) -> Any:
         if self.output_quantizer is None or not self.applies:
@@ -305,7 +305,7 @@ class _BatchNorm(Switched, QuantParametric, nn.modules.batchnorm._BatchNorm):
             offset = offset if self.bias is None else offset + self.bias.double()
             offset = offset if weighted.bias is None else offset + gain * weighted.bias.double()
             scale = weighted.weight_quantizer.scale.double() * gain.abs()
-            moved = (rounded_bias(offset, source.scale, scale) - offset).to(self.running_mean.dtype)
+        moved = (source.where_known(rounded_bias(offset, source.scale, scale), offset) - offset).to(self.running_mean)
         return moved if self.bias is None else self.bias + moved
 
     def replaced_by(self, new: Any, name: str) -> nn.Module:

@@ -29,7 +29,7 @@ from torch import Tensor
 from fxquant.numerics.affine import broadcast
 from fxquant.numerics.memory import flat_view, piece_size, pieces
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "traces"]
 
 _SMALL = 1 << 14
 """Up to so many elements the number of calls counts, not the number of bytes."""
@@ -64,6 +64,8 @@ def fake_quantize(
             raises where a backward formula would. Ignored where overwriting is not safe: for leaves that require a
             gradient, views and inference tensors. (``x.detach()`` shares memory without being a view: the caller's to know.)
     """
+    if traces():
+        return _in_tensors(x, scale, zero_point, qmin, qmax, axis, lower, upper)
     if x.numel() == 0:
         return x.clone()
     if flat_view(x) is None:
@@ -75,6 +77,37 @@ def fake_quantize(
         return result
     with torch.no_grad():
         return plan.forward(x, inplace=inplace, mask=None)
+
+
+def traces() -> bool:
+    """Whether what runs is to be a graph of tensors: under ``torch.compile``, and inside transforms of ``torch.func``."""
+    return bool(torch.compiler.is_compiling()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _in_tensors(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    lower: float | None,
+    upper: float | None,
+) -> Tensor:
+    """The same in tensor arithmetic alone, whose gradient autograd, compilers and transforms find themselves.
+
+    Where the gradient passes, x is finite, so that what carries it adds an exact zero.
+    """
+    plan = _Plan(scale, zero_point, qmin, qmax, axis, lower, upper)
+    with torch.no_grad():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        s = broadcast(scale, x.ndim, axis).to(dtype)
+        t = torch.round(x.to(dtype) / s)
+        levels = torch.clamp(t, *plan._levels(s, x.ndim))
+        y, passes, inside = (levels * s).to(x.dtype), t == levels, plan._strictly_inside(x)
+        passes = passes if inside is None else passes & inside
+    carried = torch.where(passes, x, 0.0)
+    return y.detach() + (carried - carried.detach())
 
 
 class _FakeQuantize(torch.autograd.Function):

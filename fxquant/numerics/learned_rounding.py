@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.affine import broadcast
-from fxquant.numerics.gradients import fake_quantize
+from fxquant.numerics.gradients import fake_quantize, traces
 
 __all__ = ["GradientRule", "round_to_learned_grid"]
 
@@ -111,11 +111,14 @@ class _Call:
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor, call: _Call) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor, call: _Call) -> Tensor:
         v, n, p, s = call.levels(x, scale, zero_point)
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.call = call
         return v.round_().clamp_(n, p).mul_(s).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, _, zero_point, ctx.call = inputs
+        ctx.save_for_backward(x, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -132,7 +135,7 @@ class _Rounded(torch.autograd.Function):
             low, high = (call.qmin, call.qmax) if rule.floats else (n, p)
             inside = r.sub_(v) if rule.residual else torch.zeros_like(v)
             slope = torch.where(below, low, torch.where(above, high, inside))
-            to_scale = _reduced(slope.mul_(g), scale, call)
+            to_scale = _reduced(slope * g if traces() else slope.mul_(g), scale, call)
         if rule.floats and ctx.needs_input_grad[2]:
             to_offset = _reduced(g * (below | above), scale, call)
         return None if to_x is None else to_x.to(x.dtype), to_scale, to_offset, None, None

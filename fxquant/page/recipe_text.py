@@ -46,6 +46,8 @@ def recipe_code(recipe: Recipe) -> tuple[str, set[str]]:
         given.append("quantize_outputs=True")
     if recipe.float_dtype != "float32":
         given.append(f"float_dtype={recipe.float_dtype!r}")
+    if recipe.title:
+        given.append(f"title={recipe.title!r}")
     return f"fxquant.Recipe({', '.join(given)})", imports
 
 
@@ -63,7 +65,9 @@ def _setting(setting: Setting | None) -> str:
     if setting is None:
         return "None"
     given = [
-        f"{name}={_scheme(value)}" for name in ("weight", "activation") if (value := getattr(setting, name)) is not None
+        f"{name}={_scheme(value)}"
+        for name in ("weight", "activation", "input")
+        if (value := getattr(setting, name)) is not None
     ]
     return f"fxquant.Setting({', '.join(given)})"
 

@@ -71,6 +71,8 @@ def apply_recipe(module: LeveledModule, *, recipe: Recipe, target: Target = X86)
             node.meta["reason"] = "the recipe keeps it in float" if refusal is None else refusal.why
         else:
             weight = {"has_weight": isinstance(behaviour, Weighted), "in_groups": _computes_in_groups(edit, node)}
+            ends = chosen is None or recipe.pairs[chosen][0] in (FIRST, LAST)
+            weight["may_share"] = bool(recipe.title) and ends  # settings of a preset, which knows no ops
             Placed(node).setting = filled(setting, target, site.op, path=site.path, **weight)
     return edit.done(sites=sites)
 

@@ -17,6 +17,7 @@ from fxquant.passes import (
     leave_unrounded,
     merge_clamps,
     place_quantizers,
+    round_for_readers,
     scale_groups,
 )
 from fxquant.passes.facts import Placed
@@ -24,8 +25,8 @@ from fxquant.passes.facts import Placed
 __all__ = ["drop_quantizers"]
 
 _PLACING = (
-    *(apply_recipe, leave_unrounded, choose_regions, merge_clamps, keep_accumulators, scale_groups),
-    place_quantizers,
+    *(apply_recipe, leave_unrounded, choose_regions, merge_clamps, keep_accumulators, round_for_readers),
+    *(scale_groups, place_quantizers),
 )
 """The files of the passes between the canonical and the prepared graph; all that they write on nodes is ``Placed``."""
 
@@ -59,7 +60,7 @@ def drop_quantizers(module: LeveledModule) -> LeveledModule:
     edit = Edit(module, by="drop_quantizers")
     for node in edit.nodes:
         part = edit.module(node)
-        if isinstance(part, QuantInput):
+        if isinstance(part, QuantInput) or Placed(node).rounds_for_reader:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             edit.remove(node, source)

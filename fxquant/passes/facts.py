@@ -42,6 +42,7 @@ class Placed(Facts):
     group = Fact[str | None](str, None, "the tensor whose quantizer it shares, by name")
     keeps_scale = Fact[bool](bool, False, "its result is on its first operand's grid, as the target has it")
     requantizes = Fact[bool](bool, False, "it moves values onto another grid")
+    rounds_for_reader = Fact[bool](bool, False, "it rounds a tensor anew for one op that reads it with other bits")
     leaves_as_float = Fact[bool](bool, False, "its accumulator leaves unrounded, as real numbers")
     stays_wide = Fact[bool](bool, False, "its accumulator is read unrounded by the op behind it")
     wide_operand = Fact[str](str, "", "the operand that it reads as an unrounded accumulator, by name")

@@ -211,7 +211,8 @@ class _Placer:
             part.weight_quantizer = self._weight_quantizer(node, self.edit.attributes[source.target])
         operands = {name: call.arguments[name] for name in call.entry.operand_names if name in call.arguments}
         args, kwargs = call.entry.arrange(operands)
-        self.edit.call_module(node, self.edit.fresh_path(op_path(node)), part, args, {**kwargs, **dynamic})
+        path = node.name if Placed(node).rounds_for_reader else op_path(node)
+        self.edit.call_module(node, self.edit.fresh_path(path), part, args, {**kwargs, **dynamic})
         return part
 
     def _weight_quantizer(self, node: fx.Node, weight: torch.Tensor) -> WeightQuantize:

@@ -39,7 +39,9 @@ def scale_groups(module: LeveledModule, *, recipe: Recipe, target: Target = X86)
         if not Placed(node).quantized:
             continue
         behaviour = behaviour_of(node)
-        if isinstance(behaviour, Passing):
+        if Placed(node).rounds_for_reader:
+            groups.start(node)
+        elif isinstance(behaviour, Passing):
             _follow(edit, groups, node)
         elif Placed(node).continues or Placed(node).stays_wide:
             continue

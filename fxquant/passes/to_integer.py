@@ -161,6 +161,10 @@ class _Converter:
             self.edit.remove(node, sources[0])
             return
         grid = part.output_quantizer.grid
+        if Placed(node).rounds_for_reader:
+            self.edit.set_module(node, self._moved(sources[0], grid))
+            self.grids[node] = grid
+            return
         for source in sources:
             if Placed(node).requantizes:
                 self._requantize(node, source, grid)
@@ -168,9 +172,13 @@ class _Converter:
         self.edit.set_module(node, _form(entry, Site(entry, static, (grid,), grid, rounding=self.rounding)))
         self.grids[node] = grid
 
+    def _moved(self, source: fx.Node, grid: Grid) -> IntegerSum:
+        """What puts the integers of ``source`` onto ``grid``: a sum of one."""
+        site = Site(TABLE["identity"], {}, (self.grids[source],), grid, rounding=self.rounding)
+        return IntegerSum(site, signs=(1.0,))
+
     def _requantize(self, node: fx.Node, source: fx.Node, grid: Grid) -> None:
-        entry = TABLE["identity"]
-        part = IntegerSum(Site(entry, {}, (self.grids[source],), grid, rounding=self.rounding), signs=(1.0,))
+        entry, part = TABLE["identity"], self._moved(source, grid)
         path = self.edit.fresh_path(f"{str(source.target).replace('.', '_')}_requantize")
         made = self.edit.insert_module(source, path, part, users=[node], is_tensor=True, entry=entry)
         self.grids[made] = grid

@@ -5,7 +5,7 @@
 
 A weight is an odd integer between -(2^k - 1) and 2^k - 1, times 1 / (2^k - 1): integers of k + 1 bits. The size of the
 weights is lost, and wants a batch norm behind; the papers keep first and last layers and the input at 8 bits or more
-(``fxquant.recipe.FIRST``, ``LAST``, ``INPUT``). The quantization of gradients, for distributed training, is not here.
+(``fxquant.recipe.FIRST``, ``LAST``, ``INPUT``). Its gradients in k bits are ``fxquant.training.GradientRounding``.
 Source: Zhou et al., DoReFa-Net, 1606.06160, eq. 5, 6, 9 and 11.
 """
 

@@ -63,9 +63,23 @@ class KMeansWeight(LearnedWeight):
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Find the clusters of ``weight``, unless there are some already."""
-        if self.ready:
-            return
-        self.centers.copy_(_lloyd(weight.detach().flatten().double(), 2**self.scheme.bits))
+        if not self.ready:
+            self.fit(weight)
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Find the clusters of ``weight`` anew, and put the codebook at their centers.
+
+        Args:
+            weight: any shape.
+            importance: of the same shape, not negative: h of each number in Σ h·(w - C)², which is then made least from
+                the centers of the plain sum on; see ``training.weigh_codebooks``.
+        """
+        x = weight.detach().flatten().double()
+        centers = _lloyd(x, _even(x, 2**self.scheme.bits), torch.ones_like(x))
+        if importance is not None:
+            centers = _lloyd(x, centers, importance.detach().flatten().double())
+        self.centers.copy_(centers)
         self.step.copy_(self.centers)
         self.known.fill_(1.0)
         self._ready = True
@@ -76,15 +90,22 @@ def _clusters(x: Tensor, centers: Tensor) -> Tensor:
     return torch.bucketize(x, (centers[1:] + centers[:-1]) / 2)
 
 
-def _lloyd(x: Tensor, count: int) -> Tensor:
-    """The centers of ``count`` clusters, ascending; one that loses all its numbers stays where it was."""
+def _even(x: Tensor, count: int) -> Tensor:
     low, high = x.aminmax()
-    centers = low + (high - low) * torch.linspace(0, 1, count, dtype=x.dtype, device=x.device)
+    return low + (high - low) * torch.linspace(0, 1, count, dtype=x.dtype, device=x.device)
+
+
+def _lloyd(x: Tensor, centers: Tensor, share: Tensor) -> Tensor:
+    """The centers of clusters, ascending, that Lloyd's iteration over numbers of these shares finds from ``centers`` on.
+
+    A cluster that loses all its numbers, or whose numbers count for nothing, stays where it was.
+    """
     for _ in range(_MOST_ROUNDS):
         of = _clusters(x, centers)
-        total = torch.zeros_like(centers).index_add_(0, of, x)
-        members = torch.bincount(of, minlength=count)
-        moved = torch.where(members > 0, total / members.clamp(min=1), centers).sort().values
+        total = torch.zeros_like(centers).index_add_(0, of, x * share)
+        shares = torch.zeros_like(centers).index_add_(0, of, share)
+        counts = shares > 0
+        moved = torch.where(counts, total / torch.where(counts, shares, 1.0), centers).sort().values
         if torch.equal(moved, centers):
             break
         centers = moved

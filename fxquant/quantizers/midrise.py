@@ -34,11 +34,14 @@ def _levels(weight: Tensor, step: Tensor, half: float) -> Tensor:
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, half: float, gain: float) -> Tensor:
+    def forward(x: Tensor, step: Tensor, half: float, gain: float) -> Tensor:
         """``step`` in a shape that broadcasts to ``x``; ``half``: how many levels each sign has."""
-        ctx.save_for_backward(x, step)
-        ctx.half, ctx.gain = half, gain
         return (_levels(x.float(), step, half) * step).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, step, ctx.half, ctx.gain = inputs
+        ctx.save_for_backward(x, step)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -20,6 +20,7 @@ __all__ = [
     "QuantizerRule",
     "has_rule",
     "is_plain",
+    "refusal_of",
     "register",
     "register_estimator",
     "rule_of",
@@ -71,6 +72,11 @@ class QuantizerRule:
 
 RULES: dict[str, QuantizerRule] = {OBSERVED: QuantizerRule(name=OBSERVED, tensor=FakeQuantize, weight=WeightQuantize)}
 """All rules by name."""
+
+
+def refusal_of(scheme: Scheme, kind: str) -> Refusal | None:
+    """Why the rule that ``scheme`` names cannot quantize a ``"tensor"`` or a ``"weight"`` to it; None where it can."""
+    return RULES[scheme.quantizer].refusal(scheme, kind)
 
 
 def register(

@@ -16,9 +16,12 @@ class Replaced(torch.autograd.Function):
     """``value``, with the gradient of ``x`` times ``slope``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.to(x.dtype)
+    def forward(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        return value.to(x.dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -76,6 +76,7 @@ class Diff:
         weights: the weights in integers and in all.
         float_ops: the number of ops that compute in float.
         target: the name of the runtime that the second model was prepared for.
+        recipe: the preset that its recipe was made of; empty for another recipe.
     """
 
     parts: tuple[GraphRows | Island, ...]
@@ -86,6 +87,7 @@ class Diff:
     weights: Share
     float_ops: int
     target: str = X86.name
+    recipe: str = ""
     color: bool | None = None
     width: int | None = None
 
@@ -142,7 +144,8 @@ class Diff:
     def _title(self) -> str:
         state = "" if self.calibrated or self.levels[1] != "prepared" else ", not calibrated"
         made_for = "" if self.target == X86.name else f" for {self.target}"
-        return f"{self.name}: {self.levels[0]} → {self.levels[1]}{made_for}{state}"
+        preset = f", preset {self.recipe}" if self.recipe else ""
+        return f"{self.name}: {self.levels[0]} → {self.levels[1]}{made_for}{preset}{state}"
 
     def __str__(self) -> str:
         color = wants_color() if self.color is None else self.color
@@ -185,6 +188,7 @@ def diff(before: nn.Module, after: nn.Module, *, color: bool | None = None, widt
         weights=weights_share(after),
         float_ops=sum(is_float_op(node, module_at(graph, node)) for graph, node in nodes_of(after)),
         target=target_of(after).name,
+        recipe=next(iter(graphs_of(after).values())).settings["recipe"].title,
         color=color,
         width=width,
     )

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from fxquant.errors import InputError, RecipeError, SchemeError
-from fxquant.recipe import Op, Recipe, Setting
+from fxquant.numerics.scheme import Scheme
+from fxquant.recipe import Op, Recipe, Refusals, Setting
 from fxquant.targets import get
 from fxquant.targets.target import Target
 
@@ -19,15 +20,17 @@ def fit_target(
     recipe: Recipe,
     *,
     ops: Collection[str],
+    refusal: Refusals,
     estimator: str | None = None,
     processor: str | None = None,
-) -> Target:
-    """The target of that name, held against the op table and the recipe.
+) -> tuple[Target, Recipe]:
+    """The target of that name, held against the op table and the recipe; and the recipe, completed with its schemes.
 
     Args:
         target: its name, or one of your own.
         recipe: what it must be able to run.
         ops: the names of the op table.
+        refusal: what the rules of quantizers cannot have, for presets.
         estimator: how ranges of tensors are found that the recipe leaves open; as the target has it where None.
         processor: where it will run, by a name of ``PROCESSORS``; as the target has it where None.
 
@@ -42,8 +45,10 @@ def fit_target(
         except SchemeError as error:
             raise InputError(str(error)) from None
     _require_known(found, ops)
+    fitted = found if estimator is None else found.with_estimator(estimator)
+    recipe = recipe.completed(fitted.activation, fitted.weight, refusal)
     _require_possible(recipe, found)
-    return found if estimator is None else found.with_estimator(estimator)
+    return fitted, recipe
 
 
 def _require_possible(recipe: Recipe, target: Target) -> None:
@@ -53,17 +58,22 @@ def _require_possible(recipe: Recipe, target: Target) -> None:
         RecipeError: says which setting, why, and what to do.
     """
     for where, setting in _settings(recipe):
-        scheme = setting.activation
-        refused = None if scheme is None else target.refuses_activation(scheme)
-        kind = "activation"
-        if refused is None and setting.weight is not None:
-            scheme, kind = setting.weight, "weight"
-            refused = target.refuses_weight(setting.weight)
-        if refused is not None:
+        for kind in ("activation", "input", "weight"):
+            scheme: Scheme | None = getattr(setting, kind)
+            if scheme is None:
+                continue
+            refused = target.refuses_weight(scheme) if kind == "weight" else target.refuses_activation(scheme)
+            if refused is None:
+                continue
+            kept = target.weight if kind == "weight" else target.activation
+            remedy = f"leave {kind}= out, and get {kept}; or prepare for another target"
+            if recipe.title:
+                where = f"the preset {recipe.title}"
+                bits = "weight_bits" if kind == "weight" else "activation_bits"
+                remedy = f"leave {bits}= out, and get {kept.bits} bits; or prepare for another target"
             raise RecipeError(
                 f"{where} asks for the {kind} scheme {scheme}, which target {target.name!r} cannot run: {refused}.\n"
-                f"  where this is said: {target.source or 'in the target'}\n"
-                f"  what to do: leave {kind}= out, and get {getattr(target, kind)}; or prepare for another target."
+                f"  where this is said: {target.source or 'in the target'}\n  what to do: {remedy}."
             )
     for selector, chosen in recipe.pairs:
         lacks = target.lacks(selector.name) if isinstance(selector, Op) and chosen is not None else None
@@ -83,7 +93,14 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, Setting]]:
 
 
 def filled(
-    setting: Setting, target: Target, op: str, *, path: str, has_weight: bool, in_groups: bool = False
+    setting: Setting,
+    target: Target,
+    op: str,
+    *,
+    path: str,
+    has_weight: bool,
+    in_groups: bool = False,
+    may_share: bool = False,
 ) -> Setting:
     """``setting`` with the schemes that it leaves open, for one op.
 
@@ -94,12 +111,15 @@ def filled(
         path: where it stands, for the message.
         has_weight: whether it has a weight to quantize.
         in_groups: whether it computes in several groups.
+        may_share: whether its weight gets one scale where the target takes no more, whatever the setting says.
 
     Raises:
         RecipeError: its weight cannot have one scale per channel there.
     """
     weight = setting.weight
     takes = target.takes_per_channel(op, in_groups=in_groups)
+    if may_share and weight is not None and not takes:
+        weight = replace(weight, per_channel=False)
     if has_weight and weight is not None and weight.per_channel and not takes:
         raise RecipeError(
             f"the recipe gives {path} the weight scheme {weight}, and {target.title} takes one scale for the weight of a "
@@ -107,7 +127,7 @@ def filled(
             "  what to do: give it a setting of its own with per_channel=False, or leave weight= out."
         )
     weight = target.weight_of(op, in_groups=in_groups) if weight is None else target.kept_narrow(weight)
-    return Setting(weight=weight, activation=setting.activation or target.activation)
+    return Setting(weight=weight, activation=setting.activation or target.activation, input=setting.input)
 
 
 def _require_known(target: Target, known: Collection[str]) -> None:
