@@ -35,15 +35,18 @@ class Plan:
         program: what to compute.
         count: how many steps there are.
         memory: bytes of all tensors between them.
+        threads: that compute it, for which scratch memory is laid out.
     """
 
     program: NativeProgram
     inputs: Sequence[Any]
     count: int = 0
     memory: int = 0
+    threads: int = 1
     kept: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.threads = torch.get_num_threads()
         first = Walk(self.program, self.inputs, {}, {})
         shapes = {i: (tuple(v.shape), _order(v)) for i, v in enumerate(first.values) if isinstance(v, Tensor)}
         walk = Walk(self.program, self.inputs, find_output_slices(self.program, first), shapes)
@@ -87,6 +90,8 @@ class Plan:
         if len(views) > 2:
             step.z = views[1]
         step.groups = 1
+        if recorded.scratch is not None:
+            step.scratch = arena.address(recorded.scratch)
         if recorded.operation is None:
             step.kind = KINDS["copy"]
             self.kept.append(_axes(step, *(i.tensor for i in recorded.images)))
@@ -133,7 +138,7 @@ class Plan:
             if line not in held:
                 held[line] = from_outside(cast(Tensor, values[line]), self.program.lines[line].signed)
             view.data = held[line].data_ptr() + offset
-        self.program.library.run(self.steps, self.count)
+        self.program.library.run(self.steps, self.count, self.threads)
         for line in self.results:
             values[line] = held[line].contiguous()  # as the reference's, of which Python may take views
         self._compute(self.after, values)

@@ -44,6 +44,9 @@ class Weighted(Operation):
         table: 256 bytes that the result is looked up in.
         added: the sum that the result goes into.
         halves: of weights that are multiplied in pairs, see ``weights.Halves``.
+        window: the weights of a layer that tiles may compute (``winograd.py``), int8 ``(channels, depth, 3, 3)``; else None.
+        reach: the largest magnitude of its sums of products, before biases.
+        transformed: its weights by the size of tiles, made by the plans that take them.
     """
 
     part: InitVar[IntegerWeighted]
@@ -53,6 +56,8 @@ class Weighted(Operation):
     added: Sum | None = None
     to_float: bool = field(init=False)
     halves: Halves | None = field(init=False, default=None)
+    window: Tensor | None = field(init=False, default=None)
+    transformed: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self, part: IntegerWeighted) -> None:
         require_fit(part)
@@ -71,6 +76,9 @@ class Weighted(Operation):
         self.channels, self.depth = weight.shape[0], weight.shape[1]
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
+        g, self.reach = self.geometry, 255 * int(torch.maximum(above, below).max())
+        if self.kernel == (3, 3) and g.groups == 1 and g.stride == g.dilation == [1, 1] and not self.by_lines:
+            self.window = weight
         if self.depthwise and self.to_float:
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")
         self._lay_out(part, weight, bias, largest)
@@ -169,7 +177,7 @@ class Weighted(Operation):
         if self.halves is not None:
             step.halves, step.half_four = self.halves.weight.data_ptr(), self.halves.four.data_ptr()
             step.half_first = self.halves.first.data_ptr()
-        self._fill_end(step)
+        self.fill_end(step)
         return None if self.depthwise else self._fill_zones(step)
 
     def _fill_zones(self, step: Step) -> Any:
@@ -192,7 +200,7 @@ class Weighted(Operation):
             return self.bias
         return self.bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
 
-    def _fill_end(self, step: Step) -> None:
+    def fill_end(self, step: Step) -> None:
         """Write what becomes of the sums."""
         if self.to_float:
             low, most = self.clamp
