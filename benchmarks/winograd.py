@@ -56,6 +56,7 @@ class Layer:
 def integer_model(depth: int, channels: int, size: int) -> Any:
     """A convolution of bytes between two borders."""
     conv = nn.Conv2d(depth, channels, 3, padding=1)
+    nn.init.normal_(conv.weight)  # as those of trained networks are: few of them near the largest
     x = torch.randn(1, depth, size, size)
     recipe = fxquant.Recipe(quantize_outputs=True)
     prepared = fxquant.prepare(nn.Sequential(conv, nn.ReLU()).eval(), x, recipe=recipe, processor="vnni")
@@ -74,20 +75,20 @@ def layer(integer: Any, x: torch.Tensor, way: int | None) -> Layer:
     return Layer(native, plan, (Step * len(steps))(*steps), {9: DIRECT, 16: 2, 36: 4}[found])
 
 
-def least(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Microseconds of each in its fastest round, in turns; a round lasts two milliseconds or more."""
+def least(runs: dict[str, Callable[[], None]], rounds: int, threads: int) -> dict[str, float]:
+    """Microseconds of each in its fastest round, in turns; weights come from beyond the second cache, as in a network.
+
+    Of one thread its own time counts, which other processes disturb less.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
     best = dict.fromkeys(runs, float("inf"))
-    counts = dict[str, int]()
-    for name, run in runs.items():
-        start = time.perf_counter()
-        run()
-        counts[name] = max(1, int(0.002 / (time.perf_counter() - start)))
+    others = torch.ones(2**20, dtype=torch.int64)
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                run()
-            best[name] = min(best[name], (time.perf_counter() - start) / counts[name])
+            others.sum()
+            start = clock()
+            run()
+            best[name] = min(best[name], clock() - start)
     return {name: seconds(1e6 * value) for name, value in best.items()}
 
 
@@ -104,7 +105,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         torch.set_num_threads(threads)
                         layers = {title: layer(integer, x, way) for title, way in WAYS.items()}
                         assert all(made.way in (WAYS[title], DIRECT) for title, made in layers.items())
-                        found = least({title: made.run for title, made in layers.items() if made.way == WAYS[title]}, args.rounds)
+                        runs = {title: made.run for title, made in layers.items() if made.way == WAYS[title]}
+                        found = least(runs, args.rounds, threads)
                         rule = next(title for title, way in WAYS.items() if way == layer(integer, x, None).way)
                         row = {"set": name, "family": family, "layer": f"{depth}→{channels}, {size}²", "batch": batch}
                         tiled = min(found[title] for title in found if title != "direct")

@@ -64,6 +64,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
 """By instruction set, the first that holds; a set that is not here was not measured, and computes directly."""
 
 _CHUNK = 24
+"""Tiles that share what is read of weights, about: as many as leave a thread's words and sums in its second cache."""
+_FEW = 16
+"""With fewer tiles for each thread, threads share the transformed pixels and each has channels of its own."""
+_SHARE = 12
+"""Tiles by 64 channels that each thread should have at least; more threads than that were never measured."""
 _forced: int | None = None
 
 
@@ -83,8 +88,8 @@ def is_exact(layer: Weighted, tile: int) -> bool:
     return layer.window is not None and layer.reach < 2 ** _BITS[tile]
 
 
-def tile_of(layer: Weighted, y: Sequence[int]) -> int:
-    """The pixels of a tile for a result of ``(n, h, w, c)``."""
+def tile_of(layer: Weighted, y: Sequence[int], threads: int) -> int:
+    """The pixels of a tile for a result of ``(n, h, w, c)``, or ``DIRECT``."""
     if _forced is not None:
         return _forced if _forced != DIRECT and is_exact(layer, _forced) else DIRECT
     for rule in RULES.get(layer.library.name, ()):
@@ -95,6 +100,7 @@ def tile_of(layer: Weighted, y: Sequence[int]) -> int:
             and rule.depth <= layer.depth <= rule.most_depth
             and channels >= rule.channels
             and tiles >= rule.tiles
+            and tiles * _columns(channels) >= _SHARE * threads
             and tiles * rule.tile**2 <= rule.waste * n * h * w
         ):
             return rule.tile
@@ -114,15 +120,15 @@ def transformed(weight: Tensor, tile: int, library: Library) -> Tensor:
 
 
 def steps_of(layer: Weighted, images: Sequence[Image]) -> tuple[list[Operation], int]:
-    """What computes a layer, and the bytes of scratch memory that it needs."""
+    """What computes a layer with these operands and result, and the bytes of scratch memory that it needs."""
     n, h, w, _ = images[-1].sizes
-    tile = tile_of(layer, images[-1].sizes)
+    threads = torch.get_num_threads()
+    tile = tile_of(layer, images[-1].sizes, threads)
     if tile == DIRECT:
         return [layer], 0
-    threads = torch.get_num_threads()
-    tiles = _tiles(tile, n, h, w)
-    apart = _APART(layer, tiles, threads)
-    chunk = min(_CHUNK, -(-tiles // (1 if apart else threads)))
+    tiles, columns = _tiles(tile, n, h, w), _columns(layer.channels)
+    apart = threads > 1 and tiles < _FEW * threads
+    chunk = _chunk(tiles, columns, threads) if apart else _chunk(tiles, 1, threads)
     positions, row = (tile + 2) ** 2, -(-layer.depth // 32) * 64
     words, sums = (positions * (count * size + 64) for count, size in ((tiles if apart else chunk, row), (chunk, 256)))
     slot = sums if apart else words + sums
@@ -131,8 +137,16 @@ def steps_of(layer: Weighted, images: Sequence[Image]) -> tuple[list[Operation],
     return [*steps, operation], slot * threads + words * apart
 
 
-def _APART(layer, tiles, threads):
-    return False
+def _columns(channels: int) -> int:
+    return -(-channels // 64)
+
+
+def _chunk(tiles: int, columns: int, threads: int) -> int:
+    """Tiles of a unit, so that units are of about one size and as many for each thread, columns of channels being apart."""
+    chunks = max(1, round(tiles / _CHUNK))
+    while chunks * columns % threads and chunks < tiles:
+        chunks += 1
+    return -(-tiles // chunks)
 
 
 @dataclass(eq=False)
@@ -172,7 +186,7 @@ class Winograd(Operation):
         step.kind, step.outer, step.blocks = KINDS["winograd"], int(self.apart), -(-self.layer.channels // 16)
         step.weight, step.bias, step.slot = weight.data_ptr(), self.layer.bias.data_ptr(), self.slot
         chunks = -(-_tiles(self.tile, step.y.n, step.y.h, step.y.w) // self.chunk)
-        step.units = chunks * (-(-step.blocks // 4) if self.apart else 1)
+        step.units = chunks * (_columns(self.layer.channels) if self.apart else 1)
         self.layer.fill_end(step)
         return weight
 

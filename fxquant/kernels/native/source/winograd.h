@@ -56,18 +56,23 @@ inline void transform_sums(const Longs (&s)[6], Longs (&y)[4]) {
     y[3] = two + twice(twice(eight)) + twice(s[5]);
 }
 
+// Sums of some tiles; while they are added up, two lines a step of what is read next come nearer.
 template <int PIXELS, int BLOCKS>
-void multiply_words(const uint8_t* words, int64_t row, int pairs, const int8_t* weight, int32_t* sums) {
+void multiply_words(const uint8_t* words, int64_t row, int pairs, const int8_t* weight, const int8_t* next, int32_t* sums) {
     static const int32_t NOTHING[64] = {};
     Sums<PIXELS, BLOCKS> acc(NOTHING);
     const uint8_t* at[PIXELS];
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; i++) at[i] = words + i * row;
-    for (int64_t k = 0; k < pairs; k++) acc.template add<IN_WORDS>(at, k, weight);
+    for (int64_t k = 0; k < pairs; k++) {
+        __builtin_prefetch(next + 128 * k);
+        __builtin_prefetch(next + 128 * k + 64);
+        acc.template add<IN_WORDS>(at, k, weight);
+    }
     acc.store(sums);
 }
 
-using MultiplyWords = void (*)(const uint8_t*, int64_t, int, const int8_t*, int32_t*);
+using MultiplyWords = void (*)(const uint8_t*, int64_t, int, const int8_t*, const int8_t*, int32_t*);
 template <int PIXELS, int BLOCKS>
 struct MultiplyingWords {
     static constexpr MultiplyWords function() {
@@ -143,12 +148,13 @@ struct Winograd {
             for (int j = 0; j < blocks; j += BLOCKS_TOGETHER) {
                 const int together = std::min(BLOCKS_TOGETHER, blocks - j);
                 const int8_t* weight = s.weight + 64 * static_cast<int64_t>(pairs) * ((block + j) * POSITIONS + position * together);
+                const int8_t* next = weight + 64 * static_cast<int64_t>(pairs) * together;
                 const int most = PIXELS_FOR[together];
                 for (int parts = (count + most - 1) / most, from = 0; parts > 0; parts--) {
                     const int pixels = (count - from + parts - 1) / parts;
                     int32_t* to = reinterpret_cast<int32_t*>(sums) + 64 * from + 16 * j;
-                    MULTIPLY_WORDS[together][pixels](words + from * row, row, pairs, weight, to);
-                    from += pixels;
+                    MULTIPLY_WORDS[together][pixels](words + from * row, row, pairs, weight, next, to);
+                    from += pixels, next += 128 * pairs;
                 }
             }
         }
