@@ -19,8 +19,11 @@ from fxquant.kernels.native.layout import Image, axes_of, merged
 from fxquant.kernels.native.library import KINDS, Step, TensorView
 from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.memory import Memory
+from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.slices import in_slices
 from fxquant.kernels.native.walk import Recorded, Walk, filled, find_output_slices, from_outside, references
+from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.native.winograd import Winograd
 
 __all__ = ["Plan"]
 
@@ -36,6 +39,7 @@ class Plan:
         count: how many steps there are.
         memory: bytes of all tensors between them.
         threads: that compute it, for which scratch memory is laid out.
+        ways: of each layer with weights, by the name of its line: ``direct``, ``winograd 2 x 2`` or ``winograd 4 x 4``.
     """
 
     program: NativeProgram
@@ -43,6 +47,7 @@ class Plan:
     count: int = 0
     memory: int = 0
     threads: int = 1
+    ways: dict[str, str] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,6 +65,7 @@ class Plan:
         self.border: list[tuple[Any, int, int]] = []
         for step, recorded in zip(self.steps, order.steps, strict=True):
             self._fill(step, recorded, walk, arena, varying)
+        self.ways = self._ways([step.operation for step in order.steps])
         self.outside, self.after = self._outside(walk, varying), walk.after
         dead = walk.native | varying | set(walk.after)
         self.values = [None if i in dead else v for i, v in enumerate(walk.values)]
@@ -75,6 +81,12 @@ class Plan:
             found[line] = walk.values[line]
         self.addresses = {value.untyped_storage().data_ptr(): line for line, value in found.items()}
         return found
+
+    def _ways(self, computing: Sequence[Operation | None]) -> dict[str, str]:
+        tiles = {id(own.layer): own.tile for own in computing if isinstance(own, Winograd)}
+        layers = [line for line in self.program.lines if isinstance(line.operation, Weighted)]
+        found = {line.name: tiles.get(id(line.operation)) for line in layers}
+        return {name: f"winograd {tile} x {tile}" if tile else "direct" for name, tile in found.items()}
 
     def _fill(self, step: Step, recorded: Recorded, walk: Walk, arena: Memory, varying: set[int]) -> None:
         views = []
