@@ -1,8 +1,8 @@
 """Microseconds of single 3 x 3 convolutions in the native kernels: directly, by Winograd's tiles of 2 x 2 and of 4 x 4.
 
-A layer's own steps are timed, from bytes to requantized bytes, for each instruction set that the processor has. The ways of a
-layer take turns in one process, and the least of all rounds counts. `rule` is what a plan takes (`fxquant/kernels/native/winograd.py`).
-The JSON is written with `--output` alone: it means something on a quiet machine only.
+A layer's own steps are timed, from bytes to requantized bytes, for each instruction set that the processor has. The ways of
+a layer take turns in one process, and the least of all rounds counts. "rule" is what a plan takes
+(`fxquant/kernels/native/winograd.py`). The JSON is written with `--output` alone; it means something on a quiet machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SHAPES = {
     "vgg": [(64, 64, 224), (128, 128, 112), (256, 256, 56), (512, 512, 28), (512, 512, 14)],
     "googlenet": [(64, 192, 56), (96, 128, 28), (128, 192, 28), (32, 96, 28), (96, 208, 14), (160, 320, 14), (192, 384, 7)],
     "densenet": [(128, 32, 56), (128, 32, 28), (128, 32, 14), (128, 32, 7)],
-    "odd": [(64, 64, 55), (64, 64, 33), (80, 80, 25), (100, 100, 19), (128, 128, 17), (256, 256, 13), (16, 16, 56), (32, 32, 28)],
+    "odd": [(64, 64, 55), (64, 64, 33), (80, 80, 25), (100, 100, 19), (128, 128, 17), (256, 256, 13)],
+    "few channels": [(16, 16, 56), (32, 32, 28)],
 }  # fmt: skip
 """Channels of the input and of the result, lines and columns."""
 

@@ -1,5 +1,5 @@
-"""Winograd's convolutions in whole numbers: the reference's bits with every instruction set, up to the bound that is proven and
-no further, and taken where the rules say so.
+"""Winograd's convolutions in whole numbers: the reference's bits with every instruction set, up to the bound that is proven
+and no further, and taken where the rules say so.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ BEHIND: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Recipe | None]] =
 def test_what_is_done_with_the_sums(name, behind, tile):
     forward, recipe = BEHIND[behind]
     inside = 19 if behind == "a slice of channels" else 20
-    model = Function(forward, conv=nn.Conv2d(inside, 37, 3, padding=1), other=nn.Conv2d(20, {19: 20, 20: 37}[inside], 1))
+    model = Function(
+        forward, conv=nn.Conv2d(inside, 37, 3, padding=1), other=nn.Conv2d(20, {19: 20, 20: 37}[inside], 1)
+    )
     x = signal(2, 20, 9, 11, offset=0.2)
     with taken(tile):
         native = require_same(integers_of(model, x, recipe=recipe), (x,), (signal(1, 20, 5, 3),))
@@ -119,7 +121,7 @@ def test_every_rule_of_rounding(name, rule):
 
 
 def at_the_edge(positive: int, negative: int) -> Any:
-    """A layer of 128 channels whose first filters' weights sum to these numbers and to their opposites, and whose sums leave as floats."""
+    """A layer of 128 channels whose first filters' weights sum to these, the second's to less than zero."""
     x = signal(1, 128, 6, 7).abs()
     integer = integers_of(nn.Conv2d(128, 5, 3, padding=1, bias=False), x, recipe=None)
     (part,) = weighted(integer)
@@ -176,10 +178,10 @@ def test_bits_of_tiles_of_two():
 
 
 def largest(transform: list[list[int]], low: int, high: int) -> tuple[int, int]:
-    """The least and greatest number of a transformed tile of numbers within bounds, by lines alone and in both directions."""
+    """The least and the greatest number of a transformed tile of numbers within bounds, by lines and in both directions."""
     rows = [*transform, *([a * b for a in p for b in q] for p, q in itertools.product(transform, transform))]
-    sums = [sorted((low * c, high * c) for c in row) for row in rows]
-    return min(sum(min(s) for s in row) for row in sums), max(sum(max(s) for s in row) for row in sums)
+    least = min(sum(min(low * c, high * c) for c in row) for row in rows)
+    return least, max(sum(max(low * c, high * c) for c in row) for row in rows)
 
 
 def test_words_of_16_bits_hold_what_is_multiplied():
@@ -191,8 +193,9 @@ def test_words_of_16_bits_hold_what_is_multiplied():
             *([0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]),
         ],
     }
-    found = {tile: (largest(pixels[tile], 0, 255), largest(winograd._TRANSFORMS[tile].tolist(), -128, 127)) for tile in pixels}
-    assert found == {2: ((-510, 1020), (-1152, 1147)), 4: ((-12750, 17340), (-18432, 18432))}
+    found = {tile: largest(transform, 0, 255) for tile, transform in pixels.items()}
+    weights = {tile: largest(transform.tolist(), -128, 127) for tile, transform in winograd._TRANSFORMS.items()}
+    assert found == {2: (-510, 1020), 4: (-12750, 17340)} and weights == {2: (-1152, 1147), 4: (-18432, 18432)}
     assert 9 * 0x38E38E39 % 2**32 == 1
 
 

@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from fxquant.errors import Refusal
 from fxquant.kernels.native.abi import differences, layout_of
 from fxquant.kernels.native.sets import InstructionSet, chosen_set

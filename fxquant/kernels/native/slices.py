@@ -113,8 +113,13 @@ def _worth(steps: list[Recorded], slices: int) -> int:
     best = gain = count = 0
     for index, step in enumerate(steps):
         bytes_ = sum(seen.tensor.numel() * seen.tensor.element_size() for seen in step.images)
-        weight = step.operation.weight.nbytes if isinstance(step.operation, (Weighted, Winograd)) else 0
-        gain += bytes_ * (bytes_ > _CACHE) - weight * (slices - 1)
+        gain += bytes_ * (bytes_ > _CACHE) - _weights_of(step.operation) * (slices - 1)
         if gain > best:
             best, count = gain, index + 1
     return count
+
+
+def _weights_of(operation: Operation | None) -> int:
+    if isinstance(operation, Winograd):
+        return operation.weight.nbytes
+    return operation.weight.numel() if isinstance(operation, Weighted) else 0

@@ -144,7 +144,7 @@ def dense_weight(weight: Tensor, groups: int, library: Library) -> tuple[Tensor,
 
 
 def words_weight(weight: Tensor, library: Library) -> Tensor:
-    """Weights ``(channels, positions, depth)`` of 16 bits as tiles of blocks, ``[position][two of depth][block][16][two]`` each."""
+    """Words ``(channels, positions, depth)`` as tiles of blocks, ``[position][two of depth][block][16][two]`` each."""
     return _in_tiles(_by_blocks(weight.to(torch.int16), 1, 2), 1, library)
 
 

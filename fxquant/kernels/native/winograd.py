@@ -1,9 +1,9 @@
-"""Winograd's convolutions in whole numbers: for which layers and sizes they are taken, and what they read (source/winograd.h).
+"""Winograd's convolutions in whole numbers: for which layers and sizes they are taken, what they read (source/winograd.h).
 
-Windows of 3 x 3 with stride 1 give 2 x 2 or 4 x 4 pixels of the result at a time, with 2.25 or 4 times fewer products. Words of 16
-bits hold what is multiplied, always; sums of 32 bits wrap, and leave the result exact as long as it has at most 30 bits (2 x 2: sums
-are four times the result) or 26 (4 x 4: 576 = 2^6 · 9 times, and 9 has an inverse modulo 2^32). What the weights of each channel
-can reach with bytes proves it, or the layer is computed directly.
+Windows of 3 x 3 with stride 1 give 2 x 2 or 4 x 4 pixels of the result at a time, with 2.25 or 4 times fewer products. What
+is multiplied fits into words of 16 bits, always. Sums of 32 bits wrap, and leave a result exact that has at most 30 bits
+(2 x 2: sums are 4 times the result) or 26 (4 x 4: 576 = 2^6 · 9 times, and 9 has an inverse modulo 2^32). What weights
+of each channel can reach with bytes proves it, or the layer is computed directly.
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
 """
 
@@ -32,7 +32,7 @@ _TRANSFORMS = {
     2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]),
     4: torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 12]]),
 }
-"""Of weights, by the pixels of a tile: G of the paper twice, and 24 times but for its last row, which is taken 12 times."""
+"""Of weights, by the pixels of a tile: the paper's G twice, and 24 times but for its last row, which is taken 12 times."""
 _BITS = {2: 29, 4: 25}
 """A result y is exact where -2^bits <= y < 2^bits."""
 
@@ -68,20 +68,19 @@ class Rule:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    # 1.4 to 3.2 times as fast.
     "avx2": (
         Rule(4, depth=16, channels=16, tiles=16, pairs=256 * 256, waste=1.6),
         Rule(4, depth=16, channels=16, tiles=32, pairs=512 * 512, waste=1.6),
         Rule(2, depth=16, channels=16, tiles=49, pairs=256 * 256, waste=1.2),
     ),
-    # 1.05 to 1.5 times: products of words run at half the rate of bytes', and larger weights come from too far away.
+    # Products of words run at half the rate of bytes', so less is won, and nothing where weights come from far away.
     "avx512_vnni": (
         Rule(4, depth=96, channels=32, tiles=49, pairs=128 * 192, waste=1.1),
         Rule(4, depth=64, channels=64, tiles=196, pairs=128 * 192, waste=1.1),
     ),
 }
-"""By instruction set, the first that holds, as benchmarks/winograd.py measures them on one thread with weights beyond the second
-cache. A set that is not here was not measured, and computes directly."""
+"""By instruction set, the first that holds, as benchmarks/winograd.py measures them on one thread with weights beyond the
+second cache. A set that is not here was not measured, and computes directly."""
 
 _CHUNK = 24
 """Tiles that share what is read of weights, about: as many as leave a thread's words and sums in its second cache."""
@@ -95,7 +94,7 @@ _forced: int | None = None
 @contextmanager
 def taken(tile: int) -> Iterator[None]:
     """Inside, plans take these tiles, or ``DIRECT``, wherever they are exact: for tests and measurements."""
-    global _forced  # noqa: PLW0603 - one switch for the whole process, as the environment's are
+    global _forced
     before, _forced = _forced, tile
     try:
         yield

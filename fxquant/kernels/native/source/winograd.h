@@ -3,7 +3,7 @@
 //
 // All fractions are multiplied away. M = 2: the weights' transform is taken twice in each direction, sums are 4 y. M = 4: rows of
 // the weights' transform are taken 24 times, the last one 12 times, which the result's transform makes up for; sums are 576 y.
-// Words of 16 bits hold all transformed bytes (from -8160 to 17340) and weights (up to 144 * 128), and sums are right modulo 2^32:
+// Words of 16 bits hold all transformed bytes (from -12750 to 17340) and weights (up to 144 * 128), and sums are right modulo 2^32:
 // 2^32 has no factor 9, so 64 y modulo 2^32 is the sum times the inverse of 9, and y that shifted by 6, as long as
 // -2^25 <= y < 2^25. Python has seen to that from the weights of each channel (fxquant/kernels/native/winograd.py).
 //
