@@ -35,6 +35,8 @@ def cut(step: Step) -> None:
         step.units = heads * step.groups
     elif kind == KINDS["copy"]:
         step.units = _UNITS
+    elif kind in (KINDS["winograd"], KINDS["winograd input"]):
+        assert step.units, "cut by what wrote it: its scratch memory is for units of that size"
     else:
         cost = y.c * (step.taps if kind == KINDS["depthwise"] else step.window.kernel[0] * step.window.kernel[1] or 1)
         step.units = -(-pixels // max(1, 2**14 // max(1, cost), -(-pixels // _UNITS)))

@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from fxquant.errors import Refusal
 from fxquant.kernels.native.abi import differences, layout_of
 from fxquant.kernels.native.sets import InstructionSet, chosen_set
@@ -42,7 +40,7 @@ _OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off")
 
 _NAMES = (
     *("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy"),
-    *("dequantize", "depthwise three", "attention", "layer norm", "softmax"),
+    *("dequantize", "depthwise three", "attention", "layer norm", "softmax", "winograd", "winograd input"),
 )
 KINDS = {name: index for index, name in enumerate(_NAMES)}
 """As ``Kind`` in tensor.h."""
@@ -116,6 +114,8 @@ class Step(Structure):
         ("scale", c_double * 2),
         ("zero_point", _Pair),
         *((name, c_int32) for name in ("units", "outer", "region_count")),
+        ("scratch", c_void_p),
+        ("slot", c_int64),
     ]
 
 
@@ -158,9 +158,9 @@ class Library:
     blocks_together: int
     centre: int
 
-    def run(self, steps: Any, count: int) -> None:
-        """Compute an array of ``Step`` with as many threads as torch uses."""
-        self.handle.fxquant_run(ctypes.addressof(steps), count, torch.get_num_threads(), _parallel())
+    def run(self, steps: Any, count: int, threads: int) -> None:
+        """Compute an array of ``Step``."""
+        self.handle.fxquant_run(ctypes.addressof(steps), count, threads, _parallel())
 
 
 def missing() -> Refusal | None:

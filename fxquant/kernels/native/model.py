@@ -22,7 +22,7 @@ NATIVE = "native"
 """What computes an op, in a report."""
 
 _SHAPES = 8
-"""Shapes of inputs whose plans are kept, those used last."""
+"""Shapes of inputs (and numbers of threads) whose plans are kept, those used last."""
 
 
 class NativeModel:
@@ -67,8 +67,13 @@ class NativeModel:
         with self._lock, torch.no_grad():
             return self._plan(inputs).run(inputs)
 
+    def plan_of(self, *inputs: Any) -> Plan:
+        """The plan for inputs like these, in order: how each step computes."""
+        with self._lock, torch.no_grad():
+            return self._plan([_checked(x) for x in inputs])
+
     def _plan(self, inputs: Sequence[Any]) -> Plan:
-        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
+        key = torch.get_num_threads(), *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
         found = self._plans.get(key)
         if found is None:
             found = self._plans[key] = self._planned(inputs)

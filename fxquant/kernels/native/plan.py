@@ -19,8 +19,11 @@ from fxquant.kernels.native.layout import Image, axes_of, merged
 from fxquant.kernels.native.library import KINDS, Step, TensorView
 from fxquant.kernels.native.lowering import NativeProgram
 from fxquant.kernels.native.memory import Memory
+from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.slices import in_slices
 from fxquant.kernels.native.walk import Recorded, Walk, filled, find_output_slices, from_outside, references
+from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.native.winograd import Winograd
 
 __all__ = ["Plan"]
 
@@ -35,15 +38,20 @@ class Plan:
         program: what to compute.
         count: how many steps there are.
         memory: bytes of all tensors between them.
+        threads: that compute it, for which scratch memory is laid out.
+        ways: of each layer with weights, by the name of its line: ``direct``, ``winograd 2 x 2`` or ``winograd 4 x 4``.
     """
 
     program: NativeProgram
     inputs: Sequence[Any]
     count: int = 0
     memory: int = 0
+    threads: int = 1
+    ways: dict[str, str] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.threads = torch.get_num_threads()
         first = Walk(self.program, self.inputs, {}, {})
         shapes = {i: (tuple(v.shape), _order(v)) for i, v in enumerate(first.values) if isinstance(v, Tensor)}
         walk = Walk(self.program, self.inputs, find_output_slices(self.program, first), shapes)
@@ -57,6 +65,7 @@ class Plan:
         self.border: list[tuple[Any, int, int]] = []
         for step, recorded in zip(self.steps, order.steps, strict=True):
             self._fill(step, recorded, walk, arena, varying)
+        self.ways = self._ways([step.operation for step in order.steps])
         self.outside, self.after = self._outside(walk, varying), walk.after
         dead = walk.native | varying | set(walk.after)
         self.values = [None if i in dead else v for i, v in enumerate(walk.values)]
@@ -73,6 +82,12 @@ class Plan:
         self.addresses = {value.untyped_storage().data_ptr(): line for line, value in found.items()}
         return found
 
+    def _ways(self, computing: Sequence[Operation | None]) -> dict[str, str]:
+        tiles = {id(own.layer): own.tile for own in computing if isinstance(own, Winograd)}
+        layers = [line for line in self.program.lines if isinstance(line.operation, Weighted)]
+        found = {line.name: tiles.get(id(line.operation)) for line in layers}
+        return {name: f"winograd {tile} x {tile}" if tile else "direct" for name, tile in found.items()}
+
     def _fill(self, step: Step, recorded: Recorded, walk: Walk, arena: Memory, varying: set[int]) -> None:
         views = []
         for seen in recorded.images:
@@ -87,6 +102,8 @@ class Plan:
         if len(views) > 2:
             step.z = views[1]
         step.groups = 1
+        if recorded.scratch is not None:
+            step.scratch = arena.address(recorded.scratch)
         if recorded.operation is None:
             step.kind = KINDS["copy"]
             self.kept.append(_axes(step, *(i.tensor for i in recorded.images)))
@@ -133,7 +150,7 @@ class Plan:
             if line not in held:
                 held[line] = from_outside(cast(Tensor, values[line]), self.program.lines[line].signed)
             view.data = held[line].data_ptr() + offset
-        self.program.library.run(self.steps, self.count)
+        self.program.library.run(self.steps, self.count, self.threads)
         for line in self.results:
             values[line] = held[line].contiguous()  # as the reference's, of which Python may take views
         self._compute(self.after, values)

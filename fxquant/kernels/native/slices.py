@@ -6,7 +6,7 @@ each slice, so that the steps behind, with smaller images and larger weights, wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from fxquant.kernels.native.layout import Image
 from fxquant.kernels.native.operations import Add, BorderOperation, Maximum, Operation, Pointwise
 from fxquant.kernels.native.walk import Recorded, Walk
 from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.native.winograd import Winograd
 
 __all__ = ["Order", "in_slices"]
 
@@ -41,15 +42,16 @@ class Order:
 def in_slices(walk: Walk) -> Order:
     """The steps of a walk, the first of them in slices where that is worth it."""
     steps = walk.steps
-    together = [[seen.tensor for seen in step.images] for step in steps]
+    together = [step.tensors for step in steps]
     batch = steps[0].images[0].tensor.shape[0] if steps[0].images[0].tensor.ndim == 4 else 0
     count = _worth(steps[: _separable(walk, batch)], -(-batch // _IMAGES)) if batch > _IMAGES else 0
     if not count:
         return Order(steps, walk.tensors, together)
     later = {_memory(x) for own in together[count:] for x in own}
-    inner = {_memory(x) for own in together[:count] for x in own if _memory(x) in walk.tensors} - later
+    read = [seen.tensor for step in steps[:count] for seen in step.images]
+    inner = {_memory(x) for x in read if _memory(x) in walk.tensors} - later
     slices = [
-        Recorded(step.operation, [_part(seen, batch, at, _memory(seen.tensor) in inner) for seen in step.images])
+        replace(step, images=[_part(seen, batch, at, _memory(seen.tensor) in inner) for seen in step.images])
         for at in range(0, batch, _IMAGES)
         for step in steps[:count]
     ]
@@ -76,7 +78,7 @@ def _by_images(operation: Operation | None) -> bool:
         return False
     if isinstance(operation, Pointwise):
         return operation.kind in ("table", "affine")
-    return isinstance(operation, (BorderOperation, Add, Maximum)) or (
+    return isinstance(operation, (BorderOperation, Add, Maximum, Winograd)) or (
         isinstance(operation, Weighted) and not operation.linear
     )
 
@@ -111,8 +113,13 @@ def _worth(steps: list[Recorded], slices: int) -> int:
     best = gain = count = 0
     for index, step in enumerate(steps):
         bytes_ = sum(seen.tensor.numel() * seen.tensor.element_size() for seen in step.images)
-        weight = step.operation.weight.numel() if isinstance(step.operation, Weighted) else 0
-        gain += bytes_ * (bytes_ > _CACHE) - weight * (slices - 1)
+        gain += bytes_ * (bytes_ > _CACHE) - _weights_of(step.operation) * (slices - 1)
         if gain > best:
             best, count = gain, index + 1
     return count
+
+
+def _weights_of(operation: Operation | None) -> int:
+    if isinstance(operation, Winograd):
+        return operation.weight.nbytes
+    return operation.weight.numel() if isinstance(operation, Weighted) else 0

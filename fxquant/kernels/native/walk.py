@@ -21,16 +21,23 @@ from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
 from fxquant.kernels.native.memory import MEMORY_LINE
 from fxquant.kernels.native.operations import BorderOperation, Concatenation, Operation
 from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.native.winograd import steps_of
 
 __all__ = ["OutputSlice", "Recorded", "Walk", "filled", "find_output_slices", "from_outside", "references"]
 
 
 @dataclass
 class Recorded:
-    """A step without addresses: tensors as the kernel sees them, the result last."""
+    """A step without addresses: tensors as the kernel sees them, the result last, and memory that it needs besides."""
 
     operation: Operation | None
     images: list[Image]
+    scratch: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it reads or writes."""
+        return [*(seen.tensor for seen in self.images), *([] if self.scratch is None else [self.scratch])]
 
 
 @dataclass
@@ -131,7 +138,9 @@ class Walk:
                 raise Refusal("its tensors lie in memory as no kernel reads them")
         if isinstance(operation, Weighted) and operation.by_lines:
             images[0] = self._behind_border(tensors[0], operation)
-        self.steps.append(Recorded(operation, images))
+        operations, scratch = steps_of(operation, images) if isinstance(operation, Weighted) else ([operation], 0)
+        own = self._own(torch.empty(scratch, dtype=torch.uint8)) if scratch else None
+        self.steps += [Recorded(each, images, own) for each in operations]
         return y
 
     def _operand(self, line: int) -> Tensor:

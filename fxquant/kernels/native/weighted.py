@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class Weighted(Operation):
         library: whose instruction set the weights are laid out for.
         table: 256 bytes that the result is looked up in.
         added: the sum that the result goes into.
-        halves: of weights that are multiplied in pairs, see ``weights.Halves``.
+        window: the weights of a layer that tiles may compute (``winograd.py``), int8 ``(channels, depth, 3, 3)``; else None.
+        reach: the largest magnitude of its sums of products, before biases.
+        transformed: its weights by the size of tiles, made by the plans that take them.
     """
 
     part: InitVar[IntegerWeighted]
@@ -52,7 +55,8 @@ class Weighted(Operation):
     table: Tensor | None = None
     added: Sum | None = None
     to_float: bool = field(init=False)
-    halves: Halves | None = field(init=False, default=None)
+    window: Tensor | None = field(init=False, default=None)
+    transformed: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self, part: IntegerWeighted) -> None:
         require_fit(part)
@@ -71,6 +75,9 @@ class Weighted(Operation):
         self.channels, self.depth = weight.shape[0], weight.shape[1]
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
+        g, self.reach = self.geometry, 255 * int(torch.maximum(above, below).max())
+        if self.kernel == (3, 3) and g.groups == 1 and g.stride == g.dilation == [1, 1] and not self.by_lines:
+            self.window = weight.clone()
         if self.depthwise and self.to_float:
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")
         self._lay_out(part, weight, bias, largest)
@@ -100,14 +107,30 @@ class Weighted(Operation):
         self.at_zero = zero_point * taps.sum(2, dtype=torch.int32)
         if self.three:
             filled = torch.nn.functional.pad(taps[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
-            self.weight = columns_weight(filled.reshape(-1, 3, 3), self.library)
+            self.direct = columns_weight(filled.reshape(-1, 3, 3), self.library), None
         elif self.depthwise:
-            self.weight = depthwise_weight(taps[:, :, 0], self.library)
+            self.direct = depthwise_weight(taps[:, :, 0], self.library), None
         elif self.by_lines:
-            self.weight, self.halves = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1, self.library)
-        else:
-            self.weight, self.halves = dense_weight(taps, groups, self.library)
+            self.direct = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1, self.library)
+        elif self.window is None:
+            self.direct = dense_weight(taps, groups, self.library)
         self.border = torch.full((self.depth * self.geometry.groups + 64,), self.zero_point, dtype=torch.uint8)
+
+    @cached_property
+    def direct(self) -> tuple[Tensor, Halves | None]:
+        """The weights as the direct kernels read them, and halves of some; of a window by the first plan that reads them."""
+        assert self.window is not None
+        return dense_weight(self.window.flatten(2).transpose(1, 2), 1, self.library)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as the direct kernels read them."""
+        return self.direct[0]
+
+    @property
+    def halves(self) -> Halves | None:
+        """Of weights that are multiplied in pairs, see ``weights.Halves``."""
+        return self.direct[1]
 
     def _blocks(self) -> tuple[int, int]:
         """Groups that are laid out apart, and channels in a block."""
@@ -176,7 +199,7 @@ class Weighted(Operation):
         if self.halves is not None:
             step.halves, step.half_four = self.halves.weight.data_ptr(), self.halves.four.data_ptr()
             step.half_first = self.halves.first.data_ptr()
-        self._fill_end(step)
+        self.fill_end(step)
         return None if self.depthwise else self._fill_zones(step)
 
     def _fill_zones(self, step: Step) -> Any:
@@ -199,7 +222,7 @@ class Weighted(Operation):
             return self.centred_bias
         return self.centred_bias + self._spread(self.at_zero[:, missing].sum(1, dtype=torch.int32))
 
-    def _fill_end(self, step: Step) -> None:
+    def fill_end(self, step: Step) -> None:
         """Write what becomes of the sums."""
         if self.to_float:
             low, most = self.clamp

@@ -30,6 +30,7 @@ __all__ = [
     "per_block",
     "rescaling_of",
     "interleaved",
+    "words_weight",
 ]
 
 
@@ -138,10 +139,23 @@ def dense_weight(weight: Tensor, groups: int, library: Library) -> tuple[Tensor,
             whole, halves = found
             return whole.permute(0, 2, 3, 1, 4).to(torch.int8).contiguous(), halves
     size = 4 // library.weight_size
-    tiles = []
-    for rows in _by_blocks(weight.to(_TYPE[library.weight_size]), groups, size).chunk(groups):
-        tiles += [tile.permute(2, 3, 0, 1, 4).flatten() for tile in rows.split(library.blocks_together)]
-    return torch.cat(tiles).contiguous(), None
+    rows = _by_blocks(weight.to(_TYPE[library.weight_size]), groups, size)
+    return _in_tiles(rows, groups, library), None
+
+
+def words_weight(weight: Tensor, library: Library) -> Tensor:
+    """Words ``(channels, positions, depth)`` as tiles of blocks, ``[position][two of depth][block][16][two]`` each."""
+    return _in_tiles(_by_blocks(weight.to(torch.int16), 1, 2), 1, library)
+
+
+def _in_tiles(rows: Tensor, groups: int, library: Library) -> Tensor:
+    """Blocks of all groups, as many beside each other as a kernel multiplies at once."""
+    tiles = [
+        tile.permute(2, 3, 0, 1, 4).flatten()
+        for own in rows.chunk(groups)
+        for tile in own.split(library.blocks_together)
+    ]
+    return torch.cat(tiles).contiguous()
 
 
 def _by_blocks(weight: Tensor, groups: int, size: int) -> Tensor:

@@ -35,6 +35,15 @@ inline void leave_as_floats(const Step& s, const int32_t* sums, int channel, int
     }
 }
 
+// What becomes of a tile's sums[pixel][64] of some pixels: bytes, or floats.
+inline void finish_sums(const Step& s, const Tile& tile, const Results& results, int count, int blocks, int channel, const int32_t* sums) {
+    if (s.flags & TO_FLOAT) {
+        for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, tile.channels, results.to[i]);
+    } else {
+        TO_BYTES[rule_of(s)][blocks](s, tile, results, count, sums);
+    }
+}
+
 // How far a tap of a window is from where the window begins: in bytes, and in lines and columns.
 struct Offset {
     int64_t bytes, down, right;
@@ -143,11 +152,7 @@ inline void convolve_region(const Step& s, const PaddingRegion& region, int64_t 
             continue;
         }
         accumulate_all(tile, blocks, count, sums);
-        if (to_float) {
-            for (int i = 0; i < count; i++) leave_as_floats(s, sums + 64 * i, channel, tile.channels, results.to[i]);
-        } else {
-            TO_BYTES[rule][blocks](s, tile, results, count, sums);
-        }
+        finish_sums(s, tile, results, count, blocks, channel, sums);
     }
 }
 

@@ -163,6 +163,8 @@ FXQUANT_EACH_HALF(low8, _mm256_unpacklo_epi8)
 FXQUANT_EACH_HALF(high8, _mm256_unpackhi_epi8)
 FXQUANT_EACH_HALF(low16, _mm256_unpacklo_epi16)
 FXQUANT_EACH_HALF(high16, _mm256_unpackhi_epi16)
+FXQUANT_EACH_HALF(add16, _mm256_add_epi16)
+FXQUANT_EACH_HALF(sub16, _mm256_sub_epi16)
 FXQUANT_EACH_HALF(dot_pairs, _mm256_madd_epi16)
 inline int64_t sum8(Vector v) {
     const __m256i zero = _mm256_setzero_si256();

@@ -162,6 +162,8 @@ inline Vector low8(Vector a, Vector b) { return _mm512_unpacklo_epi8(a, b); }
 inline Vector high8(Vector a, Vector b) { return _mm512_unpackhi_epi8(a, b); }
 inline Vector low16(Vector a, Vector b) { return _mm512_unpacklo_epi16(a, b); }
 inline Vector high16(Vector a, Vector b) { return _mm512_unpackhi_epi16(a, b); }
+inline Vector add16(Vector a, Vector b) { return _mm512_add_epi16(a, b); }
+inline Vector sub16(Vector a, Vector b) { return _mm512_sub_epi16(a, b); }
 inline int64_t sum8(Vector v) { return _mm512_reduce_add_epi64(_mm512_sad_epu8(v, _mm512_setzero_si512())); }
 
 inline Vector pack_interleaved(const Vector v[4]) {

@@ -115,12 +115,14 @@ inline Vector dot_bytes(Vector acc, Vector x, const int8_t* weight) {
     };
     return {{one(0), one(1), one(2), one(3)}};
 }
-// acc + the sum of two products of signed words.
+// acc + the sum of two products of signed words, modulo 2^32.
 inline Vector dot_words(Vector acc, Vector a, Vector b) {
     const auto odd = [](Lane<int32_t> v) { return v >> 16; };
     const auto even = [&](Lane<int32_t> v) { return odd((Lane<int32_t>)((Lane<uint32_t>)v << 16)); };
     const auto one = [&](int i) {
-        return acc.lane[i] + even(a.lane[i]) * even(b.lane[i]) + odd(a.lane[i]) * odd(b.lane[i]);
+        const auto first = (Lane<uint32_t>)(even(a.lane[i]) * even(b.lane[i]));
+        const auto second = (Lane<uint32_t>)(odd(a.lane[i]) * odd(b.lane[i]));
+        return (Lane<int32_t>)((Lane<uint32_t>)acc.lane[i] + first + second);
     };
     return {{one(0), one(1), one(2), one(3)}};
 }
@@ -251,6 +253,13 @@ inline Vector high16(Vector a, Vector b) {
     return lanes<uint16_t>(a, b, [](Lane<uint16_t> x, Lane<uint16_t> y) {
         return FXQUANT_SHUFFLE(uint16_t, x, y, 4, 12, 5, 13, 6, 14, 7, 15);
     });
+}
+// Lanes of unsigned numbers, which may wrap.
+inline Vector add16(Vector a, Vector b) {
+    return lanes<uint16_t>(a, b, [](Lane<uint16_t> x, Lane<uint16_t> y) { return x + y; });
+}
+inline Vector sub16(Vector a, Vector b) {
+    return lanes<uint16_t>(a, b, [](Lane<uint16_t> x, Lane<uint16_t> y) { return x - y; });
 }
 inline int64_t sum8(Vector v) {
     const Numbers<uint8_t> bytes(v);

@@ -5,13 +5,16 @@
 
 #include "attention.h"
 #include "layout.h"
+#include "winograd.h"
 
 namespace fxquant {
 
-static void compute(const Step& s, int unit, const Finish& finish) {
+static void compute(const Step& s, int unit, const Finish& finish, int thread) {
     switch (s.kind) {
         case QUANTIZE: return quantize(s, unit);
         case CONVOLUTION: return convolution(s, unit, finish);
+        case WINOGRAD: return winograd(s, unit, finish, thread);
+        case WINOGRAD_INPUT: return winograd_input(s, unit);
         case DEPTHWISE: return depthwise(s, unit, finish);
         case DEPTHWISE_THREE: return depthwise_three(s, unit, finish);
         case ATTENTION: return attend(s, unit);
@@ -58,7 +61,7 @@ static void work(void* data) {
                 const int end = static_cast<int>(static_cast<int64_t>(s.units) * (owner + 1) / run.threads);
                 std::atomic<int>& taken = run.taken[i * run.threads + owner].value;
                 for (int unit; (unit = from + taken.fetch_add(1, std::memory_order_relaxed)) < end; computed++)
-                    compute(s, unit, finish);
+                    compute(s, unit, finish, self);
             }
             if (computed) done.fetch_add(computed, std::memory_order_release);
         }

@@ -70,11 +70,13 @@ struct Step {
     int32_t zero_point[2];
     int32_t units, outer;  // how the work is cut, and whether units have few channels each
     int32_t region_count;
+    uint8_t* scratch;  // memory between the stages of a kind that has some, see there
+    int64_t slot;      // bytes of it that each thread has
 };
 
 enum Kind : int32_t {
     QUANTIZE, CONVOLUTION, DEPTHWISE, MAXIMUM, AVERAGE, TABLE, ADD, MULTIPLY, AFFINE, COPY, DEQUANTIZE,
-    DEPTHWISE_THREE, ATTENTION, LAYER_NORM, SOFTMAX
+    DEPTHWISE_THREE, ATTENTION, LAYER_NORM, SOFTMAX, WINOGRAD, WINOGRAD_INPUT
 };
 
 enum Flag : int32_t {

@@ -42,6 +42,10 @@ struct Tile {
     const int8_t* weight_of(int t, int blocks) const { return weight + static_cast<int64_t>(tap[t]) * fours * (64 * blocks); }
 };
 
+// What four bytes of a pixel and of weights hold: operands and weights of the set (dot), bytes whose products are added in pairs
+// (dot_in_pairs), or two words (dot_words).
+enum Products { OPERANDS, IN_PAIRS, IN_WORDS };
+
 // PIXELS by BLOCKS sums of 16 channels, which stay in registers.
 template <int PIXELS, int BLOCKS>
 struct Sums {
@@ -56,7 +60,7 @@ struct Sums {
         }
     }
     // Four bytes of each pixel, by the weights of all channels.
-    template <bool IN_PAIRS = false>
+    template <Products PRODUCTS = OPERANDS>
     void add(const uint8_t* const (&at)[PIXELS], int64_t four, const int8_t* weight) {
         Vector w[BLOCKS];
 #pragma GCC unroll 8
@@ -68,7 +72,8 @@ struct Sums {
             const Vector x = each32(operands);
 #pragma GCC unroll 8
             for (int j = 0; j < BLOCKS; j++) {
-                if constexpr (IN_PAIRS) acc[i][j] = dot_in_pairs(acc[i][j], x, w[j]);
+                if constexpr (PRODUCTS == IN_PAIRS) acc[i][j] = dot_in_pairs(acc[i][j], x, w[j]);
+                else if constexpr (PRODUCTS == IN_WORDS) acc[i][j] = dot_words(acc[i][j], x, w[j]);
                 else acc[i][j] = dot(acc[i][j], x, w[j]);
                 keep(acc[i][j]);
             }
@@ -93,7 +98,7 @@ inline void finish_pixel(const Rescaling<RULE>& rescaling, const Tile& tile, con
 }
 
 // A tile's sums[pixel][64].
-template <int PIXELS, int BLOCKS, bool IN_PAIRS = false>
+template <int PIXELS, int BLOCKS, Products PRODUCTS = OPERANDS>
 void accumulate(const Tile& tile, int32_t* sums) {
     Sums<PIXELS, BLOCKS> acc(tile.bias);
     const uint8_t* const* rows = tile.rows;
@@ -103,14 +108,14 @@ void accumulate(const Tile& tile, int32_t* sums) {
 #pragma GCC unroll 8
         for (int i = 0; i < PIXELS; i++) at[i] = rows[i] + tile.offset;
         const int64_t fours = tile.fours;
-        for (int64_t k = 0; k < fours; k++) acc.template add<IN_PAIRS>(at, k, weight);
-        if constexpr (IN_PAIRS) {
+        for (int64_t k = 0; k < fours; k++) acc.template add<PRODUCTS>(at, k, weight);
+        if constexpr (PRODUCTS == IN_PAIRS) {
             const int32_t* first = tile.half_first + tile.tap[t];
             for (int32_t h = first[0]; h < first[1]; h++) {
                 const uint8_t* half[PIXELS];
 #pragma GCC unroll 8
                 for (int i = 0; i < PIXELS; i++) half[i] = at[i] + 4 * tile.half_four[h];
-                acc.template add<true>(half, 0, tile.halves + 64 * static_cast<int64_t>(h));
+                acc.template add<IN_PAIRS>(half, 0, tile.halves + 64 * static_cast<int64_t>(h));
             }
         }
     }
@@ -143,7 +148,7 @@ static constexpr auto ACCUMULATE = for_tiles<Accumulate, Accumulating>();
 template <int PIXELS, int BLOCKS>
 struct AccumulatingInPairs {
     static constexpr Accumulate function() {
-        if constexpr (PAIRS_OF_BYTES && PIXELS > 0 && PIXELS <= PIXELS_FOR[BLOCKS]) return accumulate<PIXELS, BLOCKS, true>;
+        if constexpr (PAIRS_OF_BYTES && PIXELS > 0 && PIXELS <= PIXELS_FOR[BLOCKS]) return accumulate<PIXELS, BLOCKS, IN_PAIRS>;
         return nullptr;
     }
 };
