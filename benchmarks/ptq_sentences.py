@@ -1,8 +1,8 @@
 """Post-training quantization of a sentence encoder, MiniLM-L6: how near embeddings stay to the float network's.
 
-Sentences are the first ones of docstrings in scikit-learn: those of half of its files calibrate, others are judged. "cosine" is between an embedding and the float one, "rank" is Spearman's correlation, over all pairs of
-sentences, of the similarities within the pairs, which is what a search orders by; "nearest" how often the most similar other
-sentence is the float network's.
+Sentences are the first ones of docstrings in scikit-learn: those of half of its files calibrate, others are judged. "cosine" is
+between an embedding and the float one; "rank" is Spearman's correlation, over all pairs of sentences, of the similarities
+within the pairs, which is what a search orders by; "nearest" is how often the most similar other sentence is the float network's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ast
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxquant
-from fxquant import Scheme, Setting
+from fxquant import Op, Recipe, Scheme, Setting
 from fxquant.algorithms import smooth
 
-SCHEMES = {"W8A8": (8, True), "W8A8 per tensor": (8, False), "W4A8": (4, True)}
-"""Bits of weights, and whether they have a scale a channel; activations have 8."""
+SCHEMES = {"W8A8": (8, 8), "W8A8, wide sums": (8, 16), "W4A8, wide sums": (4, 16)}
+"""Bits of weights, and of the sums of the residual stream with their operands; all other activations have 8."""
 METHODS = ("ranges", "SmoothQuant", "recover", "SmoothQuant, recover")
 BATCH, LONGEST = 32, 64
-CALIBRATING, JUDGED = 256, 400
+CALIBRATING, JUDGED = 128, 256
 Batch = dict[str, Tensor]
+Run = Callable[..., Tensor]
 
 
 class Encoder(nn.Module):
@@ -102,22 +103,28 @@ def batches_of(lines: list[str], tokenizer: Any) -> list[Batch]:
     return made
 
 
-def quantized(model: nn.Module, batches: list[Batch], scheme: str, method: str) -> tuple[nn.Module, float]:
+def recipe(bits: int, wide: int) -> Recipe:
+    """The recipe of a scheme."""
+    weight = Scheme.weight(bits, estimator="minmax" if bits == 8 else "mse")
+    stream = Setting(weight=weight, activation=Scheme.activation(wide))
+    places: list[Any] = ["*output.dense", Op("add"), "bert.embeddings*"] if wide > 8 else []
+    return Recipe([(place, stream) for place in places], default=Setting(weight=weight))
+
+
+def quantized(model: nn.Module, batches: list[Batch], scheme: str, method: str) -> tuple[Run, float]:
     """The integer model, and the CPU seconds that the method took."""
-    bits, per_channel = SCHEMES[scheme]
-    weight = Scheme.weight(bits, per_channel=per_channel, estimator="minmax" if bits == 8 else "mse")
     start = time.process_time()
-    prepared = fxquant.prepare(model, batches[0], recipe=Setting(weight=weight))
+    prepared = fxquant.prepare(model, batches[0], recipe=recipe(*SCHEMES[scheme]))
     if "SmoothQuant" in method:
         smooth(prepared, batches, progress=False)
     fxquant.calibrate(prepared, batches, progress=False)
     if "recover" in method:
         fxquant.recover(prepared, batches, progress=False)
-    return fxquant.convert(prepared), time.process_time() - start
+    return fxquant.compile(fxquant.convert(prepared), runtime="torch"), time.process_time() - start
 
 
 @torch.no_grad()
-def embeddings(model: nn.Module, batches: list[Batch]) -> Tensor:
+def embeddings(model: Run, batches: list[Batch]) -> Tensor:
     """``(N, 384)``."""
     return torch.cat([model(**batch) for batch in batches])
 
@@ -161,7 +168,11 @@ def main() -> None:
     model, tokenizer = encoder()
     calibrating, judged = sentences()
     batches, unseen = batches_of(calibrating, tokenizer), batches_of(judged, tokenizer)
-    facts = {"judged": len(judged), "calibrating": len(calibrating), "sentences of": f"scikit-learn {version('scikit-learn')}"}
+    facts = {
+        "judged": len(judged),
+        "calibrating": len(calibrating),
+        "sentences of": f"scikit-learn {version('scikit-learn')}",
+    }
     true, rows = embeddings(model, unseen), []
     for scheme in args.schemes:
         for method in tqdm(args.methods, desc=scheme):

@@ -411,7 +411,9 @@ def test_a_failing_batch_leaves_modes_and_statistics_as_they_were():
 class OwnForward(nn.Module):
     """A layer of ``kind`` whose forward calls torch's function with the layer's parameters, as TensorFlow's padding does."""
 
-    def __init__(self, kind: type[nn.Module], function: Any, *args: Any, extra: tuple[Any, ...] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, kind: type[nn.Module], function: Any, *args: Any, extra: tuple[Any, ...] = (), **kwargs: Any
+    ) -> None:
         super().__init__()
         held: Any = kind(*args, **kwargs)
         self.weight, self.bias, self.function, self.extra = held.weight, held.bias, function, extra

@@ -78,9 +78,7 @@ class Rescaling:
         return torch.stack(columns, dim=1).reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
 
 
-def rescaling_of(
-    part: Any, channels: int, largest: Tensor, ends: tuple[Tensor, Tensor] | None = None
-) -> Rescaling:
+def rescaling_of(part: Any, channels: int, largest: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Rescaling:
     """How an integer form requantizes its sums.
 
     Args:
