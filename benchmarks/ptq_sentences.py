@@ -1,8 +1,9 @@
 """Post-training quantization of a sentence encoder, MiniLM-L6: how near embeddings stay to the float network's.
 
-Sentences are the first ones of docstrings in scikit-learn: those of half of its files calibrate, others are judged. "cosine" is
-between an embedding and the float one; "rank" is Spearman's correlation, over all pairs of sentences, of the similarities
-within the pairs, which is what a search orders by; "nearest" is how often the most similar other sentence is the float network's.
+Sentences are the first ones of docstrings in scikit-learn: those of half of its files calibrate, others are judged.
+"cosine" is between an embedding and the float one; "rank" is Spearman's correlation, over all pairs of sentences, of the
+similarities within the pairs, which is what a search orders by; "nearest" is how often the most similar other sentence is
+the float network's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxquant
-from fxquant import Op, Recipe, Scheme, Setting
+from fxquant import Recipe, Scheme, Setting
 from fxquant.algorithms import smooth
 
 SCHEMES = {"W8A8": (8, 8), "W8A8, wide sums": (8, 16), "W4A8, wide sums": (4, 16)}
@@ -107,7 +108,7 @@ def recipe(bits: int, wide: int) -> Recipe:
     """The recipe of a scheme."""
     weight = Scheme.weight(bits, estimator="minmax" if bits == 8 else "mse")
     stream = Setting(weight=weight, activation=Scheme.activation(wide))
-    places: list[Any] = ["*output.dense", Op("add"), "bert.embeddings*"] if wide > 8 else []
+    places = ["*output.dense", "*output.add", "bert.embeddings*"] if wide > 8 else []
     return Recipe([(place, stream) for place in places], default=Setting(weight=weight))
 
 

@@ -154,31 +154,26 @@ def _layer(edit: Edit, node: fx.Node, role: str) -> _Layer | Refusal:
     if not isinstance(call.attributes.get("groups", 1), int):
         return Refusal(f"{node.name} {role}, and computes its groups")
     if module is not None:
-        return _Layer(node, call, behaviour, module, _tensor(module.weight), module.bias)  # type: ignore[arg-type]
+        held: Any = module
+        return _Layer(node, call, behaviour, module, held.weight, held.bias)
     weight, bias = call.operand("weight"), call.operand("bias")
-    if not isinstance(held := _read_once(edit, weight), nn.Parameter):
-        return Refusal(f"{node.name} {role}, and {held}")
-    if bias is None:
-        return _Layer(node, call, behaviour, None, held, None)
-    if not isinstance(added := _read_once(edit, bias), nn.Parameter):
-        return Refusal(f"{node.name} {role}, and {added}")
-    return _Layer(node, call, behaviour, None, held, added)
+    own = _read_once(edit, weight, role)
+    if isinstance(own, Refusal):
+        return own
+    added = None if bias is None else _read_once(edit, bias, role)
+    return added if isinstance(added, Refusal) else _Layer(node, call, behaviour, None, own, added)
 
 
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _read_once(edit: Edit, node: fx.Node | None) -> nn.Parameter | str:
-    """The parameter that ``node`` reads for one op alone; or why it is none."""
+def _read_once(edit: Edit, node: fx.Node | None, role: str) -> nn.Parameter | Refusal:
+    """The parameter that ``node`` reads for one op alone, which ``role`` says the place of; refused where it is none."""
     if node is None or node.op != "get_attr" or not isinstance(edit.attributes[str(node.target)], nn.Parameter):
-        return "its weights are computed"
+        return Refusal(f"what {role} computes its weights")
     held, path = edit.attributes[str(node.target)], str(node.target)
     reads = [other for other in edit.nodes if other.op == "get_attr" and edit.attributes[str(other.target)] is held]
     called = [other for other in edit.nodes if other.op == "call_module" and path.startswith(f"{other.target}.")]
     if len(reads) > 1 or len(node.users) > 1 or called:
-        return "its weights are used at several places"
+        user = next(iter(node.users)).name
+        return Refusal(f"{user} {role}, and its weights are used at several places")
     return held
 
 
