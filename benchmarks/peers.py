@@ -138,7 +138,9 @@ def ort_static(
         kinds = {"activation_type": QuantType.QUInt8}
         kinds["weight_type"] = QuantType.QInt8 if weight_bits == 8 else QuantType.QInt4
         how = {"per_channel": per_channel, "calibrate_method": CalibrationMethod[method]}
-        quantize_static(ready, path, Reader(), extra_options={"CalibMaxIntermediateOutputs": 1}, **how, **kinds)
+        # Histograms are taken batch by batch; min-max keeps two numbers a tensor, and finds none with this option.
+        extra = {} if method == "MinMax" else {"CalibMaxIntermediateOutputs": 1}
+        quantize_static(ready, path, Reader(), extra_options=extra, **how, **kinds)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         session = ort.InferenceSession(Path(path).read_bytes(), settings, providers=["CPUExecutionProvider"])
