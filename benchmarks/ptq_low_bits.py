@@ -13,6 +13,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ from tqdm import tqdm
 import fxquant
 from fxquant import Recipe, Scheme, Setting
 from fxquant.algorithms import reconstruct
+from fxquant.targets import X86
 
 SCHEMES = {
     "W4A8": (4, 8, False),
     "W4A4": (4, 4, False),
     "W4A4, first, last and input at 8": (4, 4, True),
+    "W4A4, first, last and input at 8, wide sums": (4, 4, True),
     "W3A8": (3, 8, False),
     "W2A8": (2, 8, False),
 }
 """Bits of weights and of activations, and whether the first and last layer and the input have 8."""
+WIDE_SUMS = replace(X86, name="x86, wide sums", title="PyTorch on a CPU", reads_accumulators=frozenset({"add"}))
+"""The papers' W4A4 (BRECQ, QDrop) rounds what weighted layers read: a sum reads the accumulator of a convolution.
+All other schemes round both operands of a sum to the activations' bits, as x86 computes it."""
 METHODS = ("min-max", "mse", "closed form", "closed form, then blocks")
 STEPS = 300
 """Of block reconstruction, for each residual unit; the papers take 20,000."""
@@ -68,7 +74,8 @@ def quantized_by(
 ) -> tuple[nn.Module, float]:
     """The integer model, and the CPU seconds that ``method`` took after ``prepare``."""
     estimator = "minmax" if method == "min-max" else "mse"
-    prepared = fxquant.prepare(model, (batches[0][0],), recipe=recipe(scheme, estimator))
+    target = WIDE_SUMS if scheme.endswith("wide sums") else X86
+    prepared = fxquant.prepare(model, (batches[0][0],), recipe=recipe(scheme, estimator), target=target)
     start = time.process_time()
     fxquant.calibrate(prepared, batches, progress=False)
     if method.startswith("closed form"):

@@ -406,3 +406,94 @@ def test_a_failing_batch_leaves_modes_and_statistics_as_they_were():
         fxquant.reestimate_batchnorm(prepared, [x, torch.randn(3, 5, 9, 8)])
     assert modes == [m.training for m in prepared.modules()]
     assert all(torch.equal(before[k], v) for k, v in prepared.state_dict().items())
+
+
+class OwnForward(nn.Module):
+    """A layer of ``kind`` whose forward calls torch's function with the layer's parameters, as TensorFlow's padding does."""
+
+    def __init__(
+        self, kind: type[nn.Module], function: Any, *args: Any, extra: tuple[Any, ...] = (), **kwargs: Any
+    ) -> None:
+        super().__init__()
+        held: Any = kind(*args, **kwargs)
+        self.weight, self.bias, self.function, self.extra = held.weight, held.bias, function, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(F.pad(x, (0, 1, 0, 1)) if x.ndim == 4 else x, self.weight, self.bias, *self.extra)
+
+
+class NamedBias(OwnForward):
+    """Its bias is given by name, or not at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1) if self.bias is None else F.conv2d(x, self.weight, bias=self.bias)
+
+
+class ReadTwice(nn.Module):
+    """Two convolutions of one weight, and a batch norm behind the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bn = nn.Parameter(torch.randn(4, 4, 3, 3)), randomized(nn.BatchNorm2d(4, eps=EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(F.conv2d(F.relu(F.conv2d(x, self.weight, padding=1)), self.weight, padding=1))
+
+
+class OfALayer(nn.Module):
+    """A convolution with the weight of a layer that is called too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, bias=False), randomized(nn.BatchNorm2d(4, eps=EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(F.conv2d(self.conv(x), self.conv.weight, padding=1))
+
+
+def behind(layer: nn.Module, channels: int, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    return nn.Sequential(layer, randomized(norm(channels, eps=EPS)), nn.ReLU6())
+
+
+FUNCTIONS = {
+    "no bias": lambda: behind(OwnForward(nn.Conv2d, F.conv2d, 4, 6, 3, bias=False, extra=(2,)), 6),
+    "bias": lambda: behind(OwnForward(nn.Conv2d, F.conv2d, 4, 6, 3), 6),
+    "depthwise": lambda: behind(OwnForward(nn.Conv2d, F.conv2d, 4, 8, 3, groups=4, bias=False, extra=(1, 0, 1, 4)), 8),
+    "transposed, grouped": lambda: behind(
+        OwnForward(nn.ConvTranspose2d, F.conv_transpose2d, 4, 6, 3, groups=2, extra=(2, 1, 0, 2)), 6
+    ),
+    "no bias by name": lambda: behind(NamedBias(nn.Conv2d, None, 4, 6, 3, bias=False), 6),
+    "bias by name": lambda: behind(NamedBias(nn.Conv2d, None, 4, 6, 3), 6),
+    "before it": lambda: nn.Sequential(randomized(nn.BatchNorm2d(4, eps=EPS)), NamedBias(nn.Conv2d, None, 4, 6, 3)),
+    "linear": lambda: nn.Sequential(
+        nn.Flatten(), OwnForward(nn.Linear, F.linear, 4 * 64, 5, bias=False), randomized(nn.BatchNorm1d(5, eps=EPS))
+    ),
+}
+
+
+@pytest.mark.parametrize("build", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_folds_into_a_function_of_parameters_that_nothing_else_reads(build):
+    model, x = build().eval(), torch.randn(5, 4, 8, 8)
+    prepared = fxquant.prepare(model, x)
+    assert "BatchNorm" not in graph_text(prepared)
+    with torch.no_grad(), fxquant.quantizers_off(prepared):
+        assert_close_to_scale(prepared(x), model(x), 2e-6)
+    assert set(dict(model.named_parameters())) >= {name for name, _ in prepared.named_parameters() if "weight" in name}
+    fxquant.calibrate(prepared, [x], progress=False)
+    assert_ops_agree(frozen := fxquant.freeze(prepared), fxquant.convert(frozen), (x,))
+
+
+@pytest.mark.parametrize("build", [ReadTwice, OfALayer])
+def test_does_not_fold_into_parameters_that_something_else_reads(build):
+    model, x = build().eval(), torch.randn(5, 4, 8, 8)
+    prepared = fxquant.prepare(model, x)
+    assert "its weights are used at several places" in notes_of(prepared)
+    with torch.no_grad(), fxquant.quantizers_off(prepared):
+        assert_same_bits(prepared(x), model(x))
+
+
+def test_a_model_whose_functions_took_batch_norms_is_saved_and_loaded(tmp_path):
+    model, x = FUNCTIONS["no bias"]().eval(), torch.randn(5, 4, 8, 8)
+    int8 = fxquant.quantize(model, [x], progress=False)
+    fxquant.save(int8, tmp_path / "int8.pt")
+    assert_same_bits(fxquant.load(FUNCTIONS["no bias"](), tmp_path / "int8.pt")(x), int8(x))

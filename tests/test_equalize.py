@@ -163,6 +163,51 @@ def test_the_float_function_stays_and_both_ranges_are_equal(kind):
         assert float(r1) == pytest.approx(float(r2), rel=1e-4)
 
 
+class OwnForward(nn.Conv2d):
+    """A convolution that calls torch's function with its parameters, which fxquant sees as a function then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def test_a_function_of_its_own_parameters_is_treated_as_a_module():
+    model, x = unbalanced(trained()), torch.randn(4, 1, 8, 8)
+    twin = copy.deepcopy(model)
+    for part in twin.modules():
+        if isinstance(part, nn.Conv2d):
+            part.__class__ = OwnForward
+    found = []
+    for each in (model, twin):
+        prepared = fxquant.prepare(each, x, recipe=PER_TENSOR)
+        before = dict(prepared.named_parameters())
+        equalize(prepared)
+        changed = {name for name, value in prepared.named_parameters() if not torch.equal(value, before[name])}
+        fxquant.calibrate(prepared, [x], progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the first layer, which reads the data, nothing is known
+            correct_biases(prepared)
+        parameters = dict(prepared.named_parameters())
+        found.append((parameters, changed, prepared(x)))
+    assert found[0][1] == found[1][1] and len(found[0][1]) > 8
+    assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
+    assert torch.equal(found[0][2], found[1][2])
+
+
+def test_a_function_whose_parameters_others_read_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.first = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(F.relu(F.conv2d(F.relu(self.first(x)), self.weight)), self.weight)
+
+    model, x = Twice().eval(), torch.randn(2, 4, 5, 5)
+    with pytest.warns(UserWarning, match="no pair of layers"):
+        prepared = equalize(fxquant.prepare(model, x))
+    assert torch.equal(prepared.weight, model.weight) and torch.equal(prepared.first.weight, model.first.weight)
+
+
 def test_what_is_not_homogeneous_is_refused_with_the_reason():
     x = torch.randn(2, 3, 6, 6)
     model = Chain(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1)).eval()

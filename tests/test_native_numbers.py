@@ -197,6 +197,20 @@ def test_scales_far_apart_are_right_or_refused():
             assert torch.equal(native(x), integer(x)), form
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_dead_channels(form):
+    """Channels whose scale vanished, and channels of a bias beside which no weight counts, beside live ones."""
+    build, shape = FORMS[form]
+    x = signal(*shape)
+    integer = integers_of(build(), x)
+    for part in weighted(integer):
+        part.multiplier[::5] = 0
+        part.weight[1::5] = part.weight[1::5].sign()
+        part.bias[1::5] = torch.randint(2**28, 2**29, part.bias[1::5].shape) * (2 * torch.randint(2, (1,)) - 1)
+        part.multiplier[1::5], part.shift[1::5] = 2**30, -27  # 2^-28: up to two steps, ties possible
+    require_same(integer, (x,))
+
+
 SUMS: dict[str, tuple[list[int], int]] = {
     "ones": ([2**30, 2**30, 0], 1),
     "halves": ([2**30, 2**30, 0], 0),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.algorithms.own_code import names_read
-from fxquant.algorithms.weights import attribute
+from fxquant.algorithms.weights import OwnParameters, attribute
 from fxquant.behaviour import Clamping, Weighted
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import Refusal
@@ -35,10 +35,10 @@ _MAGNITUDES = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 
 
 class Channels:
-    """Views and factors of one weighted module's channels; groups in order, as the op counts them.
+    """Views and factors of one weighted op's channels; groups in order, as the op counts them.
 
     Args:
-        part: the module; its parameters are replaced, never changed in place.
+        part: the module, or ``OwnParameters``; the parameters are replaced, never changed in place.
         behaviour: which axis of the weight is which.
     """
 
@@ -128,23 +128,27 @@ class Uses:
     def __init__(self, prepared: nn.Module) -> None:
         graphs = graphs_of(prepared)
         self._held = Counter(id(value) for _, value in prepared.named_parameters(remove_duplicate=False))
-        self._read: dict[int, str] = {}
+        self._read: dict[int, list[str]] = {}
         self._code: dict[LeveledModule, str] = {}
         for path, graph in graphs.items():
             for node in graph.graph.nodes:
                 if node.op == "get_attr":
-                    self._read[id(attribute(graph, str(node.target)))] = next((n.name for n in node.users), node.name)
+                    readers = [user.name for user in node.users] or [node.name]
+                    self._read.setdefault(id(attribute(graph, str(node.target))), []).extend(readers)
             around = [path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1)] + [""] * bool(path)
             own = [part for name in around if not isinstance(part := prepared.get_submodule(name), LeveledModule)]
             reading = [part for part in own if names_read(type(part)) & {"weight", "bias", "parameters", "state_dict"}]
             if reading:
                 self._code[graph] = type(reading[0]).__name__
 
-    def elsewhere(self, graph: LeveledModule, part: nn.Module) -> Refusal | None:
-        """That something else reads the parameters of ``part``, a module of ``graph``; None where nothing does."""
+    def elsewhere(self, graph: LeveledModule, part: nn.Module | OwnParameters) -> Refusal | None:
+        """That something else reads the parameters of ``part``, which ``graph`` calls; None where nothing does."""
         for name, value in part.named_parameters(recurse=False):
-            if id(value) in self._read:
-                return Refusal(f"{self._read[id(value)]} reads its {name} too")
+            readers = list(self._read.get(id(value), ()))
+            if isinstance(part, OwnParameters):
+                readers.remove(part.reader)
+            if readers:
+                return Refusal(f"{readers[-1]} reads its {name} too")
             if self._held[id(value)] > 1:
                 return Refusal(f"its {name} is another layer's too")
         code = self._code.get(graph)
@@ -153,15 +157,19 @@ class Uses:
         return Refusal(f"the code of {code}, which runs around it, may read its parameters")
 
 
-def weighted_parts(graph: LeveledModule) -> dict[fx.Node, QuantWeighted]:
-    """The nodes that call a weighted module that nothing else calls and whose weight no other module of the graph has."""
+def weighted_parts(graph: LeveledModule) -> dict[fx.Node, Any]:
+    """The nodes that call a weighted module or function whose weight nothing else in the graph has, with its parameters.
+
+    They are the module, or ``OwnParameters``.
+    """
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
     held = Counter(id(value) for _, value in graph.named_parameters(remove_duplicate=False))
-    found = {}
+    found: dict[fx.Node, Any] = {}
     for node in graph.graph.nodes:
         part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(part, QuantWeighted) and calls[node.target] == 1 and held[id(part.weight)] == 1:
-            found[node] = part
+        own = part if isinstance(part, QuantWeighted) else OwnParameters.of(graph, node, part)
+        if own is not None and calls[node.target] == 1 and held[id(own.weight)] == 1:
+            found[node] = own
     return found
 
 
@@ -212,12 +220,12 @@ def exact_in(dtype: torch.dtype, factor: Tensor) -> Tensor:
     return factor if torch.finfo(dtype).bits > 16 else torch.exp2(factor.log2().round())
 
 
-def unfit(graph: LeveledModule, uses: Uses, *parts: nn.Module) -> Refusal | None:
+def unfit(graph: LeveledModule, uses: Uses, *parts: nn.Module | OwnParameters) -> Refusal | None:
     """Why the parameters of ``parts`` have to stay, or None."""
     return next((refusal for part in parts if (refusal := uses.elsewhere(graph, part) or _not_finite(part))), None)
 
 
-def _not_finite(part: nn.Module) -> Refusal | None:
+def _not_finite(part: nn.Module | OwnParameters) -> Refusal | None:
     """That a parameter of ``part`` has no range; or None."""
     for name, value in part.named_parameters(recurse=False):
         if not bool(torch.isfinite(value).all()):

@@ -18,7 +18,7 @@ from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.ops.calls import call_of
 
-__all__ = ["WeightedCall", "attribute", "weighted_calls"]
+__all__ = ["OwnParameters", "WeightedCall", "attribute", "weighted_calls"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,89 @@ def attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
+
+
+class OwnParameters:
+    """The parameters of a weighted function that nothing else in its graph reads, as a weighted module has them.
+
+    Args:
+        graph: that holds them.
+        node, part: of the function, in ``graph``.
+
+    Attributes:
+        reader: the function's name in the graph.
+        groups, weight_quantizer: as of a module.
+    """
+
+    def __init__(self, graph: LeveledModule, node: fx.Node, part: QuantWeightedOp) -> None:
+        call = call_of(node, part)
+        self._graph, self._paths = graph, {name: call.operand(name) for name in ("weight", "bias")}
+        self.reader, self.weight_quantizer = node.name, part.weight_quantizer
+        self.groups = int(call.attributes.get("groups", 1))
+
+    @classmethod
+    def of(cls, graph: LeveledModule, node: fx.Node, part: Any) -> OwnParameters | None:
+        """Those of a node; None where it is no weighted function, or where something else of the graph reads them too."""
+        if not isinstance(part, QuantWeightedOp) or not isinstance(
+            call_of(node, part).attributes.get("groups", 1), int
+        ):
+            return None
+        own = cls(graph, node, part)
+        reads = [other for other in own._paths.values() if other is not None]
+        if own._paths["weight"] is None or not all(_reads_alone(graph, read) for read in reads):
+            return None
+        return own
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The float weight."""
+        return self._held("weight")
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self._put("weight", value)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The float bias, if there is one."""
+        return None if self._paths["bias"] is None else self._held("bias")
+
+    @bias.setter
+    def bias(self, value: nn.Parameter) -> None:
+        self._put("bias", value)
+
+    def named_parameters(self, recurse: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """Both, by name."""
+        yield "weight", self.weight
+        if self.bias is not None:
+            yield "bias", self.bias
+
+    def _held(self, name: str) -> nn.Parameter:
+        found = attribute(self._graph, str(self._path(name)))
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    def _put(self, name: str, value: nn.Parameter) -> None:
+        inside, _, last = self._path(name).rpartition(".")
+        setattr(attribute(self._graph, inside) if inside else self._graph, last, value)
+
+    def _path(self, name: str) -> str:
+        read = self._paths[name]
+        assert read is not None
+        return str(read.target)
+
+
+def _reads_alone(graph: LeveledModule, read: fx.Node) -> bool:
+    """Whether ``read`` is a parameter of the graph that no other node and no module that is called has, for one op."""
+    if read.op != "get_attr" or len(read.users) != 1:
+        return False
+    value, path = attribute(graph, str(read.target)), str(read.target)
+    for other in graph.graph.nodes:
+        if other.op == "get_attr" and other is not read and attribute(graph, str(other.target)) is value:
+            return False
+        if other.op == "call_module" and path.startswith(f"{other.target}."):
+            return False
+    return isinstance(value, nn.Parameter)
 
 
 def _read_weight(graph: LeveledModule, node: fx.Node, part: Any) -> Tensor | None:

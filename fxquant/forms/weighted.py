@@ -22,7 +22,7 @@ from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.quantized import REFERENCE
-from fxquant.kernels.weighted import expected_engine, require_fit, weighted_step
+from fxquant.kernels.weighted import expected_engine, require_fit, require_scales, weighted_step
 from fxquant.nn.accumulating import IntegerWeighted
 from fxquant.nn.form import Computation, Form, HeldIntegers, RealForm, TorchKernel, register_form
 
@@ -63,6 +63,7 @@ def _native(lines: Lines, node: fx.Node, part: IntegerWeighted) -> Operation:
 def _expected(part: IntegerWeighted, operators: Operators) -> str:
     try:
         require_fit(part)
+        require_scales(part)
         return expected_engine(part, operators)
     except Refusal as refusal:
         return f"{REFERENCE}: {refusal.why}"

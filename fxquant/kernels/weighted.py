@@ -28,7 +28,7 @@ from fxquant.kernels.saturation import INT32, can_saturate, largest_sum
 from fxquant.kernels.storage import Storage, convert
 from fxquant.nn.accumulating import IntegerWeighted, channels_first
 
-__all__ = ["Geometry", "expected_engine", "geometry_of", "require_fit", "weighted_step"]
+__all__ = ["Geometry", "expected_engine", "geometry_of", "require_fit", "require_scales", "weighted_step"]
 
 _SATURATES = "sums of its products could overflow 16 bits on this machine"
 _FEW_ROWS = 16
@@ -80,13 +80,21 @@ def require_fit(part: IntegerWeighted) -> None:
         return
     if part.output_dtype not in (torch.uint8, torch.int8):
         raise Refusal(f"its result is {part.output_dtype}")
-    if not bool((part.multiplier > 0).all()):
-        raise Refusal("a channel's scale vanishes")
     if behaviour.channels_last:
         return
     if behaviour.out_axis != 0 or part.weight.ndim not in (3, 4):
         raise Refusal("it is a transposed convolution" if behaviour.out_axis else "it has three dimensions")
     geometry_of(part)
+
+
+def require_scales(part: IntegerWeighted) -> None:
+    """Refuse a layer with a channel whose scale torch's packed weights cannot hold.
+
+    Raises:
+        Refusal: says so.
+    """
+    if part.output_dtype is not None and not bool((part.multiplier > 0).all()):
+        raise Refusal("a channel's scale vanishes")
 
 
 def weighted_step(place: Place) -> Step:
@@ -98,6 +106,7 @@ def weighted_step(place: Place) -> Step:
     part: IntegerWeighted = place.part
     x, taken = place.integers(place.node.args[0]), place.input_form(0)
     require_fit(part)
+    require_scales(part)
     if place.node.kwargs or x.sample.numel() == 0:
         raise Refusal("it is called with more than its input" if place.node.kwargs else "its input is empty")
     if not part.behaviour.channels_last:

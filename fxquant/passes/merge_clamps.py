@@ -68,7 +68,7 @@ def _batch_norm(edit: Edit, head: fx.Node, node: fx.Node, *, folds_first: bool) 
         return False
     part = edit.module(head)
     if part is None:
-        edit.note(node, f"not folded: {head.name}'s weights are used at several places")
+        edit.note(node, f"not folded: {head.name} is a function of parameters, and no module")
         return False
     behaviour = behaviour_of(head)
     assert isinstance(behaviour, Weighted)

@@ -67,7 +67,8 @@ class Weighted(Operation):
             raise Refusal("only convolutions over two dimensions and linear layers are written natively")
         bias = folded_bias(part, weight, self.zero_point)
         above, below = one_sided_sums(part)
-        largest = torch.maximum((bias + 255 * above).abs(), (bias - 255 * below).abs())
+        ends = bias - 255 * below, bias + 255 * above
+        largest = torch.maximum(*(end.abs() for end in ends))
         if int(largest.max()) > INT32:
             raise Refusal("its sums could overflow 32 bits")
         self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
@@ -80,7 +81,7 @@ class Weighted(Operation):
             self.window = weight.clone()
         if self.depthwise and self.to_float:
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")
-        self._lay_out(part, weight, bias, largest)
+        self._lay_out(part, weight, bias, ends)
         self.clamp = part.clamp if self.to_float else (None, None)
 
     def _choose_form(self) -> None:
@@ -90,7 +91,7 @@ class Weighted(Operation):
         self.lines = 64 // (16 if self.channels <= 16 else 32 if self.channels <= 32 else 64) if self.three else 1
         self.by_lines = g.groups == 1 and self.depth < 4 and self.kernel[1] > 1 and g.dilation[1] == 1
 
-    def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, largest: Tensor) -> None:
+    def _lay_out(self, part: IntegerWeighted, weight: Tensor, bias: Tensor, ends: tuple[Tensor, Tensor]) -> None:
         groups, size = self._blocks()
         self.bias = self._spread(bias).to(torch.int32)
         zero_point = self.zero_point - self.library.centre  # as dot products see it
@@ -100,7 +101,8 @@ class Weighted(Operation):
             scale = part.output_scale.double().reshape(-1).expand(self.channels)
             self.constants = per_block(scale, size).contiguous()
         else:
-            self.rescaling = rescaling_of(part, self.channels, largest)
+            largest = torch.maximum(*(end.abs() for end in ends))
+            self.rescaling = rescaling_of(part, self.channels, largest, ends)
             self.constants = self.rescaling.laid_out(self._spread)
         taps = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
         # What each tap adds to a sum where it lies outside.

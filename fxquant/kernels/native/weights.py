@@ -16,6 +16,7 @@ from torch import Tensor
 from fxquant.errors import Refusal
 from fxquant.kernels.native.library import Library
 from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
+from fxquant.numerics.requantize import requantize
 
 __all__ = [
     "Halves",
@@ -78,13 +79,14 @@ class Rescaling:
         return torch.stack(columns, dim=1).reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
 
 
-def rescaling_of(part: Any, channels: int, largest: Tensor) -> Rescaling:
+def rescaling_of(part: Any, channels: int, largest: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Rescaling:
     """How an integer form requantizes its sums.
 
     Args:
         part: the form.
         channels: how many it has.
         largest: of each channel, or of all, the magnitude that no sum can exceed, int64.
+        ends: of each channel the least and the largest that a sum can be, int64; None where that is not known.
     """
     if part.rounding != "single":
         raise Refusal(f"its recipe rounds as {part.rounding!r}")
@@ -100,9 +102,15 @@ def rescaling_of(part: Any, channels: int, largest: Tensor) -> Rescaling:
     if bool((twos + torch.frexp(largest.double()).exponent >= s).any()):
         never = reach < 0.5  # all of such a channel's sums round to nothing, and its s may be large
         q, s = q.masked_fill(never, 0), s.masked_fill(never, 1)
+        r = (torch.ones_like(s) << (s - 1).clamp(max=54)) + (zero_point << s.clamp(max=54))
+        if ends is not None and int(s.max()) > 54:
+            # A dead channel: a bias beside which no weight counts, so that all of its sums give one integer.
+            least, greatest = (requantize(end, part.multiplier, part.shift, axis=0) for end in ends)
+            constant = (least == greatest) & (s > 54)
+            r = torch.where(constant, (least + zero_point).clamp(low, high) << 1, r)
+            q, s = q.masked_fill(constant, 0), s.masked_fill(constant, 1)
         if int(s.max()) > 54:
             raise Refusal("its scale and those of its operands are too far apart")
-        r = (torch.ones_like(s) << (s - 1)) + (zero_point << s)
         return Rescaling("integers", torch.stack([q, r, s], dim=1), 0.0, low, high)
     single = numbers.float()
     if int(largest.max()) < 2**24 and float(reach.max()) < 2**15 - 256 and torch.equal(single.double(), numbers):
