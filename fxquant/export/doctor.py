@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from tabulate import tabulate
 
 from fxquant import processor
 from fxquant.errors import Refusal
+from fxquant.kernels.native.compiler import compiler
 from fxquant.kernels.native.library import missing
 from fxquant.runtimes import RUNTIMES
 from fxquant.runtimes import Runtime as Place
@@ -87,7 +87,7 @@ def doctor() -> Diagnosis:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         processor.instruction_set(),
         saturates,
-        os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "",
+        compiler() or "",
         tuple(runtimes),
         tuple(_notes(missing(), saturates)),
     )
