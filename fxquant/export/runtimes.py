@@ -7,8 +7,11 @@ that lives as long as what was compiled.
 from __future__ import annotations
 
 import math
+import re
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +29,7 @@ from fxquant.export.signature import tensors_of
 from fxquant.export.to_onnx import deployed
 from fxquant.export.tolerance import exact_outputs, least_sqnr
 from fxquant.inputs import describe_inputs, make_inputs
+from fxquant.kernels.reference_layers import BY_REFERENCE
 from fxquant.runtimes import RUNNABLE, runtime_of
 from fxquant.runtimes.pytorch import exact
 
@@ -188,17 +192,41 @@ def compile_again(int8: nn.Module, request: str, threads: int | None, inputs: An
 def _fastest(model: Deployment, threads: int | None) -> Compiled:
     """Every runtime that is installed and takes the model, measured interleaved on the example."""
     first = next(iter(RUNNABLE))
-    found, failed = dict[str, Compiled](), list[Timing]()
+    found, failed, heard = dict[str, Compiled](), list[Timing](), list[warnings.WarningMessage]()
     for name, runtime in RUNNABLE.items():
         if not runtime.is_installed():
             failed.append(Timing(name, None, f"is not installed ({runtime.how_to_install})"))
             continue
         try:
-            found[name] = Compiled(name, runtime.compiled(model, threads))
+            with _kept_back(heard):
+                found[name] = Compiled(name, runtime.compiled(model, threads))
         except FxquantError as error:
             if name == first:
                 raise
             failed.append(_failure(name, error))
+    made = _chosen(model, found, failed)
+    if made.runtime == first:
+        for warning in heard:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return made
+
+
+@contextmanager
+def _kept_back(heard: list[warnings.WarningMessage]) -> Iterator[None]:
+    """Keep back what is said of layers that run by the reference, which only matters where torch is chosen."""
+    with warnings.catch_warnings(record=True) as every:
+        warnings.filterwarnings("always", message=BY_REFERENCE)
+        yield
+    for warning in every:
+        if re.match(BY_REFERENCE, str(warning.message)):
+            heard.append(warning)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _chosen(model: Deployment, found: dict[str, Compiled], failed: list[Timing]) -> Compiled:
+    """The fastest of those that are right, with the report."""
+    first = next(iter(RUNNABLE))
     call = model.call
     if call is None:
         unknown = [Timing(name, None, "is not measured: no example is known") for name in found]
