@@ -122,7 +122,7 @@ def read(path: str | os.PathLike[str]) -> Any:
     return content
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, recompile: bool = True) -> Any:
+def load(model: nn.Module, path: str | os.PathLike[str], *, recompile: bool = True) -> nn.Module | Compiled:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
 
     Example:
@@ -149,6 +149,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, recompile: bool = Tr
     if saved is None or not recompile:
         return module
     return compile_again(module, saved["runtime"], saved["threads"], saved["inputs"])
+
+
+def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """What ``load`` gives with ``recompile=False``: the model itself, whether it was saved compiled or not."""
+    return _loaded(model, read(path), path)
 
 
 def _loaded(model: nn.Module, content: Any, path: str | os.PathLike[str]) -> nn.Module:

@@ -735,7 +735,9 @@ def test_a_decision_by_data_is_made_anew_in_each_call(asks):
 
 
 def of_three_dimensions(kernels: str) -> tuple[nn.Module, Tensor]:
-    model, x = nn.Sequential(nn.Conv3d(3, 16, 3), nn.ReLU(), nn.Conv3d(16, 2, 1)), torch.randn(2, 3, 5, 5, 5)
+    """Two layers by the reference, and a last one, whose sums leave as floats, in float32."""
+    layers = (nn.Conv3d(3, 16, 3), nn.ReLU(), nn.Conv3d(16, 8, 1), nn.ReLU(), nn.Conv3d(8, 2, 1))
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 5, 5, 5)
     return converted(model, x, kernels=kernels), x
 
 

@@ -19,7 +19,7 @@ from fxquant.kernels.native import compiler, library, sets
 ROOT = Path(__file__).parents[1]
 COMPILED = "fxquant/kernels/native/compiled/"
 needs_a_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or compiler.compiler() is None, reason="kernels are compiled on Linux, by a C++ compiler"
+    sys.platform != "linux" or not compiler.compiler(), reason="kernels are compiled on Linux, by a C++ compiler"
 )
 
 

@@ -87,7 +87,7 @@ def doctor() -> Diagnosis:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         processor.instruction_set(),
         saturates,
-        compiler() or "",
+        compiler(),
         tuple(runtimes),
         tuple(_notes(missing(), saturates)),
     )

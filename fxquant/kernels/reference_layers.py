@@ -19,8 +19,8 @@ _ADVICE = (
 )
 
 
-def told_of_layers(graph: LeveledModule, program: Program, native: str) -> str | None:
-    """Which layers of ``program`` run by the reference, the dearest first, and why; None where none does.
+def told_of_layers(graph: LeveledModule, program: Program, native: str) -> str:
+    """Which layers of ``program`` run by the reference, the dearest first, and why; empty where none does.
 
     Args:
         native: why the native kernels have no part in it; empty where they were not asked for.
@@ -30,7 +30,7 @@ def told_of_layers(graph: LeveledModule, program: Program, native: str) -> str |
         name: seconds for name, seconds in program.seconds.items() if multiplies(graph.get_submodule(parts[name]))
     }
     if not layers:
-        return None
+        return ""
     dearest = sorted(layers, key=lambda name: -layers[name])
     shown = "; ".join(f"{parts[name]} ({_ms(layers[name])}: {_why(program, name)})" for name in dearest[:_SHOWN])
     more = f"; and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""

@@ -44,7 +44,7 @@ _OWN_PACKS = 2
 """The first shapes have their weights packed for themselves: torch remembers what it compiled for one shape a pack, and
 works some 30 microseconds longer at a layer for any other. All further shapes share one more pack."""
 
-_INSIDE = (*(os.path.join(folder, "") for folder in (*torch.__path__, Path(__file__).parents[1])), "<")
+_INSIDE = (*(os.path.join(folder, "") for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])), "<")
 """What the names of files begin with that hold torch's code, ours, and code that was made."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -210,7 +210,7 @@ class Runner:
             return
         native = self._declined or self.unfit
         words = told_of_model(native) if program is None else told_of_layers(graph, program, native)
-        if words is not None:
+        if words:
             self.told = True
             warnings.warn(words, stacklevel=_user_level())
 

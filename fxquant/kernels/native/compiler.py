@@ -35,9 +35,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
 
 
-def compiler() -> str | None:
-    """The command of a C++ compiler; None where none is found."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+def compiler() -> str:
+    """The command of a C++ compiler; empty where none is found."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
 
 
 def find(folder: Path, row: InstructionSet) -> Path | None:
@@ -58,7 +58,7 @@ def compile_into(folder: Path, row: InstructionSet) -> Path:
     if sys.platform != "linux":
         raise Refusal(f"it is written for Linux, this is {sys.platform}")
     command = compiler()
-    if command is None:
+    if not command:
         raise Refusal("no C++ compiler was found (g++, clang++, or $CXX)")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -197,7 +197,7 @@ def _open(row: InstructionSet) -> Library:
 
 
 def _compiled(row: InstructionSet) -> Path:
-    if compiler() is not None:
+    if compiler():
         print(f"fxquant: compiling its kernels for {row.name}, once on this machine …", file=sys.stderr, flush=True)
     return compile_into(cache_folder(), row)
 
