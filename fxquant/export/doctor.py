@@ -75,7 +75,7 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """Look at the processor, the compiler and the runtimes; the native kernels are compiled if they never were.
+    """Look at the processor, the compiler and the runtimes; kernels that no wheel brought are compiled if they never were.
 
     Raises:
         InputError: ``FXQUANT_ISA`` names no instruction set of this processor.
@@ -98,7 +98,7 @@ def _notes(native: Refusal | None, saturates: bool) -> list[str]:
     if native is not None:
         notes.append(
             f"without the native kernels models run on torch's operators, which are slower; {native}. "
-            "A C++ compiler (g++, clang++, or $CXX) is needed once on a machine."
+            "A wheel brings them compiled; else a C++ compiler (g++, clang++, or $CXX) is needed once on a machine."
         )
     if saturates:
         notes.append(

@@ -154,7 +154,7 @@ class Runner:
         """Drop what was made: the numbers or the graph have changed."""
         self.programs.clear()
         self._packs, self._own = {}, 0
-        self._model, self.unfit = None, ""
+        self._model, self.unfit, self._declined = None, "", ""
 
     def native_model(self, graph: LeveledModule) -> NativeModel | None:
         """The graph on the native kernels; None where these are not wanted, not here, or lack something."""
