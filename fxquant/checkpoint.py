@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxquant.capture.islands import graphs_of
 from fxquant.errors import CheckpointError, InputError, RecipeError, SchemeError
+from fxquant.export.runtimes import Compiled, compile_again
 from fxquant.flow import convert, freeze, prepare
 from fxquant.inputs import make_inputs
 from fxquant.nn.fake_quantize import FakeQuantize, WeightQuantize
@@ -39,19 +40,34 @@ _UNLIMITED = "vnni"
 """The processor that files from before there was a choice were made for."""
 
 
-def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a prepared, frozen or integer model to ``path``; integers take the bits that they need.
+def save(module: nn.Module | Compiled, path: str | os.PathLike[str]) -> None:
+    """Write a prepared, frozen, integer or compiled model to ``path``; integers take the bits that they need.
+
+    Of what ``compile`` returned this is the integer model that it was made of, with the runtime's name, the threads and the
+    shapes of the example: ``load`` compiles it again, for the machine that it is called on.
 
     Example:
         >>> fxquant.save(int8, "int8.pt")
 
     Raises:
-        InputError: ``module`` did not come from fxquant.
+        InputError: ``module`` did not come from fxquant; or it is compiled, and the integer model that it was made of has
+            been let go, or changed since.
         CheckpointError: it holds quantizers of a class that is not fxquant's.
     """
+    if isinstance(module, Compiled):
+        origin = module.known_origin
+        again = {"runtime": origin.request, "threads": origin.threads, "inputs": origin.inputs}
+        torch.save({**_content(origin.model), "compiled": again}, path)
+    else:
+        torch.save(_content(module), path)
+
+
+def _content(module: nn.Module) -> dict[str, Any]:
     graph = next(iter(graphs_of(module).values()), None) if isinstance(module, nn.Module) else None
     if graph is None or "recipe" not in graph.settings:
-        raise InputError(f"save takes what prepare, freeze or convert returned, not a {type(module).__name__}.")
+        raise InputError(
+            f"save takes what prepare, freeze, convert or compile returned, not a {type(module).__name__}."
+        )
     settings = graph.settings
     own = without_rule(module)
     if own:
@@ -61,7 +77,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
             "what fxquant.freeze or convert returns; or save the state dict, and put the quantizers into a model prepared "
             "anew before it is loaded."
         )
-    content = {
+    return {
         "fxquant": FORMAT,
         "model": module.__class__.__name__,
         "level": graph.level,
@@ -77,7 +93,6 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         "constants": {key: node.meta["grid"] for key, node in _constants(module).items()},
         "state": {name: packed(value) for name, value in module.state_dict().items()},
     }
-    torch.save(content, path)
 
 
 def unreadable(error: Exception) -> str:
@@ -106,7 +121,7 @@ def read(path: str | os.PathLike[str]) -> Any:
     return content
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load(model: nn.Module, path: str | os.PathLike[str], *, recompile: bool = True) -> nn.Module | Compiled:
     """Rebuild a saved model from a float model of the same class; its weights may be anything.
 
     Example:
@@ -116,11 +131,31 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: the user's float model, as it was given to ``prepare``; not touched.
         path: what ``save`` wrote.
+        recompile: whether a model that was saved compiled is compiled again, in the same runtime; else it is the integer
+            model, which every machine runs. Of no meaning for others.
+
+    Returns:
+        The model at the level that it was saved at; a ``Compiled`` where that was saved. That keeps no integer model, so
+        that ``save`` takes what ``recompile=False`` gives, and not this.
 
     Raises:
         CheckpointError: the file is not one of ours, or does not fit the model; says which entries differ.
+        MissingPackageError, ExportError: the runtime of a compiled model is not here, or does not take it here.
     """
     content = read(path)
+    module = _loaded(model, content, path)
+    saved = content.get("compiled")
+    if saved is None or not recompile:
+        return module
+    return compile_again(module, saved["runtime"], saved["threads"], saved["inputs"])
+
+
+def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """What ``load`` gives with ``recompile=False``: the model itself, whether it was saved compiled or not."""
+    return _loaded(model, read(path), path)
+
+
+def _loaded(model: nn.Module, content: Any, path: str | os.PathLike[str]) -> nn.Module:
     if not isinstance(content, dict) or content.get("fxquant") not in (1, 2, FORMAT):
         raise CheckpointError(f"{os.fspath(path)!r} was not written by this version of fxquant.save (format {FORMAT}).")
     unfit = f"{os.fspath(path)!r} holds a {content['model']} that does not fit this {type(model).__name__}: "

@@ -299,10 +299,11 @@ def convert(prepared: nn.Module, *, rounding: str | None = None, kernels: str = 
             (``tqt``), or the target's own, ``single`` on x86.
         kernels: what computes the model when it is called. ``auto``: each graph on the native kernels, whose
             integers are the reference's (but for what attention, layer norm and softmax evaluate in float32), where this
-            machine has them (Linux on x86-64; compiled once, when first used) and they have all of its ops; else as with
-            ``torch``. ``torch``: torch's int8 operators for this machine, within one integer step
-            of the reference at each op, and the reference for the rest. ``reference``: the exact one everywhere.
-            ``print(fxquant.coverage(model))`` names each op's. None changes the graph, its numbers or what is saved.
+            machine has them (Linux; a wheel brings them, else they are compiled once, when first used) and they have all of
+            its ops; else as with ``torch``. ``torch``: torch's int8 operators for this machine, within one integer step
+            of the reference at each op, and the reference for the rest; the first call warns of layers that it computes.
+            ``reference``: the exact one everywhere. ``print(fxquant.coverage(model))`` names each op's. None changes the
+            graph, its numbers or what is saved.
 
     Raises:
         CalibrationError: some quantizers have no range yet; names them.

@@ -28,11 +28,17 @@ import platform
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from fxquant.errors import InputError
 
-__all__ = ["INSTRUCTION_SETS", "VARIABLE", "adds_pairs_in_16_bits", "has", "instruction_set", "processor_name"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "VARIABLE",
+    "adds_pairs_in_16_bits",
+    "has",
+    "instruction_set",
+    "processor_name",
+    "sets_of_architecture",
+]
 
 VARIABLE = "FXQUANT_ISA"
 
@@ -77,8 +83,13 @@ def instruction_set() -> str:
 
 def has(name: str) -> bool:
     """Whether the instruction set ``name`` may be used here: the processor has it, and ``FXQUANT_ISA`` does not hide it."""
-    table = _ARM if is_arm() else _X86
+    table = _table()
     return name in _sets_here() and table[name] <= table[instruction_set()]
+
+
+def sets_of_architecture() -> tuple[str, ...]:
+    """Every instruction set that some processor of this architecture has, from the least to the most."""
+    return tuple(_table())
 
 
 def adds_pairs_in_16_bits() -> bool:
@@ -101,9 +112,13 @@ def processor_name() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
+def _table() -> dict[str, frozenset[str]]:
+    return _ARM if is_arm() else _X86
+
+
 @cache
 def _sets_here() -> tuple[str, ...]:
-    return tuple(name for name, needs in (_ARM if is_arm() else _X86).items() if needs <= _features())
+    return tuple(name for name, needs in _table().items() if needs <= _features())
 
 
 def _auxiliary(kind: int) -> int:
@@ -117,6 +132,8 @@ def _features() -> set[str]:
     """What the processor has, by the kernel's names without underscores."""
     if is_arm() and platform.system() == "Linux":
         return {name for name, (kind, bit) in _AUXILIARY.items() if _auxiliary(kind) >> bit & 1}
+    import torch  # here, since setup.py reads this file where there is no torch yet
+
     if hasattr(torch.cpu, "get_capabilities"):
         names = [name for name, value in torch.cpu.get_capabilities().items() if value is True]
     else:  # torch before 2.10

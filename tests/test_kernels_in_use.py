@@ -6,12 +6,13 @@ import copy
 import io
 import pickle
 import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from comparisons import assert_close_to_scale, assert_same_bits
-from torch import nn
+from torch import Tensor, nn
 from torch_kernels import (
     Mixed,
     converted,
@@ -243,3 +244,47 @@ def test_coverage_names_the_kernels():
     twelve = fxquant.Recipe(default=fxquant.Setting(activation=Scheme(bits=12)))
     wide = fxquant.coverage(converted(Mixed(), signal(4, 3, 32, 32), recipe=twelve)).kernels
     assert wide["point"] == "reference: its result is torch.int16"
+
+
+def of_three_dimensions(kernels: str) -> tuple[nn.Module, Tensor]:
+    """Two layers by the reference, and a last one, whose sums leave as floats, in float32."""
+    layers = (nn.Conv3d(3, 16, 3), nn.ReLU(), nn.Conv3d(16, 8, 1), nn.ReLU(), nn.Conv3d(8, 2, 1))
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 5, 5, 5)
+    return converted(model, x, kernels=kernels), x
+
+
+@fast
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_layers_by_the_reference_are_named_once_with_their_cost(kernels):
+    integer, x = of_three_dimensions(kernels)
+    words = (
+        r"2 layers of the model run by the exact reference, [\d.]+ ms of this call: \d \([\d.]+ ms: it has three dim"
+    )
+    with pytest.warns(UserWarning, match=words) as heard:
+        integer(x)
+    (warning,) = heard
+    assert warning.filename == __file__, "it points at the line that called the model"
+    assert ("The native kernels do not have the model: " in str(warning.message)) == (kernels == "auto")
+    assert "coverage(model)" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integer(x[:1])  # another shape, another program
+        copy.deepcopy(integer)(x)
+        pickle.loads(pickle.dumps(integer))(x)
+
+
+def test_a_reference_that_was_asked_for_is_no_warning():
+    integer, x = of_three_dimensions("reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integer(x)
+
+
+def test_a_model_that_runs_by_the_reference_alone_is_a_warning(monkeypatch):
+    monkeypatch.setattr(runner_module, "operators", lambda: None)
+    integer, x = of_three_dimensions("auto")
+    with pytest.warns(UserWarning, match="the whole model runs by the exact reference: .*no native kernels"):
+        integer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integer(x)

@@ -19,7 +19,7 @@ from native_oracle import ROUNDED, Function, integers_of, require_same, signal
 from torch import Tensor, nn
 
 from fxquant import Recipe, Scheme, Setting, processor
-from fxquant.kernels.native import library, sets
+from fxquant.kernels.native import compiler, library, sets
 from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.native.weighted import Weighted
 
@@ -166,7 +166,7 @@ def test_fused_without_the_instruction(tmp_path):
     """A product and a sum rounded once, made of float64, against the C library's own."""
     source, made = tmp_path / "fused.cpp", tmp_path / "fused"
     source.write_text(FUSED)
-    options = ["-O2", "-std=c++17", "-ffp-contract=off", f"-I{library._SOURCE}"]
+    options = ["-O2", "-std=c++17", "-ffp-contract=off", f"-I{compiler.SOURCE}"]
     subprocess.run(["c++", *options, str(source), "-o", str(made)], check=True, timeout=60)
     printed = subprocess.run([str(made)], capture_output=True, text=True, check=True, timeout=60)
     assert printed.stdout == "0 1 1"
@@ -199,8 +199,8 @@ def test_a_model_keeps_the_set_it_was_made_for(monkeypatch):
 
 
 def test_intrinsics_stay_in_the_headers_of_sets():
-    for path in library._SOURCE.iterdir():
+    for path in compiler.SOURCE.iterdir():
         if not path.name.startswith("isa_"):
             text = path.read_text()
             assert not any(word in text for word in ("_mm", "__m", "immintrin", "arm_neon", "vdotq")), path.name
-    assert {row.header for row in sets.SETS} <= {path.name for path in library._SOURCE.iterdir()}
+    assert {row.header for row in sets.SETS} <= {path.name for path in compiler.SOURCE.iterdir()}

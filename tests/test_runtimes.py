@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
+import gc
+import pickle
 import re
 import threading
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -20,10 +24,12 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import installed
+from fxquant.analysis.file_info import info
 from fxquant.benchmark.memory import peak_memory
 from fxquant.errors import ExportError, InputError, Refusal, SpecializationError
 from fxquant.export import runtimes
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
+from fxquant.kernels import runner
 from fxquant.kernels.native import library
 from fxquant.kernels.native import model as native_kernels
 from fxquant.runtimes import RUNNABLE as RUNTIMES
@@ -261,6 +267,98 @@ def test_auto_takes_native_where_it_is_fastest_and_torch_where_not(digits, monke
         compiled = fxquant.compile(digits, torch.rand(1, 1, 8, 8))
         assert compiled.runtime == first == compiled.report[0].runtime and compiled.report[0].milliseconds == 1.0
         assert compiled(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@needs_native
+def test_auto_says_what_runs_by_the_reference_where_it_takes_torch(digits, monkeypatch, no_packages):
+    said = "3 layers of the model run by the exact reference"
+    monkeypatch.setattr(runner, "told_of_layers", lambda *_: said)
+    for first in ("torch", "native"):
+        times = {"torch": 0.002, "native": 0.002, first: 0.001}
+        invented = lambda runs, times=times, **_: {name: InterleavedTimes((times[name],) * 3) for name in runs}  # noqa: E731
+        monkeypatch.setattr(runtimes, "time_interleaved", invented)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            assert fxquant.compile(digits, torch.rand(1, 1, 8, 8)).runtime == first
+        assert [str(w.message) for w in heard] == [said] * (first == "torch")
+
+
+class Tokens(nn.Module):
+    """Called by name, with whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fc = nn.Embedding(9, 8), nn.Linear(8, 5)
+
+    def forward(self, words: Tensor, gain: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.fc(self.words(words) * gain)}
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        "torch",
+        pytest.param("native", marks=needs_native),
+        pytest.param("auto", marks=needs_native),
+        pytest.param("onnxruntime", marks=pytest.mark.long),
+    ],
+)
+def test_what_was_compiled_is_saved_loaded_pickled_and_copied(digits, tmp_path, runtime, request):
+    if runtime == "auto":
+        request.getfixturevalue("no_packages")
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    integer, x, path = fxquant.convert(digits), torch.rand(3, 1, 8, 8), tmp_path / "fast.pt"
+    fast = fxquant.compile(integer, x, runtime=runtime, threads=1)
+    fxquant.save(fast, path)
+    again = fxquant.load(DigitsNet(), path)
+    for other in (again, pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+        assert isinstance(other, runtimes.Compiled) and other.runtime == fast.runtime and other.report == ()
+        assert other.origin.threads == 1
+        for batch in (x, x[:1]):
+            assert_same_bits(other(batch), fast(batch))
+    plain = fxquant.load(DigitsNet(), path, recompile=False)
+    assert_same_bits(plain(x), integer(x))
+    assert torch.load(path, weights_only=True)["compiled"]["runtime"] == fast.runtime
+    assert info(path).facts["compiled for"] == fast.runtime
+
+
+def test_what_is_called_by_name_is_compiled_again(tmp_path):
+    call = {"words": torch.randint(0, 9, (2, 4)), "gain": torch.rand(2, 4, 1)}
+    integer = fxquant.convert(prepared_of(Tokens().eval(), call))
+    fast = fxquant.compile(integer, call, runtime="torch")
+    fxquant.save(fast, tmp_path / "fast.pt")
+    again = fxquant.load(Tokens(), tmp_path / "fast.pt")
+    assert_same_bits(again(**call)["logits"], fast(**call)["logits"])
+
+
+def test_a_compiled_model_that_cannot_be_saved_says_why(digits, tmp_path):
+    x, path = torch.rand(2, 1, 8, 8), tmp_path / "fast.pt"
+    integer = fxquant.convert(digits)
+    fast = fxquant.compile(integer, x, runtime="torch")
+    layer = next(part for part in integer.modules() if hasattr(part, "weight"))
+    layer.weight.copy_(layer.weight.clone())
+    with pytest.raises(InputError, match=r"changed since it was compiled.*\n.*compile it again"):
+        fxquant.save(fast, path)
+    del integer, layer
+    gc.collect()
+    for ask in (lambda: fxquant.save(fast, path), lambda: pickle.dumps(fast), lambda: copy.deepcopy(fast)):
+        with pytest.raises(InputError, match=r"has been let go.*\n  what to do: .*keep int8"):
+            ask()
+    with pytest.raises(InputError, match="did not make this"):
+        fxquant.save(runtimes.Compiled("torch", print), path)
+    assert not path.exists()
+
+
+@needs_native
+def test_a_runtime_that_is_not_there_any_more_is_told_and_the_model_can_be_had(digits, tmp_path, monkeypatch):
+    integer, x = fxquant.convert(digits), torch.rand(2, 1, 8, 8)
+    fxquant.save(fxquant.compile(integer, x, runtime="native"), tmp_path / "fast.pt")
+    monkeypatch.setattr(native_kernels, "missing", lambda: Refusal(elsewhere))
+    with pytest.raises(ExportError, match=elsewhere):
+        fxquant.load(DigitsNet(), tmp_path / "fast.pt")
+    plain = fxquant.load(DigitsNet(), tmp_path / "fast.pt", recompile=False)
+    assert plain(x).shape == (2, 10)
 
 
 class Clock:

@@ -183,6 +183,7 @@ def _saved(path: str) -> FileInfo:
     facts = {
         "model": f"{content['model']}, {content['level']}",
         "format": str(content["fxquant"]),
+        "compiled for": content.get("compiled", {}).get("runtime", ""),
         "target": _name(content.get("target", "x86")),
         "processor": str(content.get("processor", "")),
         "training": "yes" if content.get("qat") else "no",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from tabulate import tabulate
 
 from fxquant import processor
 from fxquant.errors import Refusal
+from fxquant.kernels.native.compiler import compiler
 from fxquant.kernels.native.library import missing
 from fxquant.runtimes import RUNTIMES
 from fxquant.runtimes import Runtime as Place
@@ -75,7 +75,7 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """Look at the processor, the compiler and the runtimes; the native kernels are compiled if they never were.
+    """Look at the processor, the compiler and the runtimes; kernels that no wheel brought are compiled if they never were.
 
     Raises:
         InputError: ``FXQUANT_ISA`` names no instruction set of this processor.
@@ -87,7 +87,7 @@ def doctor() -> Diagnosis:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         processor.instruction_set(),
         saturates,
-        os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "",
+        compiler(),
         tuple(runtimes),
         tuple(_notes(missing(), saturates)),
     )
@@ -98,7 +98,7 @@ def _notes(native: Refusal | None, saturates: bool) -> list[str]:
     if native is not None:
         notes.append(
             f"without the native kernels models run on torch's operators, which are slower; {native}. "
-            "A C++ compiler (g++, clang++, or $CXX) is needed once on a machine."
+            "A wheel brings them compiled; else a C++ compiler (g++, clang++, or $CXX) is needed once on a machine."
         )
     if saturates:
         notes.append(

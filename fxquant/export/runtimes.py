@@ -7,11 +7,16 @@ that lives as long as what was compiled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxquant.capture.calls import Call
@@ -23,10 +28,12 @@ from fxquant.export.interleaved_timing import time_interleaved
 from fxquant.export.signature import tensors_of
 from fxquant.export.to_onnx import deployed
 from fxquant.export.tolerance import exact_outputs, least_sqnr
+from fxquant.inputs import describe_inputs, make_inputs
+from fxquant.kernels.reference_layers import BY_REFERENCE
 from fxquant.runtimes import RUNNABLE, runtime_of
 from fxquant.runtimes.pytorch import exact
 
-__all__ = ["Compiled", "Timing", "compile"]
+__all__ = ["Compiled", "Origin", "Timing", "compile", "compile_again"]
 
 _ROUNDS, _SECONDS = 25, 2.5
 """For ``auto``: rounds of each runtime, of which fewer are taken once that much time has gone."""
@@ -57,19 +64,81 @@ class Timing:
         return f"{self.runtime} {self.milliseconds:.3g} ms{exact}{self.reason and f' ({self.reason})'}"
 
 
+class Origin:
+    """What a ``Compiled`` was made of, enough to make it again. The integer model is not kept for that: what runs holds the
+    weights in a form of its own, and they would lie in memory twice.
+
+    Args:
+        model: the integer model.
+        request: the runtime, as ``compile`` takes it; ``auto`` where it had nothing to measure.
+        threads: likewise.
+        inputs: the example, described; None where none is known, or none can be described.
+    """
+
+    def __init__(self, model: nn.Module, request: str, threads: int | None, inputs: Any) -> None:
+        self.request, self.threads, self.inputs = request, threads, inputs
+        self._model, self._version = weakref.ref(model), _version(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The integer model.
+
+        Raises:
+            InputError: nobody has it any more, or its weights have changed.
+        """
+        model = self._model()
+        if model is None:
+            raise InputError(
+                "a compiled model is saved, pickled and copied from the integer model that it was made of, and that has "
+                "been let go.\n  what to do: int8 = fxquant.convert(prepared), or fxquant.load(model, path, "
+                "recompile=False); fast = fxquant.compile(int8); and keep int8 as long as that."
+            )
+        if _version(model) != self._version:
+            raise InputError(
+                "the weights of the integer model have changed since it was compiled.\n  what to do: compile it again."
+            )
+        return model
+
+
+def _version(model: nn.Module) -> int:
+    """How often weights and biases were written to."""
+    found = (b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
+    return sum(b._version for b in found if not b.is_inference())
+
+
 class Compiled:
     """A model in a runtime, called as the model is; it returns what the model returns, in torch tensors.
+
+    ``fxquant.save`` and pickle write the integer model that it was made of, as long as that is there, and the runtime's
+    name: what a runtime makes of a model is for one processor and one version, and is made again where it is read.
 
     Attributes:
         runtime: where it runs.
         report: with ``auto``, one ``Timing`` for each runtime, the fastest first; empty otherwise.
+        origin: what ``compile`` made it of.
     """
 
     def __init__(self, runtime: str, call: Callable[..., Any], report: tuple[Timing, ...] = ()) -> None:
         self.runtime, self._call, self.report = runtime, call, report
+        self.origin: Origin | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
+
+    @property
+    def known_origin(self) -> Origin:
+        """What it was made of.
+
+        Raises:
+            InputError: ``compile`` did not make it.
+        """
+        if self.origin is None:
+            raise InputError("fxquant.compile did not make this, which knows of no model that it was made of.")
+        return self.origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = self.known_origin
+        return compile_again, (own.model, own.request, own.threads, own.inputs)
 
     def __repr__(self) -> str:
         compared = f", fastest of: {'; '.join(map(str, self.report))}" if self.report else ""
@@ -91,11 +160,11 @@ def compile(
         example_inputs: as for ``prepare``; None for noise of the shapes that the model was prepared with.
         runtime: ``torch`` (the integer model on torch's own int8 operators), ``native`` (our own kernels: the whole graph
             as one call, with the reference's integers but for what attention, layer norm and softmax evaluate in float32;
-            on Linux, compiled when first used), ``onnxruntime``, ``openvino``, or ``auto``: the fastest on the example,
-            measured interleaved for some seconds, of those that are here, take the model, and give on the example what
-            the exact integers give: to 40 dB (noise of 1 % of the signal), or as far as one more rounding of each tensor
-            would leave it if that is less; 99 of 100 equal elements of outputs that are no real numbers. ``report`` tells
-            each one's agreement, and why one is left out.
+            on Linux, compiled when first used where no wheel brought them), ``onnxruntime``, ``openvino``, or ``auto``: the
+            fastest on the example, measured interleaved for some seconds, of those that are here, take the model, and give
+            on the example what the exact integers give: to 40 dB (noise of 1 % of the signal), or as far as one more
+            rounding of each tensor would leave it if that is less; 99 of 100 equal elements of outputs that are no real
+            numbers. ``report`` tells each one's agreement, and why one is left out.
         threads: how many the runtime uses; None for its own choice. For torch and native, the number is set during each
             call.
 
@@ -109,23 +178,55 @@ def compile(
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: a runtime needs at least one. Give a positive number, or None.")
     ready = deployed(model, example_inputs)
-    return _fastest(ready, threads) if own is None else Compiled(own.name, own.compiled(ready, threads))
+    made = _fastest(ready, threads) if own is None else Compiled(own.name, own.compiled(ready, threads))
+    unmeasured = any(own.runtime == made.runtime and own.milliseconds is None for own in made.report)
+    made.origin = Origin(ready.integer, "auto" if unmeasured else made.runtime, threads, describe_inputs(ready.call))
+    return made
+
+
+def compile_again(int8: nn.Module, request: str, threads: int | None, inputs: Any) -> Compiled:
+    """What was compiled from ``int8`` before, by what an ``Origin`` knew of it."""
+    return compile(int8, make_inputs(inputs, torch.device("cpu")), runtime=request, threads=threads)
 
 
 def _fastest(model: Deployment, threads: int | None) -> Compiled:
     """Every runtime that is installed and takes the model, measured interleaved on the example."""
     first = next(iter(RUNNABLE))
-    found, failed = dict[str, Compiled](), list[Timing]()
+    found, failed, heard = dict[str, Compiled](), list[Timing](), list[warnings.WarningMessage]()
     for name, runtime in RUNNABLE.items():
         if not runtime.is_installed():
             failed.append(Timing(name, None, f"is not installed ({runtime.how_to_install})"))
             continue
         try:
-            found[name] = Compiled(name, runtime.compiled(model, threads))
+            with _kept_back(heard):
+                found[name] = Compiled(name, runtime.compiled(model, threads))
         except FxquantError as error:
             if name == first:
                 raise
             failed.append(_failure(name, error))
+    made = _chosen(model, found, failed)
+    if made.runtime == first:
+        for warning in heard:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return made
+
+
+@contextmanager
+def _kept_back(heard: list[warnings.WarningMessage]) -> Iterator[None]:
+    """Keep back what is said of layers that run by the reference, which only matters where torch is chosen."""
+    with warnings.catch_warnings(record=True) as every:
+        warnings.filterwarnings("always", message=BY_REFERENCE)
+        yield
+    for warning in every:
+        if re.match(BY_REFERENCE, str(warning.message)):
+            heard.append(warning)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _chosen(model: Deployment, found: dict[str, Compiled], failed: list[Timing]) -> Compiled:
+    """The fastest of those that are right, with the report."""
+    first = next(iter(RUNNABLE))
     call = model.call
     if call is None:
         unknown = [Timing(name, None, "is not measured: no example is known") for name in found]

@@ -6,6 +6,7 @@ The code is made while the graph runs once on real inputs, so each choice sees t
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ class Program:
         run: takes the graph's inputs in order.
         kernels: what computes each integer op, by the node's name.
         refusals: why an integer op has no kernel of torch's, likewise.
+        seconds: how long each integer op took that the reference computes, in the run that the code was made in.
         text: the code.
         packed: the weights that the code holds, in torch's own form.
     """
@@ -39,6 +41,7 @@ class Program:
     run: Callable[..., Any]
     kernels: dict[str, str]
     refusals: dict[str, Refusal]
+    seconds: dict[str, float]
     text: str
     packed: tuple[Any, ...]
 
@@ -62,6 +65,7 @@ class _Writer:
         self.parameters: list[str] = []
         self.kernels: dict[str, str] = {}
         self.refusals: dict[str, Refusal] = {}
+        self.seconds: dict[str, float] = {}
         self.packed: list[Any] = []
 
     def write(self, args: Sequence[Any]) -> Any:
@@ -88,12 +92,14 @@ class _Writer:
         fast, plain = step_of(place), self._plain(node, part)
         ways = [] if isinstance(fast, Refusal) else [(fast.run, fast), (_contiguous(fast.run), fast)]
         for run, step in [*ways, (plain, None)]:
+            started = time.perf_counter()
             try:
                 self._emit(node, run, step)
                 break
             except (RuntimeError, NotImplementedError):
                 continue  # torch has no such form of it for these arguments
         else:
+            started = time.perf_counter()
             self._emit(node, _contiguous(plain), None)
             step = None
             fast = Refusal("torch has no such form of it for these arguments", where=node.name)
@@ -101,6 +107,8 @@ class _Writer:
             self.packed.append(step.packed)
         if isinstance(part, IntegerOp):
             self.kernels[node.name] = without_kernel(part) if step is None else step.kernel
+            if step is None:
+                self.seconds[node.name] = time.perf_counter() - started
             if isinstance(fast, Refusal):
                 self.refusals[node.name] = fast
 
@@ -203,7 +211,7 @@ class _Writer:
         source = "\n".join([head, *reversed(body), f"    return {self.returned}"]) + "\n"
         namespace = dict(self.names)
         exec(compile(source, "<fxquant program>", "exec"), namespace)
-        return Program(namespace["run"], self.kernels, self.refusals, source, tuple(self.packed))
+        return Program(namespace["run"], self.kernels, self.refusals, self.seconds, source, tuple(self.packed))
 
 
 def _contiguous(run: Callable[..., Any]) -> Callable[..., Any]:

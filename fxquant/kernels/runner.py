@@ -12,10 +12,13 @@ under autocast.
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from fxquant.kernels.choice import REFERENCE, expected_kernel, without_kernel
 from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.operators import Operators, operators
 from fxquant.kernels.program import Program, build
+from fxquant.kernels.reference_layers import told_of_layers, told_of_model
 from fxquant.nn.integer import IntegerOp
 
 __all__ = ["KERNELS", "Runner", "by_reference", "input_key", "kernel_of", "on_torch", "use_kernels"]
@@ -39,6 +43,9 @@ _PROGRAMS = 16
 _OWN_PACKS = 2
 """The first shapes have their weights packed for themselves: torch remembers what it compiled for one shape a pack, and
 works some 30 microseconds longer at a layer for any other. All further shapes share one more pack."""
+
+_INSIDE = (*(os.path.join(folder, "") for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])), "<")
+"""What the names of files begin with that hold torch's code, ours, and code that was made."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -112,15 +119,17 @@ class Runner:
 
     Args:
         native: whether the native kernels are taken where they can be.
+        told: whether it was said which layers run by the reference; it is once.
 
     Attributes:
         unfit: why they have no part of the graph's calls; empty while nothing speaks against them.
     """
 
-    def __init__(self, native: bool = False) -> None:
-        self.native, self.unfit = native, ""
+    def __init__(self, native: bool = False, told: bool = False) -> None:
+        self.native, self.told, self.unfit = native, told, ""
         self.programs: OrderedDict[Any, Program | _Natively] = OrderedDict()
         self._model: NativeModel | None = None
+        self._declined = ""
         self._packs: dict[Any, Any] = {}
         self._own = 0
         self._owner = 0
@@ -145,7 +154,7 @@ class Runner:
         """Drop what was made: the numbers or the graph have changed."""
         self.programs.clear()
         self._packs, self._own = {}, 0
-        self._model, self.unfit = None, ""
+        self._model, self.unfit, self._declined = None, "", ""
 
     def native_model(self, graph: LeveledModule) -> NativeModel | None:
         """The graph on the native kernels; None where these are not wanted, not here, or lack something."""
@@ -181,8 +190,9 @@ class Runner:
                 warnings.warn(
                     f"the native kernels failed on a call that torch's operators take, which run it now: {failure!r}.\n"
                     "  what to do: nothing for right results; please report it.",
-                    stacklevel=6,
+                    stacklevel=_user_level(),
                 )
+        self._tell(graph, None if made is None else made[0])
         if made is None:
             return False, None
         program, result = made
@@ -193,6 +203,16 @@ class Runner:
         while len(self.programs) > _PROGRAMS:
             self.programs.popitem(last=False)
         return True, result
+
+    def _tell(self, graph: LeveledModule, program: Program | _Natively | None) -> None:
+        """Warn of the layers that the reference computes, if that was not done."""
+        if self.told or isinstance(program, _Natively):
+            return
+        native = self._declined or self.unfit
+        words = told_of_model(native) if program is None else told_of_layers(graph, program, native)
+        if words:
+            self.told = True
+            warnings.warn(words, stacklevel=_user_level())
 
     def _run_natively(
         self, graph: LeveledModule, args: Sequence[Any]
@@ -206,7 +226,8 @@ class Runner:
             return None, None
         try:
             return (_Natively(model), model.run(args)), None
-        except (Refusal, FxquantError):
+        except (Refusal, FxquantError) as refusal:
+            self._declined = str(refusal).splitlines()[0]
             return None, None
         except Exception as error:
             return None, error
@@ -219,10 +240,18 @@ class Runner:
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
-        return Runner(self.native)
+        return Runner(self.native, self.told)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Runner, (self.native,)
+        return Runner, (self.native, self.told)
+
+
+def _user_level() -> int:
+    """Where the user's code is above the caller's, as ``warnings.warn`` counts frames: behind ours and torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def input_key(args: Sequence[Any]) -> Any:

@@ -34,7 +34,7 @@ from fxquant.algorithms.equalization import equalize
 from fxquant.algorithms.recover import kept_batches, recover
 from fxquant.algorithms.weights import weighted_calls
 from fxquant.capture.values import unchanged
-from fxquant.checkpoint import load, save
+from fxquant.checkpoint import load_model, save
 from fxquant.errors import InputError, Refusal
 from fxquant.flow import calibrate, convert, prepare
 from fxquant.inputs import arguments_of, move_to
@@ -360,7 +360,7 @@ class _Record:
         """Have the model of a rung that an earlier run built."""
         if number not in self.prepared:
             file = None if self.folder is None else self.folder / f"{number}.pt"
-            self.prepared[number] = load(model, file) if file is not None and file.exists() else None
+            self.prepared[number] = load_model(model, file) if file is not None and file.exists() else None
 
     def _write(self) -> None:
         if self.folder is None:

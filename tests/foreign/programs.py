@@ -19,7 +19,7 @@ from unittest import mock
 from plan_memory import Memory
 
 from fxquant import processor
-from fxquant.kernels.native import library, lowering, model
+from fxquant.kernels.native import compiler, library, lowering, model
 from fxquant.kernels.native.abi import layout_of
 from fxquant.kernels.native.library import Library
 from fxquant.kernels.native.sets import SETS, InstructionSet
@@ -54,8 +54,8 @@ class Program:
     def compiled(self, source: str, folder: Path) -> Path:
         """A source of this folder as a program."""
         made = folder / source.removesuffix(".cpp")
-        options = [option for option in library._OPTIONS if option not in _SHARED]
-        own = [f'-DFXQUANT_ISA_HEADER="{self.row.header}"', f"-I{library._SOURCE}", *self.row.flags, *self.compiler[1:]]
+        options = [option for option in compiler.OPTIONS if option not in _SHARED]
+        own = [f'-DFXQUANT_ISA_HEADER="{self.row.header}"', f"-I{compiler.SOURCE}", *self.row.flags, *self.compiler[1:]]
         command = [self.compiler[0], *options, *own, str(HERE / source), "-o", str(made), "-pthread"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert not done.returncode, f"{' '.join(command)}\n{done.stderr}"

@@ -24,7 +24,7 @@ from torch import nn
 import fxquant
 from fxquant import Recipe
 from fxquant.errors import Refusal
-from fxquant.kernels.native import library, sets
+from fxquant.kernels.native import compiler, sets
 from fxquant.kernels.native.library import Step
 from fxquant.kernels.native.model import NativeModel
 
@@ -138,11 +138,11 @@ def test_the_vocabulary_s_meaning(name, tmp_path, monkeypatch):
 
 def test_all_of_the_vocabulary_is_tried():
     """What both isa_plain.h and another header define stands in vocabulary.cpp."""
-    texts = [(library._SOURCE / name).read_text() for name in ("isa_plain.h", "isa_256_bits.h", "isa_neon_dot.h")]
+    texts = [(compiler.SOURCE / name).read_text() for name in ("isa_plain.h", "isa_256_bits.h", "isa_neon_dot.h")]
     defined = [set(re.findall(r"^(?:inline \w+|FXQUANT_EACH_\w+\() ?(\w+)[(,]", text, re.M)) for text in texts]
     words = defined[0] & (defined[1] | defined[2]) - {"load", "load_floats", "load_doubles", "store", "store_floats"}
     assert len(words) > 45
-    tried = (library._SOURCE.parents[3] / "tests/foreign/vocabulary.cpp").read_text()
+    tried = (compiler.SOURCE.parents[3] / "tests/foreign/vocabulary.cpp").read_text()
     missing = {
         word for word in words - {"pause", "keep", "runs_here", "doubles_of"} if not re.search(rf"\b{word}\b", tried)
     }

@@ -1,14 +1,9 @@
-"""The C++ library behind the native kernels: its structures, how it is compiled and kept, and whether it runs here."""
+"""The C++ library behind the native kernels: its structures, where it is taken from, and whether it runs here."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +12,7 @@ from typing import Any, ClassVar
 
 from fxquant.errors import Refusal
 from fxquant.kernels.native.abi import differences, layout_of
+from fxquant.kernels.native.compiler import CARRIED, cache_folder, compile_into, compiler, find
 from fxquant.kernels.native.sets import InstructionSet, chosen_set
 
 __all__ = [
@@ -33,10 +29,6 @@ __all__ = [
     "load",
     "missing",
 ]
-
-_SOURCE = Path(__file__).parent / "source"
-_OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off")
-"""Products and sums of floats are fused where the source says so and nowhere else, so that all sets give the same bits."""
 
 _NAMES = (
     *("quantize", "convolution", "depthwise", "maximum", "average", "table", "add", "multiply", "affine", "copy"),
@@ -178,7 +170,7 @@ def _attempt(row: InstructionSet) -> Library | Refusal:
 
 
 def load() -> Library:
-    """The library for the instruction set in use, compiled if it never was.
+    """The library for the instruction set in use: the installation's own, else compiled if it never was.
 
     Raises:
         Refusal: it cannot be had on this machine.
@@ -191,9 +183,28 @@ def load() -> Library:
 
 
 def _open(row: InstructionSet) -> Library:
-    if sys.platform != "linux":
-        raise Refusal(f"it is written for Linux, this is {sys.platform}")
-    made = _compiled(row)
+    carried, why = find(CARRIED, row), f"this installation carries none for {row.name}"
+    if carried is not None:
+        try:
+            return _loaded(carried, row)
+        except Refusal as refusal:  # made for a newer C library, say
+            why = f"what this installation carries does not do: {refusal}"
+    made = find(cache_folder(), row)
+    if made is None:
+        try:
+            made = _compiled(row)
+        except Refusal as refusal:
+            raise Refusal(f"{refusal}; {why}") from refusal
+    return _loaded(made, row)
+
+
+def _compiled(row: InstructionSet) -> Path:
+    if compiler():
+        print(f"fxquant: compiling its kernels for {row.name}, once on this machine …", file=sys.stderr, flush=True)
+    return compile_into(cache_folder(), row)
+
+
+def _loaded(made: Path, row: InstructionSet) -> Library:
     try:
         library = ctypes.CDLL(str(made))
     except OSError as error:
@@ -206,41 +217,6 @@ def _open(row: InstructionSet) -> Library:
     library.fxquant_run.restype = None
     size, pairs = library.fxquant_weight_size(), bool(library.fxquant_pairs_of_bytes())
     return Library(library, row.name, size, pairs, library.fxquant_blocks_together(), library.fxquant_centre())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _compiled(row: InstructionSet) -> Path:
-    """The shared library's file, by what it was compiled from."""
-    sources = sorted(_SOURCE.iterdir())
-    content = b"".join(path.name.encode() + path.read_bytes() for path in sources)
-    options = (*_OPTIONS, *row.flags, f'-DFXQUANT_ISA_HEADER="{row.header}"')
-    key = f"{row.name}-{_digest(content + ' '.join(options).encode())}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
-    for made in sorted(root.glob(f"native-{key}-*.so")):
-        if made.name == f"native-{key}-{_digest(made.read_bytes())}.so":  # whole, and not another's
-            return made
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise Refusal("it is compiled when first used, and no C++ compiler was found (g++, clang++, or $CXX)")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            fresh = Path(folder) / "fresh.so"
-            print(f"fxquant: compiling its kernels for {row.name}, once on this machine …", file=sys.stderr, flush=True)
-            command = [*compiler.split(), *options, str(_SOURCE / "plan.cpp"), "-o", str(fresh)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode:
-                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-                raise Refusal(f"{compiler} could not compile it for {row.name}: {first}")
-            content = fresh.read_bytes()
-            made = root / f"native-{key}-{_digest(content)}.so"
-            fresh.replace(made)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Refusal(f"it could not be compiled into {root}: {error}") from error
-    return made
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fxquant import processor
 
-__all__ = ["SETS", "InstructionSet", "chosen_set"]
+__all__ = ["SETS", "InstructionSet", "chosen_set", "sets_to_carry"]
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,8 @@ SETS = (
 def chosen_set() -> InstructionSet:
     """The most that this processor has and ``FXQUANT_ISA`` does not hide."""
     return [row for row in SETS if processor.has(row.name)][-1]
+
+
+def sets_to_carry() -> list[InstructionSet]:
+    """What a wheel is made with: all that some processor of this architecture has."""
+    return [row for row in SETS if row.name in processor.sets_of_architecture()]
