@@ -11,14 +11,17 @@ Source: Lin et al., Towards Accurate Binary Convolutional Neural Network, 1711.1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fxquant.errors import Refusal
+from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.numerics.affine import smallest_scale
 from fxquant.numerics.scheme import Scheme
 from fxquant.quantizers.registry import register
-from fxquant.quantizers.straight_through import RoundedWeight, replaced
+from fxquant.quantizers.straight_through import replaced
 
 __all__ = ["ABCWeight", "binary_bases"]
 
@@ -47,13 +50,13 @@ def binary_bases(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return bases, factors.squeeze(2)
 
 
-class ABCWeight(RoundedWeight):
+class ABCWeight(WeightQuantize):
     """The quantizer of a weight; its ``scale`` is that of the grid which covers what the factors can sum up to."""
 
     takes_estimator = False
     keeps_bits = "it has as many bases as it was made with bits"
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         bases, factors = binary_bases(self._rows(x), self.scheme.bits)
         value = (bases @ factors[..., None]).squeeze(2)
         slope = factors.sum(1, keepdim=True).expand_as(value)
