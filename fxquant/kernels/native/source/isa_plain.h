@@ -84,7 +84,7 @@ struct Numbers {
 // other). Up to PIXELS_AT_ONCE[blocks] with at most FOURS_AT_ONCE[blocks] products become bytes without being stored; with at
 // most FOURS_IN_TURNS products, a tile is finished while the next one is added up. Zeros: never. With PAIRS_OF_BYTES a layer may
 // also have weights of bytes for dot_in_pairs, which adds two products in 16 bits: Python has seen to it that they fit.
-// CENTRE is what dot and dot_bytes take off each byte of a pixel, as is no work where both factors are signed; biases make up for it.
+// CENTRE is what dot and dot_bytes take off each byte of a pixel, for instructions that know signed bytes alone; biases make up for it.
 
 using Operand = uint16_t;
 constexpr bool PAIRS_OF_BYTES = false;
