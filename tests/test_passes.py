@@ -26,6 +26,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.text import graph_text
 from fxquant.nn.integer import IntegerOp, Site
 from fxquant.passes import levels
+from fxquant.passes.verification import _distance
 from fxquant.recipe import Recipe
 
 NOT_PASSES = ("facts", "finite", "levels", "to_exchange", "verification")
@@ -242,6 +243,25 @@ def test_verify_names_the_pass_that_breaks_the_model(monkeypatch):
     monkeypatch.setattr(file, "channel_affine_of", lambda bn: (right(bn)[0] * 1.1, right(bn)[1]))
     with pytest.raises(LevelError, match="pass fold_batchnorm changed"):
         fxquant.prepare(Normalized().eval(), torch.randn(IMAGE), verify=True)
+
+
+def test_verify_takes_infinities_that_are_the_same():
+    """Logits that are masked out: ``-inf - -inf`` is no difference; one that is lost is."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(x).masked_fill(torch.tensor([False, False, True, True]), float("-inf"))
+
+    x = torch.randn(3, 4)
+    assert not fxquant.prepare(Masked().eval(), x, verify=True)(x)[:, 2:].isfinite().any()
+    apart = torch.tensor([1.0, float("inf"), float("nan")])
+    assert _distance(apart, apart.clone()) == 0.0
+    assert _distance(apart, torch.tensor([1.0, 2.0, float("nan")])) == float("inf")
+    assert _distance(apart, torch.tensor([1.0, float("inf"), 2.0])) == float("inf")
 
 
 # The laws: each is broken on purpose, and the error has to say everything.

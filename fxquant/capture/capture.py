@@ -19,6 +19,7 @@ from fxquant.capture.guard_validation import contradicted
 from fxquant.capture.islands import graphs_of, mark_island
 from fxquant.capture.models import check_model, has_weights, is_layer, nearest, own_copy, same_random_numbers, unwrapped
 from fxquant.capture.one_graph import multiplies, trace_module
+from fxquant.capture.own_code import Uses, uses_in
 from fxquant.capture.seen_types import note_seen_types
 from fxquant.capture.tracing import Tracer
 from fxquant.capture.values import FakeRun
@@ -76,6 +77,7 @@ class _Capture:
         self.calls: dict[nn.Module, list[Call]] = {}
         self._recorder: EagerRecorder | None = None
         self._filled: set[nn.Module] = set()
+        self._uses: dict[nn.Module, Uses] | None = None
 
     def _named(self, leaves: tuple[str | type, ...]) -> set[nn.Module]:
         found: set[nn.Module] = set()
@@ -178,9 +180,18 @@ class _Capture:
         _replace(island, self.graphs)
 
     def _capture_part(self, part: nn.Module, calls: list[Call]) -> None:
-        reads = self._read_from_outside(part)
+        possible = self._possible_uses(part)
+        if part in possible.replaced or (part in possible.asked and is_layer(part)):
+            self._leave(part)
+            return
+        found = {*self._read_from_outside(part), *possible.reads}
+        reads = sorted(found, key=lambda read: (self.paths[read[0]], read[1]))
         own = sorted(name for module, name in reads if module is part) if is_layer(part) else []
         outside = self._called_from_outside(part) or self._inner_call_from_outside(part)
+        if outside is None and (used := possible.methods or possible.calls - {part}):
+            outside = f"{self._names_of(used, part)[0]} may be called"
+        elif outside is None and possible.asked:
+            outside = f"the class of {self._names_of(possible.asked, part)[0]} may be asked for"
         if outside is None and len(reads) > len(own):
             outside = next(
                 f"{self.paths[module]}.{name} is read" for module, name in reads if not own or module is not part
@@ -194,6 +205,29 @@ class _Capture:
         elif multiplies(graph):
             self.graphs[part] = graph
             graph.meta["read_from_outside"] = tuple(own)
+
+    def _leave(self, part: nn.Module) -> None:
+        """Make ``part`` an island without graphs: code around it asks what modules it is made of."""
+        cause = "code around it may ask for its class, or call it with other parameters"
+        self._note(part, Island(self.paths[part], cause, None, "call it by name, with its own parameters"))
+        mark_island(part, self.islands[part])
+        self._filled.add(part)
+
+    def _possible_uses(self, part: nn.Module) -> Uses:
+        """What code around ``part`` may do with it and what is in it, in branches too that the example does not take."""
+        if self._uses is None:
+            self._uses = uses_in(self.paths)
+        found, inside = Uses(), set(part.modules())
+        for reader, uses in self._uses.items():
+            if reader not in inside and uses.modules & inside:
+                found |= uses.among(inside - _reached(reader, without=part) | {part})
+        return found
+
+    def _names_of(self, used: set[Any], part: nn.Module) -> list[str]:
+        """Modules, and methods of modules, as the user would call them."""
+        pairs = [use if isinstance(use, tuple) else (use, "") for use in used]
+        named = [f"{self.paths[module]}.{name}".strip(".") for module, name in pairs if module is not part]
+        return sorted(named) or sorted(f"its method {name}" if name else self.paths[part] for _, name in pairs)
 
     def _parts(self, island: nn.Module) -> list[tuple[nn.Module, list[Call]]]:
         """The modules that an island calls itself, with their calls; without an example, those nearest below it.

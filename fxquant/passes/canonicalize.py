@@ -22,6 +22,7 @@ from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.measuring import MEASURING
 from fxquant.ops.table import is_inplace
 from fxquant.passes.choose_regions import quantized_operands
+from fxquant.passes.facts import Canonical
 
 __all__ = ["canonicalize", "written"]
 
@@ -161,6 +162,7 @@ class _Canonicalizer:
             held = ", ".join(names)
             return Refusal(f"its module holds {held}, which the entry of {call.entry.name} does not name as a tensor")
         if (whole := _whole_numbers(call)) is not None:
+            Canonical(node).reads_counts = True
             return whole
         if isinstance(call.entry.behaviour, Weighted) and call.module is None:
             if any(n.op != "get_attr" for n in nodes_in(call.arguments.get("weight"))):

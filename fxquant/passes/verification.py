@@ -118,8 +118,9 @@ def _distance(a: Any, b: Any) -> float:
             return 0.0 if torch.equal(a, b) else float("inf")
         if not a.numel():
             return 0.0
-        gap = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)
-        return float(gap)
+        alike = (a == b) | (a.isnan() & b.isnan())  # infinite and undefined values too: a mask is often one
+        gap = (a.double() - b.double()).abs().masked_fill(alike, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+        return float(gap / a.double().abs().masked_fill(~a.isfinite(), 0.0).max().clamp(min=1e-30))
     if isinstance(a, dict) and isinstance(b, dict):
         return max((_distance(a[k], b[k]) for k in a), default=0.0) if a.keys() == b.keys() else float("inf")
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
