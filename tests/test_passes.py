@@ -264,6 +264,24 @@ def test_verify_takes_infinities_that_are_the_same():
     assert _distance(apart, torch.tensor([1.0, float("inf"), 2.0])) == float("inf")
 
 
+def test_verify_compares_what_an_autocast_block_calls():
+    """A graph inside got bfloat16 and was run again outside the block: mat1 and mat2 must have the same dtype."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.head(self.body(x))
+            return y.float()
+
+    x = torch.randn(3, 4)
+    assert fxquant.prepare(Narrow().eval(), x, verify=True)(x).dtype is torch.float32
+
+
 # The laws: each is broken on purpose, and the error has to say everything.
 
 

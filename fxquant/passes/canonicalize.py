@@ -172,7 +172,10 @@ class _Canonicalizer:
         return None
 
     def _keep_float(self, node: fx.Node, reason: str) -> None:
-        node.meta.update(entry=FLOAT, reason=reason, is_container=node.meta.get("dtype") in _CONTAINERS)
+        dtype = node.meta.get("dtype")
+        node.meta.update(entry=FLOAT, reason=reason, is_container=dtype in _CONTAINERS)
+        if dtype in ("int", "float", "bool"):
+            node.meta["is_tensor"] = False
 
     def _rewrite(self, node: fx.Node, call: Call, module: nn.Module | None) -> None:
         entry = call.entry

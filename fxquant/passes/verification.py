@@ -65,12 +65,19 @@ def _copied(value: Any) -> Any:
     return tree_map_only(Tensor, Tensor.clone, value)
 
 
+def _as_weights_are(value: Tensor) -> Tensor:
+    """A copy; of what an autocast block around a graph has made narrower, in float32: graphs are compared outside it."""
+    if torch.is_autocast_enabled(value.device.type) and value.dtype == torch.get_autocast_dtype(value.device.type):
+        return value.float()
+    return value.clone()
+
+
 def _inputs_of_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """What each graph of ``model`` is first called with, by path."""
     seen: dict[str, tuple[Any, ...]] = {}
 
     def note(path: str) -> Any:
-        return lambda graph, given: seen.setdefault(path, _copied(given)) and None
+        return lambda graph, given: seen.setdefault(path, tree_map_only(Tensor, _as_weights_are, given)) and None
 
     hooks = [graph.register_forward_pre_hook(note(path)) for path, graph in graphs_of(model).items()]
     try:
