@@ -180,14 +180,24 @@ class Plain(Around):
         return x if float(x.sum()) > 1e9 else self.body(x)
 
 
+class Naming(Plain):
+    """Code that reads a weight of a layer that it makes up a name for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y if float(x.sum()) < 1e9 else y * self.get_submodule(".".join(["body", "a"])).weight.sum()
+
+
 @pytest.mark.parametrize("helped", [False, True])
 def test_code_around_a_graph_that_may_read_its_parameters_keeps_them(helped):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5)
     changed, said, moved = changed_by("equalize", Around(helped).eval(), x)
-    assert not changed and moved == 0 and "the code of Around" in said
+    assert not changed and moved == 0 and "no pair of layers" in said
     changed, said, moved = changed_by("equalize", Around(helped, bound=-1e9).eval(), x)  # the example's run reads it
     assert not changed and moved == 0 and "no pair of layers" in said
+    changed, said, moved = changed_by("equalize", Naming(helped).eval(), x)
+    assert not changed and moved == 0 and "the code of Naming" in said
     changed, said, moved = changed_by("equalize", Plain(helped).eval(), x)
     assert "body.a.weight" in changed and moved < 1e-5 and not said
 

@@ -27,6 +27,7 @@ from fxquant.graph.text import graph_text
 from fxquant.nn.integer import IntegerOp, Site
 from fxquant.numerics.scheme import Scheme
 from fxquant.passes import levels
+from fxquant.passes.verification import _distance
 from fxquant.recipe import Recipe, Setting
 
 NOT_PASSES = ("facts", "finite", "levels", "to_exchange", "verification")
@@ -260,6 +261,43 @@ def test_verify_names_the_pass_that_breaks_the_model(monkeypatch):
     monkeypatch.setattr(file, "channel_affine_of", lambda bn: (right(bn)[0] * 1.1, right(bn)[1]))
     with pytest.raises(LevelError, match="pass fold_batchnorm changed"):
         fxquant.prepare(Normalized().eval(), torch.randn(IMAGE), verify=True)
+
+
+def test_verify_takes_infinities_that_are_the_same():
+    """Logits that are masked out: ``-inf - -inf`` is no difference; one that is lost is."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(x).masked_fill(torch.tensor([False, False, True, True]), float("-inf"))
+
+    x = torch.randn(3, 4)
+    assert not fxquant.prepare(Masked().eval(), x, verify=True)(x)[:, 2:].isfinite().any()
+    apart = torch.tensor([1.0, float("inf"), float("nan")])
+    assert _distance(apart, apart.clone()) == 0.0
+    assert _distance(apart, torch.tensor([1.0, 2.0, float("nan")])) == float("inf")
+    assert _distance(apart, torch.tensor([1.0, float("inf"), 2.0])) == float("inf")
+
+
+def test_verify_compares_what_an_autocast_block_calls():
+    """A graph inside got bfloat16 and was run again outside the block: mat1 and mat2 must have the same dtype."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.head(self.body(x))
+            return y.float()
+
+    x = torch.randn(3, 4)
+    assert fxquant.prepare(Narrow().eval(), x, verify=True)(x).dtype is torch.float32
 
 
 # The laws: each is broken on purpose, and the error has to say everything.

@@ -163,6 +163,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum with -inf": zeros_masked,
     "one minus": lambda scores, allowed: scores + (1.0 - allowed.float()) * -1e9,
     "times and minus": lambda scores, allowed: scores * allowed.float() - 1e4 * (1 - allowed.float()),
+    "buffer of zeros and ones": lambda scores, allowed: scores + torch.log(allowed.float()),
     "in place": lambda scores, allowed: scores.masked_fill_(~allowed, -1e9),
     "scaled afterwards": lambda scores, allowed: scores.masked_fill(~allowed, -1e9) * 0.9,
 }
@@ -176,6 +177,55 @@ def test_masks_are_as_good_as_in_fused_attention(name):
     prepared = quantized(Attention(MASKS[name]).eval(), (x,))[0]
     scales = [float(part.scale.max()) for part in prepared.modules() if isinstance(part, FakeQuantize)]
     assert max(scales) < 1.0, "a masked value has set a scale"
+
+
+class CutMask(Attention):
+    """The mask is computed from as much of a buffer as the input is long, as in the first GPT."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(None)
+        self.value = value
+        self.register_buffer("ones", torch.ones(32, 32).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        seen = self.ones[: x.size(1), : x.size(1)]
+        return self.out(((q * 3) @ (k * 3).transpose(1, 2) / 4 * seen - self.value * (1 - seen)).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("value", [1e4, 1e10])
+def test_a_mask_made_of_a_part_of_a_buffer(value):
+    x = torch.randn(8, 12, 16, generator=torch.Generator().manual_seed(0))
+    assert accuracy(CutMask(value).eval(), (x,)) > accuracy(Attention(None).eval(), (x,)) - 3.0
+
+
+class Expected(nn.Module):
+    """Where each map is largest on average, and how large it is: positions computed of arange, which grow with the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.head(self.conv(x).relu()) * 3
+        shares = maps.flatten(2).softmax(-1).view(maps.shape)
+        where = (shares.sum(2) * torch.arange(x.shape[3])).sum(-1)
+        return torch.stack([where, shares.amax((2, 3))], -1)
+
+
+def test_positions_follow_the_size_of_an_image():
+    """What was computed of integers was rounded again one op later, on the grid of the example's size."""
+    data = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = Expected().eval()
+    prepared, integer = quantized(model, (data,))
+    wide = torch.randn(4, 3, 6, 24, generator=torch.Generator().manual_seed(1))
+    for x in (data, wide):
+        with torch.no_grad():
+            wanted, found = model(x), integer(x)
+        assert decibels(wanted[..., 0], found[..., 0]) > 30.0
+        assert decibels(wanted[..., 1], found[..., 1]) > 25.0
+    assert {"sum_1", "sum_2"} <= set(left_in_float(prepared))
 
 
 class GivenMask(Attention):

@@ -189,3 +189,29 @@ def test_a_mask_goes_to_a_file(tmp_path):
     (got,) = session.run(None, dict(zip(names, (x.numpy(), m.numpy()), strict=True)))
     with torch.no_grad():
         assert (torch.from_numpy(got) - integer(x, m)).abs().max() < 0.02
+
+
+class AsksOfMemory(nn.Module):
+    """Facts of a tensor that are no values: a float tensor's, in the integer model too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        if y.is_quantized or y.is_sparse or y.is_conj() or not (y.is_cpu and y.is_contiguous()):
+            return self.last(y) * 2
+        return self.last(y) * (y.nbytes / y.numel() / 4) + y.storage_offset()
+
+
+def test_facts_of_memory_are_those_of_the_float_tensor():
+    """Bytes were those of uint8; a number that was added was taken for a tensor: calibrate refused the user's input."""
+    torch.manual_seed(0)
+    model, x, other = AsksOfMemory().eval(), torch.randn(16, 6), torch.randn(5, 6)
+    prepared = fxquant.prepare(model, x, verify=True)
+    fxquant.calibrate(prepared, [x, other], progress=False)
+    with torch.no_grad():
+        for data in (x, other):
+            wanted, found = model(data), fxquant.convert(prepared)(data)
+            assert 10 * torch.log10(wanted.pow(2).sum() / (wanted - found).pow(2).sum()) > 28

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.algorithms.own_code import names_read
 from fxquant.algorithms.weights import OwnParameters, attribute
 from fxquant.behaviour import Clamping, Weighted
 from fxquant.capture.islands import graphs_of
+from fxquant.capture.own_code import names_read
 from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.nn.folding import per_output_channel

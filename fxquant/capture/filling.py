@@ -7,6 +7,7 @@ where the code around them asks nothing of them but their results.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from torch import nn
 
@@ -15,7 +16,8 @@ from fxquant.capture.findings import Island
 from fxquant.capture.islands import graphs_of, mark_island
 from fxquant.capture.model_tracer import ModelTracer
 from fxquant.capture.one_graph import multiplies
-from fxquant.capture.outside import Use, use_from_outside
+from fxquant.capture.outside import use_from_outside
+from fxquant.capture.own_code import Uses, uses_in
 from fxquant.errors import CaptureError
 from fxquant.graph.leveled import LeveledModule
 
@@ -109,7 +111,10 @@ class _Filling:
 
     def _capture_part(self, part: nn.Module, calls: list[Call]) -> None:
         tracer = self.tracer
-        use = Use() if tracer.call is None else use_from_outside(part, tracer.recorder, tracer.paths)
+        use = use_from_outside(part, tracer.recorder if tracer.call else None, self.possible, tracer.paths)
+        if use.is_asked_for:
+            self._leave(part)
+            return
         if use.refused is not None:
             cause = f"{use.refused} from outside"
             tracer.note(
@@ -119,6 +124,19 @@ class _Filling:
         if graph is not None and multiplies(graph):
             self.graphs[part] = graph
             graph.meta["read_from_outside"] = use.reads
+
+    def _leave(self, part: nn.Module) -> None:
+        """Make ``part`` an island without graphs: code around it asks what modules it is made of."""
+        cause = "code around it may ask for its class, or call it with other parameters"
+        path = self.tracer.paths[part]
+        self.tracer.note(part, Island(path, cause, None, "call it by name, with its own parameters"))
+        mark_island(part, self.tracer.islands[part])
+        self._filled.add(part)
+
+    @cached_property
+    def possible(self) -> dict[nn.Module, Uses]:
+        """What the code of each module may do with others, in branches too that the example does not take."""
+        return uses_in(self.tracer.paths)
 
 
 def _has_weights(module: nn.Module) -> bool:

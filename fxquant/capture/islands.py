@@ -65,7 +65,12 @@ def _keep_what_is_read(before: LeveledModule, after: nn.Module) -> None:
     """Leave a layer's float parameters on its graph where code around it reads them."""
     for name in before.meta.get("read_from_outside", ()):
         if name not in after._parameters and name not in after._buffers:
-            after.register_buffer(name, getattr(before, name).detach().clone())
+            value = getattr(before, name, None)
+            if value is None or isinstance(value, nn.Parameter):
+                kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+                after.register_parameter(name, kept)
+            else:
+                after.register_buffer(name, value.detach().clone())
 
 
 def map_graphs(module: nn.Module, change: Callable[[LeveledModule], LeveledModule]) -> nn.Module:

@@ -15,10 +15,20 @@ from fxquant.capture.modes import by_mode
 
 __all__ = ["answer", "asks_type", "is_arithmetic", "is_measurement", "reads_numbers"]
 
-_SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "get_device", "ndimension"})
-_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "device", "layout", "is_cuda", "is_nested", "requires_grad"})
+_SHAPE_METHODS = frozenset(
+    {
+        *("size", "dim", "numel", "nelement", "stride", "storage_offset", "get_device", "ndimension"),
+        *("is_contiguous", "is_conj", "is_inference", "is_neg", "is_pinned", "is_shared"),
+    }
+)
+_SHAPE_ATTRIBUTES = frozenset(
+    {
+        *("shape", "ndim", "device", "layout", "requires_grad", "is_nested", "is_sparse", "is_sparse_csr", "is_mkldnn"),
+        *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"),
+    }
+)
 _TYPE_METHODS = frozenset({"is_floating_point", "is_complex", "is_signed", "element_size"})
-_TYPE_ATTRIBUTES = frozenset({"dtype", "itemsize"})
+_TYPE_ATTRIBUTES = frozenset({"dtype", "itemsize", "is_quantized"})
 _TYPE_FUNCTIONS: frozenset[Any] = frozenset({torch.is_floating_point, torch.is_complex, torch.is_signed})
 _READERS: frozenset[Any] = frozenset({builtins.len, builtins.isinstance, require})
 _NUMBERS: frozenset[Any] = frozenset(

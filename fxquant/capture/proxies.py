@@ -66,6 +66,10 @@ class ValueProxy(fx.Proxy):
                 raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
             if name == "ndim":
                 return self.tracer.rank(value)
+            if name == "nbytes" and isinstance(
+                value, torch.Tensor
+            ):  # of the float tensor, whatever it is made of later
+                return self.numel() * self.itemsize
             if name == "is_nested":
                 self.tracer.uses_ranks = True
                 return value.is_nested

@@ -22,6 +22,7 @@ from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.measuring import MEASURING
 from fxquant.ops.table import is_inplace
 from fxquant.passes.choose_regions import quantized_operands
+from fxquant.passes.facts import Canonical
 
 __all__ = ["canonicalize", "written"]
 
@@ -161,6 +162,7 @@ class _Canonicalizer:
             held = ", ".join(names)
             return Refusal(f"its module holds {held}, which the entry of {call.entry.name} does not name as a tensor")
         if (whole := _whole_numbers(call)) is not None:
+            Canonical(node).reads_counts = True
             return whole
         if isinstance(call.entry.behaviour, Weighted) and call.module is None:
             if any(n.op != "get_attr" for n in nodes_in(call.arguments.get("weight"))):
@@ -170,7 +172,10 @@ class _Canonicalizer:
         return None
 
     def _keep_float(self, node: fx.Node, reason: str) -> None:
-        node.meta.update(entry=FLOAT, reason=reason, is_container=node.meta.get("dtype") in _CONTAINERS)
+        dtype = node.meta.get("dtype")
+        node.meta.update(entry=FLOAT, reason=reason, is_container=dtype in _CONTAINERS)
+        if dtype in ("int", "float", "bool"):
+            node.meta["is_tensor"] = False
 
     def _rewrite(self, node: fx.Node, call: Call, module: nn.Module | None) -> None:
         entry = call.entry

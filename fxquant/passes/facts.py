@@ -19,6 +19,7 @@ class Canonical(Facts):
     entry = Fact[Any](object, None, "its entry in the op table")
     was_module = Fact[type | None](type, None, "the class of the module that it was called as")
     reason = Fact[str](str, "", "why it stays in float, in words for the user")
+    reads_counts = Fact[bool](bool, False, "it is in float since it computes with counts, positions or indices")
     reads_shape = Fact[bool](bool, False, "it reads a tensor's shape alone")
 
 

@@ -27,7 +27,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
-from fxquant.passes.facts import Placed
+from fxquant.passes.facts import Canonical, Placed
 from fxquant.recipe import Op, Recipe
 
 __all__ = ["leave_unrounded"]
@@ -82,6 +82,8 @@ class _Search:
         for node in edit.nodes:
             if _is_data(node):
                 self.origin[node] = self._origin(node)
+            if Canonical(node).reads_counts:
+                self.left.add(node)
 
     def run(self) -> None:
         for node in self.edit.nodes:
@@ -210,11 +212,29 @@ class _Search:
     def _is_mask(self, node: fx.Node) -> bool:
         """Whether ``node``, added to scores, is no score: counted, an input, or constants of which some vanish."""
         if self.origin[node] == _Origin.CONSTANT:
-            value = self.edit.constant(node) if self.edit.is_constant(node) else None
+            value = self._constant(node)
             return isinstance(value, Tensor) and value.numel() > 0 and bool((value < value.max() - VANISHES).any())
         entry = _root(node).meta.get("entry")
         unknown = entry is not None and isinstance(entry.behaviour, FloatOnly)  # masked_fill, where; no op of the table
         return self.origin[node] != _Origin.ACTIVE or unknown
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The numbers of a constant; all of them, where the graph takes as many as an input is long (``tri[:n, :n]``)."""
+        if self.edit.is_constant(node):
+            return self.edit.constant(node)
+        if node.op == "get_attr":
+            return self.edit.attributes[str(node.target)]
+        operands = _data_of(node)
+        if len(operands) < len(node.all_input_nodes):
+            cuts = isinstance(behaviour_of(node), Passing) and len(operands) == 1
+            return self._constant(operands[0]) if cuts else None
+        values = {operand: self._constant(operand) for operand in operands}
+        if not callable(node.target) or any(value is None for value in values.values()):
+            return None
+        try:
+            return node.target(*fx.map_arg(node.args, values.__getitem__), **fx.map_arg(dict(node.kwargs), values.get))
+        except RuntimeError:  # sizes that fit only once they are cut
+            return None
 
     def _read_operands(self, node: fx.Node) -> None:
         """Leave an op that reads, beside other tensors, what an op magnified, or what an unknown op made with a mask."""

@@ -65,12 +65,19 @@ def _copied(value: Any) -> Any:
     return tree_map_only(Tensor, Tensor.clone, value)
 
 
+def _as_weights_are(value: Tensor) -> Tensor:
+    """A copy; of what an autocast block around a graph has made narrower, in float32: graphs are compared outside it."""
+    if torch.is_autocast_enabled(value.device.type) and value.dtype == torch.get_autocast_dtype(value.device.type):
+        return value.float()
+    return value.clone()
+
+
 def _inputs_of_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """What each graph of ``model`` is first called with, by path."""
     seen: dict[str, tuple[Any, ...]] = {}
 
     def note(path: str) -> Any:
-        return lambda graph, given: seen.setdefault(path, _copied(given)) and None
+        return lambda graph, given: seen.setdefault(path, tree_map_only(Tensor, _as_weights_are, given)) and None
 
     hooks = [graph.register_forward_pre_hook(note(path)) for path, graph in graphs_of(model).items()]
     try:
@@ -118,8 +125,9 @@ def _distance(a: Any, b: Any) -> float:
             return 0.0 if torch.equal(a, b) else float("inf")
         if not a.numel():
             return 0.0
-        gap = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)
-        return float(gap)
+        alike = (a == b) | (a.isnan() & b.isnan())  # infinite and undefined values too: a mask is often one
+        gap = (a.double() - b.double()).abs().masked_fill(alike, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+        return float(gap / a.double().abs().masked_fill(~a.isfinite(), 0.0).max().clamp(min=1e-30))
     if isinstance(a, dict) and isinstance(b, dict):
         return max((_distance(a[k], b[k]) for k in a), default=0.0) if a.keys() == b.keys() else float("inf")
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
