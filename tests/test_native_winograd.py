@@ -194,7 +194,7 @@ def test_words_of_16_bits_hold_what_is_multiplied():
         ],
     }
     found = {tile: largest(transform, 0, 255) for tile, transform in pixels.items()}
-    weights = {tile: largest(transform.tolist(), -128, 127) for tile, transform in winograd._TRANSFORMS.items()}
+    weights = {tile: largest(transform, -128, 127) for tile, transform in winograd._TRANSFORMS.items()}
     assert found == {2: (-510, 1020), 4: (-12750, 17340)} and weights == {2: (-1152, 1147), 4: (-18432, 18432)}
     assert 9 * 0x38E38E39 % 2**32 == 1
 

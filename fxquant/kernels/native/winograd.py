@@ -29,8 +29,8 @@ DIRECT = 0
 """No tiles: the convolution as it is defined."""
 
 _TRANSFORMS = {
-    2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]),
-    4: torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 12]]),
+    2: [[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]],
+    4: [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 12]],
 }
 """Of weights, by the pixels of a tile: the paper's G twice, and 24 times but for its last row, which is taken 12 times."""
 _BITS = {2: 29, 4: 25}
@@ -125,7 +125,7 @@ def _tiles(tile: int, n: int, h: int, w: int) -> int:
 
 def transformed(weight: Tensor, tile: int, library: Library) -> Tensor:
     """Weights ``(channels, depth, 3, 3)`` in the transformed positions, as the kernels read them."""
-    way = _TRANSFORMS[tile].double()
+    way = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64)
     # In float64 every number is whole and exact.
     positions = weight.flatten(2).double() @ torch.kron(way, way).t()
     return words_weight(positions.to(torch.int16).transpose(1, 2), library)

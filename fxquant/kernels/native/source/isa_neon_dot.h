@@ -185,6 +185,8 @@ FXQUANT_EACH_LANE(low8, uint8x16_t, vzip1q_u8)
 FXQUANT_EACH_LANE(high8, uint8x16_t, vzip2q_u8)
 FXQUANT_EACH_LANE(low16, uint16x8_t, vzip1q_u16)
 FXQUANT_EACH_LANE(high16, uint16x8_t, vzip2q_u16)
+FXQUANT_EACH_LANE(add16, int16x8_t, vaddq_s16)
+FXQUANT_EACH_LANE(sub16, int16x8_t, vsubq_s16)
 inline int64_t sum8(Vector v) {
     int64_t sum = 0;
     for (int i = 0; i < 4; i++) sum += vaddlvq_u8((uint8x16_t)v.lane[i]);
