@@ -145,8 +145,8 @@ class Uses:
         """That something else reads the parameters of ``part``, which ``graph`` calls; None where nothing does."""
         for name, value in part.named_parameters(recurse=False):
             readers = list(self._read.get(id(value), ()))
-            if isinstance(part, OwnParameters):
-                readers.remove(part.reader)
+            if isinstance(part, OwnParameters) and part.reader in readers:
+                readers.remove(part.reader)  # once: a function of this name in another graph is someone else
             if readers:
                 return Refusal(f"{readers[-1]} reads its {name} too")
             if self._held[id(value)] > 1:

@@ -82,9 +82,9 @@ class OwnParameters:
     @classmethod
     def of(cls, graph: LeveledModule, node: fx.Node, part: Any) -> OwnParameters | None:
         """Those of a node; None where it is no weighted function, or where something else of the graph reads them too."""
-        if not isinstance(part, QuantWeightedOp) or not isinstance(
-            call_of(node, part).attributes.get("groups", 1), int
-        ):
+        if not isinstance(part, QuantWeightedOp):
+            return None
+        if not isinstance(call_of(node, part).attributes.get("groups", 1), int):
             return None
         own = cls(graph, node, part)
         reads = [other for other in own._paths.values() if other is not None]
