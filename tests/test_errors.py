@@ -475,7 +475,7 @@ def test_a_file_of_another_model(tmp_path, level, other):
 
 
 def test_saving_what_is_not_ours(tmp_path):
-    with refused(InputError, "save takes what prepare, freeze or convert returned, not a Net"):
+    with refused(InputError, "save takes what prepare, freeze, convert or compile returned, not a Net"):
         fxquant.save(Net(), tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
 

@@ -22,7 +22,7 @@ import fxquant
 from fxquant import Recipe, Scheme, Setting, processor
 from fxquant.capture.calls import as_call
 from fxquant.errors import InputError
-from fxquant.export import runtimes, to_onnx
+from fxquant.export import onnx_file, runtimes
 from fxquant.export.agreement import together
 from fxquant.export.finding import finding
 from fxquant.export.interleaved_timing import InterleavedTimes
@@ -490,7 +490,7 @@ def test_products_of_two_tensors(signed, monkeypatch):
 
 def test_exports_and_benchmarks_tell_a_low_agreement(monkeypatch, tmp_path):
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(to_onnx, "onnxruntime_session", noisy(0.05))
+    monkeypatch.setattr(onnx_file, "onnxruntime_session", noisy(0.05))
     open_by(monkeypatch, "onnxruntime", session=noisy(0.05))
     least = 20 if processor.adds_pairs_in_16_bits() else 25  # where the runtime saturates by itself, that comes on top
     monkeypatch.setattr(processor, "adds_pairs_in_16_bits", lambda: True)

@@ -256,8 +256,8 @@ class Edit:
         """``wanted``, or the first ``wanted_1``, ``wanted_2``, … that no module or parameter of the model has."""
         if self._paths is None:
             self._paths = {name for name, _ in self._source.named_modules(remove_duplicate=False)}
-            self._paths.update(name for name, _ in self._source.named_parameters(remove_duplicate=False))
-            self._paths.update(name for name, _ in self._source.named_buffers(remove_duplicate=False))
+            self._paths.update(name for name, _ in nn.Module.named_parameters(self._source, remove_duplicate=False))
+            self._paths.update(name for name, _ in nn.Module.named_buffers(self._source, remove_duplicate=False))
             self._paths.update(self.attributes)
         path, number = wanted, 0
         while path in self._paths:

@@ -44,7 +44,7 @@ def round_for_readers(module: LeveledModule, *, recipe: Recipe, target: Target =
         x = input
         relu = relu(x)
         conv = Conv2d[conv](relu)
-        add = relu + conv
+        add = add(relu, conv)
         return add
 
     After:
@@ -52,7 +52,7 @@ def round_for_readers(module: LeveledModule, *, recipe: Recipe, target: Target =
         relu = relu(x)
         relu_for_conv = identity(relu)
         conv = Conv2d[conv](relu_for_conv)
-        add = relu + conv
+        add = add(relu, conv)
         return add
 
     Law:

@@ -187,7 +187,7 @@ void memory() {
 void integers() {
     TWO(max8, any_byte), TWO(min8, any_byte), TWO(low8, any_byte), TWO(high8, any_byte), TWO(low16, any_byte), TWO(high16, any_byte);
     TWO(add32, any_integer), TWO(sub32, any_integer), TWO(mul32, any_integer), TWO(max32, any_integer), TWO(add64, any_integer);
-    TWO(products, any_integer), TWO(even_and_odd, any_integer);
+    TWO(products, any_integer), TWO(even_and_odd, any_integer), TWO(add16, any_integer), TWO(sub16, any_integer);
     test("sum8", any_byte, [](const Input& in, Output& out) { out.number(sum8(in.v(0))); });
     test("sum32", any_integer, [](const Input& in, Output& out) { out.number(sum32(in.v(0))); });
     test("greatest32", any_integer, [](const Input& in, Output& out) { out.number(greatest32(in.v(0))); });
