@@ -248,7 +248,12 @@ def test_weights_of_few_bits_on_every_target(target):
     fxquant.calibrate(model, [torch.randn(IMAGE)], progress=False)
     assert weights(model) == {8: 2, 4: 7} and set(tensors(model)) == {8}
     images = torch.randn(IMAGE)
-    assert decibels(fxquant.freeze(model)(images), fxquant.convert(model)(images)) >= 60
+    frozen, integer = fxquant.freeze(model)(images), fxquant.convert(model)(images)
+    if target in ("tflite", "xnnpack"):  # results are rounded: of two floats around a half, one may go up
+        steps = (frozen - integer).abs() / integer.unique().diff().min()
+        assert float(steps.max()) < 1.01 and float((steps > 0.5).float().mean()) < 0.1
+    else:
+        assert decibels(frozen, integer) >= 60
 
 
 @pytest.mark.parametrize(
