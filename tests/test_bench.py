@@ -252,6 +252,7 @@ def test_the_command(tmp_path, capsys):
     assert written["spec"] == SPEC and written["model"] == "Sample"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [(), ("--runtimes", "auto")], ids=["left out", "auto"])
 def test_the_command_times_every_runtime(more, capsys):
     assert main(["bench", SPEC, "--shape", "1,3,8,8", "--rounds", "2", "--no-memory", *more]) == 0

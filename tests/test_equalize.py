@@ -170,6 +170,7 @@ class OwnForward(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+@pytest.mark.long
 def test_a_function_of_its_own_parameters_is_treated_as_a_module():
     model, x = unbalanced(trained()), torch.randn(4, 1, 8, 8)
     twin = copy.deepcopy(model)

@@ -125,6 +125,7 @@ def test_a_targets_rules_are_held_against_the_tensors_too(tmp_path):
     assert report.data and not report.notes
 
 
+@pytest.mark.long
 def test_the_pair_can_be_moved_together(tmp_path):
     prepared, x = digits(), torch.rand(3, 1, 8, 8)
     fxquant.export_onnx(prepared, tmp_path / "m.onnx", external_data=True, verify=False)

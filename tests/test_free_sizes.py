@@ -74,6 +74,7 @@ MODELS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:rounding to 8 bits leaves")  # random weights
 @pytest.mark.parametrize("name", mostly_long(MODELS, ("free", "height", "width")))
 def test_the_sizes_that_the_model_refuses_are_fixed_and_no_others(name, tmp_path):

@@ -153,6 +153,7 @@ def test_torchvision_models_in_both_runtimes_at_other_sizes_from_one_file(name):
     assert len(made.content) < (0.27 if name in ("resnet18", "squeezenet1_1") else 0.28) * size
 
 
+@pytest.mark.long
 def test_convolutions_sums_pools_and_products_become_integer_kernels(tmp_path):
     ort = pytest.importorskip("onnxruntime")
     prepared = prepared_of(torchvision.models.resnet18(weights=None).eval(), torch.randn(2, 3, 64, 64))
@@ -209,6 +210,7 @@ class Passing(nn.Module):
         return {"x": x, "y": y, "again": y, "size": torch.tensor(3)}
 
 
+@pytest.mark.long
 def test_outputs_that_are_inputs_or_constants_or_twice_the_same(tmp_path):
     x = torch.randn(3, 6)
     prepared = prepared_of(Passing().eval(), x)
@@ -221,6 +223,7 @@ def test_outputs_that_are_inputs_or_constants_or_twice_the_same(tmp_path):
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_constants_keep_their_scales_through_a_file_of_ours(tmp_path):
     model, x = Constant().eval(), torch.randn(2, 5, 6)
     prepared = prepared_of(model, x)
@@ -272,6 +275,7 @@ def test_calls_and_results_have_the_models_own_structure(kind, runtime, tmp_path
         compiled(x, {"shift": shift}, double=False)
 
 
+@pytest.mark.long
 def test_auto_takes_the_fastest_and_says_what_it_measured():
     prepared = prepared_of(DigitsNet().eval(), torch.rand(4, 1, 8, 8))
     compiled = fxquant.compile(prepared, torch.rand(1, 1, 8, 8))
@@ -287,6 +291,7 @@ def test_auto_without_other_runtimes_is_one_of_ours(monkeypatch):
     assert compiled.runtime in ("torch", "native") and "pip install 'fxquant[openvino]'" in repr(compiled)
 
 
+@pytest.mark.long
 def test_openvino_is_not_given_tensors_that_it_computes_wrongly():
     pytest.importorskip("openvino")
     recipe = recipe_with(activation=Scheme(bits=16))
@@ -319,6 +324,7 @@ class Asks(nn.Module):
         return self.conv(y).cumsum(1) if self.exportable else self.conv(y)
 
 
+@pytest.mark.long
 def test_float_parts_and_islands_export_as_they_run(tmp_path):
     x = torch.randn(2, 3, 12, 12)
     prepared = prepared_of(Stateful(exportable=True).eval(), x)
@@ -338,6 +344,7 @@ def test_an_island_that_asks_about_data_is_named(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.long
 def test_merged_clamps_survive_where_the_grid_does_not_do_them():
     """On a signed grid, 0 and 6 are inside: the file clamps; on an affine one, saturation does it and no node is spent."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
@@ -359,6 +366,7 @@ def test_nothing_in_a_file_tells_where_it_was_made():
         assert word not in content
 
 
+@pytest.mark.long
 def test_static_and_batch_only_files():
     prepared = prepared_of(DigitsNet().eval(), torch.rand(4, 1, 8, 8))
     for dynamic, shape in (("none", [4, 1, 8, 8]), ("batch", ["batch", 1, 8, 8])):
@@ -381,6 +389,7 @@ class HalvesLargeImages(nn.Module):
         return F.relu(F.conv2d(x, self.weight))
 
 
+@pytest.mark.long
 def test_sizes_stay_fixed_where_the_file_would_be_wrong_for_others(tmp_path):
     for side, limit, seen in ((16, 24, "24 is False; now it is True"), (16, 1000, "1000 is False (")):
         prepared = prepared_of(HalvesLargeImages(limit).eval(), torch.rand(1, 3, side, side))
@@ -446,6 +455,7 @@ def test_a_write_that_fails_leaves_the_file_alone(tmp_path, monkeypatch):
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.onnx"]
 
 
+@pytest.mark.long
 def test_models_that_are_not_ready_are_refused(tmp_path):
     path, x = tmp_path / "m.onnx", torch.rand(4, 1, 8, 8)
     with pytest.raises(CalibrationError, match="no range yet"):

@@ -175,6 +175,7 @@ def pairwise_rules_counted() -> Iterator[list[str]]:
         rewriter.RewritePass = original
 
 
+@pytest.mark.long
 def test_the_exporters_pairwise_rule_is_left_out_and_put_back():
     from onnxscript import rewriter
 
@@ -212,6 +213,7 @@ SPREAD = {(3, 1, 1): [3, 8, 1], (8, 1): [8, 8], (8,): [8], (1, 1, 1): [1, 1, 1],
 """What is stored for factors of each shape."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", mostly_long(SPREAD, ((3, 1, 1),)))
 def test_one_factor_a_head_is_written_as_one_a_row(shape, monkeypatch):
     x = torch.randn(2, 8, 12)

@@ -93,6 +93,7 @@ def test_a_module_that_runs_twice_has_its_integers_numbered():
     assert [integers_name("a.rounding", taken) for _ in range(3)] == ["a:integers", "a:integers_1", "a:integers_2"]
 
 
+@pytest.mark.long
 def test_no_constant_is_stored_twice_and_no_shape_or_default_at_all():
     graph = graph_of(make_onnx(prepared_of(zoo.build("resnet18"), zoo.images(2))))
     stored = [(t.data_type, tuple(t.dims), t.raw_data) for t in graph.initializer]

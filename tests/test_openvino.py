@@ -119,6 +119,7 @@ def joined_late(content: bytes) -> bytes:
 SHAPES = [(1, 3, 17, 17), (4, 3, 17, 17), (1, 3, 32, 24), (2, 3, 9, 40), (3, 3, 21, 21), (7, 3, 8, 8)]
 
 
+@pytest.mark.long
 @needs_openvino
 def test_the_first_shapes_get_code_of_their_own_and_the_others_share_one(small, compilations, monkeypatch):
     compiled = fxquant.compile(small, torch.randn(1, 3, 17, 17), runtime="openvino", threads=1)
@@ -254,6 +255,7 @@ def test_rounding_before_joining_changes_no_bit(name):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.long
 def test_what_lies_on_the_grid_already_is_not_rounded_before_joining():
     made = made_from(Dense(), torch.randn(4, 3, 16, 16))
     before, after = kinds_of(made), OnnxFile(joined_late(made.content), made.model, made.opset, ())
@@ -275,6 +277,7 @@ def test_only_files_for_openvino_round_before_joining():
         assert bool(reads_a_concat(graph)) == before, target
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "takes"), [("norm", True), ("pool", True), ("swish", True), ("times", False), ("twice", False)]
 )

@@ -266,6 +266,7 @@ def test_courses_run_by_half_a_cosine():
         assert watched._now(watched.dampening) == pytest.approx(0.1 * share)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [None, {0: 8, 2: 4, 9: 3}], ids=["three bits", "with a schedule"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(bits):
     def start() -> list[Any]:

@@ -68,6 +68,7 @@ def test_files_take_the_bits_that_weights_have(bits: int, share: float, tmp_path
         assert torch.equal(value, found) and value.dtype == found.dtype, name
 
 
+@pytest.mark.long
 def test_pinned_roundings_are_packed_and_trained_on(tmp_path: Any) -> None:
     model, prepared, x = made(4)
     fxquant.recover(prepared, [x], progress=False)

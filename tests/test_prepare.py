@@ -450,6 +450,7 @@ def test_calibration_goes_on_after_loading(tmp_path):
     assert_same_bits(run(a, inputs), run(b, inputs))
 
 
+@pytest.mark.long
 def test_ranges_do_not_depend_on_how_data_is_cut_into_batches():
     model, x = zoo.build("mobilenet_v3_small"), zoo.images(6)
     by_one, by_six = (fxquant.prepare(model, x) for _ in range(2))

@@ -265,6 +265,7 @@ def test_coding_moved_and_back_is_the_same():
     assert_same_bits(own.moved().decode(own.moved().from_own(q)), own.decode(q))
 
 
+@pytest.mark.long
 def test_programs_are_saved_and_loaded(tmp_path):
     prepared = prepared_of(DigitsNet().eval(), torch.rand(64, 1, 8, 8))
     x = torch.rand(9, 1, 8, 8)

@@ -146,6 +146,7 @@ def integers(made: OnnxFile, x: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, results[-len(names) :], strict=True))
 
 
+@pytest.mark.long
 def test_weights_and_their_zero_points_are_int8_and_biases_int32():
     graph = graph_of(make_onnx(quantized_network("resnet18"), form="qoperator"))
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
@@ -193,6 +194,7 @@ def test_targets_without_such_operators_refuse_the_form(target, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", mostly_long(("onnxruntime", "xnnpack", "tflite"), ("onnxruntime",)))
 def test_other_targets_take_it(target):
     x = torch.randn(8, 4, 12, 12)
@@ -205,6 +207,7 @@ def test_other_targets_take_it(target):
     assert (actual - expected).abs().max() <= 1.01 * step
 
 
+@pytest.mark.long
 def test_openvino_runs_it_where_weights_have_one_scale():
     if not installed.is_installed("openvino"):
         pytest.skip("openvino is not installed")

@@ -137,6 +137,7 @@ def test_a_runtime_from_outside_is_timed_placed_and_diagnosed(entered):
         fxquant.compile(placed_for_it(), X, runtime="evaluater")
 
 
+@pytest.mark.long
 def test_its_passes_and_rules_hold_files_for_its_target_alone(entered, digits):
     import onnx
 

@@ -400,6 +400,7 @@ def test_nothing_to_run_takes_no_turn():
     assert time_interleaved({}) == {}
 
 
+@pytest.mark.long
 @needs_native
 def test_bench_times_native_and_measures_its_memory(digits):
     both, x = ["torch", "native"], torch.rand(2, 1, 8, 8)

@@ -61,6 +61,7 @@ def test_models_prepared_for_tensorrt_break_no_rule(name):
     assert float((actual - wanted).square().sum()) < 10 ** (-2.5) * float(wanted.square().sum())  # 25 dB
 
 
+@pytest.mark.long
 def test_a_transformer_prepared_for_tensorrt_breaks_no_rule():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     made = make_onnx(prepared_for("tensorrt", layer, torch.randn(4, 5, 16)))
@@ -68,6 +69,7 @@ def test_a_transformer_prepared_for_tensorrt_breaks_no_rule():
     assert "LayerNormalization" in {n.op_type for n in onnx.load_from_string(made.content).graph.node}
 
 
+@pytest.mark.long
 def test_a_file_for_x86_breaks_rules_that_name_its_nodes():
     broken = tensorrt_violations(make_onnx(prepared_for("x86", zoo.build("resnet18"), zoo.images(2))).content)
     count = {rule: sum(v.rule == rule for v in broken) for rule in RULES}
@@ -252,6 +254,7 @@ def test_every_rule_has_a_planted_violation():
 # At export
 
 
+@pytest.mark.long
 def test_a_file_that_tensorrt_refuses_is_not_written(tmp_path):
     own = dataclasses.replace(get("onnxruntime"), name="own", title="Mine", file_rules="tensorrt")
     prepared = prepared_for(own, Mixed().eval(), torch.randn(4, 3, 8, 8))
@@ -264,6 +267,7 @@ def test_a_file_that_tensorrt_refuses_is_not_written(tmp_path):
         )
 
 
+@pytest.mark.long
 def test_what_would_only_run_slower_is_a_note(tmp_path):
     recipe, x = Recipe([("fc", None)]), torch.randn(4, 3, 8, 8)
     report = fxquant.export_onnx(prepared_for("tensorrt", Mixed().eval(), x, recipe=recipe), tmp_path / "m.onnx")

@@ -334,6 +334,7 @@ def test_graphs_between_islands_are_placed_too(example):
     assert torch.isfinite(fxquant.convert(tuned)(example)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
 def test_in_every_runtime(example, runtime, tmp_path):
     if runtime != "torch":
