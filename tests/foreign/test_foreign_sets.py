@@ -37,7 +37,7 @@ def program(name: str) -> Program:
     found = PROGRAMS[name]
     lacking = found.missing()
     if lacking is not None:
-        pytest.skip(f"{name}: this machine has no {lacking}")
+        pytest.skip(f"{name}: this machine lacks {lacking}")
     return found
 
 

@@ -243,7 +243,7 @@ inline int32_t sum32(Vector v) {
     const __m256i eight = _mm256_add_epi32(v.half[0], v.half[1]);
     const __m128i four = _mm_add_epi32(low128(eight), high128(eight));
     const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+    return static_cast<int32_t>(static_cast<uint32_t>(_mm_cvtsi128_si32(two)) + static_cast<uint32_t>(_mm_extract_epi32(two, 1)));
 }
 inline int32_t greatest32(Vector v) {
     const __m256i eight = _mm256_max_epi32(v.half[0], v.half[1]);
