@@ -55,9 +55,16 @@ def carried(tmp_path) -> Path:
     return Path(shutil.copy(made, folder / made.name))
 
 
-def test_what_is_carried_needs_no_compiler(fresh, carried, tmp_path):
-    found = fresh(carried.parent)
-    assert isinstance(found, library.Library) and found.handle._name == str(carried)
+def test_what_is_carried_needs_no_compiler(carried, tmp_path):
+    """In a process of its own, which has no other copy of the library."""
+    script = (
+        f"from pathlib import Path; from fxquant.kernels.native import library; "
+        f"library.CARRIED = Path({str(carried.parent)!r}); print(library.missing(), library.load().handle._name)"
+    )
+    places = {"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    taken = {"FXQUANT_ISA": os.environ["FXQUANT_ISA"]} if "FXQUANT_ISA" in os.environ else {}
+    said = run(sys.executable, "-c", script, cwd=tmp_path, **places, **taken)
+    assert said.splitlines()[-1] == f"None {carried}"
     assert not (tmp_path / "cache").exists()
 
 
