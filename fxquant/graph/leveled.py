@@ -75,7 +75,10 @@ class Holder(nn.Module):
     def _shared(self) -> list[list[str]]:
         """The names of each tensor that has more than one."""
         found: dict[int, list[str]] = {}
-        for named in (nn.Module.named_parameters, nn.Module.named_buffers):  # with the aliases that a graph's own leave out
+        for named in (
+            nn.Module.named_parameters,
+            nn.Module.named_buffers,
+        ):  # with the aliases that a graph's own leave out
             for name, tensor in named(self, remove_duplicate=False):
                 found.setdefault(id(tensor), []).append(name)
         return [names for names in found.values() if len(names) > 1]
