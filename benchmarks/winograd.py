@@ -25,7 +25,7 @@ import fxquant
 from fxquant.kernels.native.library import KINDS, Step
 from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.native.sets import SETS
-from fxquant.kernels.native.winograd import DIRECT, taken
+from fxquant.kernels.native.winograd_rules import DIRECT, taken
 from fxquant.processor import VARIABLE, has
 
 WAYS = {"direct": DIRECT, "2 x 2": 2, "4 x 4": 4}

@@ -21,7 +21,7 @@ from fxquant import Recipe, processor
 from fxquant.kernels.native import library, sets, slices, winograd
 from fxquant.kernels.native.model import NativeModel
 from fxquant.kernels.native.weighted import Weighted
-from fxquant.kernels.native.winograd import DIRECT, RULES, taken
+from fxquant.kernels.native.winograd_rules import DIRECT, RULES, taken
 
 HERE = [row.name for row in sets.SETS if row.name in processor._sets_here()]
 WAYS = {DIRECT: "direct", 2: "winograd 2 x 2", 4: "winograd 4 x 4"}

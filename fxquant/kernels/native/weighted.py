@@ -27,6 +27,7 @@ from fxquant.kernels.native.weights import (
     per_block,
     rescaling_of,
 )
+from fxquant.kernels.native.winograd_rules import may_take
 from fxquant.kernels.saturation import INT32, one_sided_sums
 from fxquant.kernels.weighted import Geometry, geometry_of, require_fit
 from fxquant.nn.accumulating import IntegerWeighted, channels_first
@@ -77,7 +78,8 @@ class Weighted(Operation):
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
         g, self.reach = self.geometry, 255 * int(torch.maximum(above, below).max())
-        if self.kernel == (3, 3) and g.groups == 1 and g.stride == g.dilation == [1, 1] and not self.by_lines:
+        is_plain = self.kernel == (3, 3) and g.groups == 1 and g.stride == g.dilation == [1, 1] and not self.by_lines
+        if is_plain and may_take(self.library.name, self.depth, self.channels):
             self.window = weight.clone()
         if self.depthwise and self.to_float:
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")

@@ -1,4 +1,4 @@
-"""Winograd's convolutions in whole numbers: for which layers and sizes they are taken, what they read (source/winograd.h).
+"""Winograd's convolutions in whole numbers: whether they are exact, their steps, what they read (source/winograd.h).
 
 Windows of 3 x 3 with stride 1 give 2 x 2 or 4 x 4 pixels of the result at a time, with 2.25 or 4 times fewer products. What
 is multiplied fits into words of 16 bits, always. Sums of 32 bits wrap, and leave a result exact that has at most 30 bits
@@ -9,8 +9,7 @@ Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVP
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,9 @@ from fxquant.kernels.native.library import KINDS, Library, Step, TensorView
 from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.weights import words_weight
+from fxquant.kernels.native.winograd_rules import DIRECT, RULES, forced, tiles_of
 
-__all__ = ["DIRECT", "RULES", "Rule", "Winograd", "WinogradInput", "is_exact", "steps_of", "taken", "transformed"]
-
-DIRECT = 0
-"""No tiles: the convolution as it is defined."""
+__all__ = ["Winograd", "WinogradInput", "is_exact", "steps_of", "transformed"]
 
 _TRANSFORMS = {
     2: [[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]],
@@ -37,69 +34,12 @@ _BITS = {2: 29, 4: 25}
 """A result y is exact where -2^bits <= y < 2^bits."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Sizes for which tiles were faster wherever they were measured.
-
-    Attributes:
-        tile: pixels of a tile in each direction.
-        depth, channels: of the input and of the result, at least.
-        tiles: of all images, at least.
-        pairs: of such channels, at most: transformed weights are 8 times as large as weights, or 3.6, and leave the cache.
-        waste: pixels that tiles cover, over those that there are, at most.
-    """
-
-    tile: int
-    depth: int
-    channels: int
-    tiles: int
-    pairs: int
-    waste: float
-
-    def holds(self, depth: int, y: Sequence[int]) -> bool:
-        """Whether a layer of so many channels with a result of ``(n, h, w, c)`` has such sizes."""
-        n, h, w, channels = y
-        tiles = _tiles(self.tile, n, h, w)
-        return (
-            (depth >= self.depth and channels >= self.channels and tiles >= self.tiles)
-            and depth * channels <= self.pairs
-            and tiles * self.tile**2 <= self.waste * n * h * w
-        )
-
-
-RULES: dict[str, tuple[Rule, ...]] = {
-    "avx2": (
-        Rule(4, depth=16, channels=16, tiles=16, pairs=256 * 256, waste=1.6),
-        Rule(4, depth=16, channels=16, tiles=32, pairs=512 * 512, waste=1.6),
-        Rule(2, depth=16, channels=16, tiles=49, pairs=256 * 256, waste=1.2),
-    ),
-    # Products of words run at half the rate of bytes', so less is won, and nothing where weights come from far away.
-    "avx512_vnni": (
-        Rule(4, depth=96, channels=32, tiles=49, pairs=128 * 192, waste=1.1),
-        Rule(4, depth=64, channels=64, tiles=196, pairs=128 * 192, waste=1.1),
-    ),
-}
-"""By instruction set, the first that holds, as benchmarks/winograd.py measures them on one thread with weights beyond the
-second cache. A set that is not here was not measured, and computes directly."""
-
 _CHUNK = 24
 """Tiles that share what is read of weights, about: as many as leave a thread's words and sums in its second cache."""
 _FEW = 16
 """With fewer tiles for each thread, threads share the transformed pixels and each has channels of its own."""
 _SHARE = 12
 """Tiles by 64 channels that each thread should have at least; more threads than that were never measured."""
-_forced: int | None = None
-
-
-@contextmanager
-def taken(tile: int) -> Iterator[None]:
-    """Inside, plans take these tiles, or ``DIRECT``, wherever they are exact: for tests and measurements."""
-    global _forced
-    before, _forced = _forced, tile
-    try:
-        yield
-    finally:
-        _forced = before
 
 
 def is_exact(layer: Weighted, tile: int) -> bool:
@@ -109,18 +49,14 @@ def is_exact(layer: Weighted, tile: int) -> bool:
 
 def tile_of(layer: Weighted, y: Sequence[int], threads: int) -> int:
     """The pixels of a tile for a result of ``(n, h, w, c)``, or ``DIRECT``."""
-    if _forced is not None:
-        return _forced if _forced != DIRECT and is_exact(layer, _forced) else DIRECT
+    if (asked := forced()) is not None:
+        return asked if asked != DIRECT and is_exact(layer, asked) else DIRECT
     n, h, w, channels = y
     for rule in RULES.get(layer.library.name, ()):
         if rule.holds(layer.depth, y) and is_exact(layer, rule.tile):
-            enough = _tiles(rule.tile, n, h, w) * _columns(channels) >= _SHARE * threads
+            enough = tiles_of(rule.tile, n, h, w) * _columns(channels) >= _SHARE * threads
             return rule.tile if enough else DIRECT
     return DIRECT
-
-
-def _tiles(tile: int, n: int, h: int, w: int) -> int:
-    return n * -(-h // tile) * -(-w // tile)
 
 
 def transformed(weight: Tensor, tile: int, library: Library) -> Tensor:
@@ -138,7 +74,7 @@ def steps_of(layer: Weighted, images: Sequence[Image]) -> tuple[list[Operation],
     tile = tile_of(layer, images[-1].sizes, threads)
     if tile == DIRECT:
         return [layer], 0
-    tiles, columns = _tiles(tile, n, h, w), _columns(layer.channels)
+    tiles, columns = tiles_of(tile, n, h, w), _columns(layer.channels)
     apart = threads > 1 and tiles < _FEW * threads
     chunk = _chunk(tiles, columns, threads) if apart else _chunk(tiles, 1, threads)
     positions, row = (tile + 2) ** 2, -(-layer.depth // 32) * 64
@@ -197,7 +133,7 @@ class Winograd(Operation):
         self.fill_geometry(step)
         step.kind, step.outer, step.blocks = KINDS["winograd"], int(self.apart), -(-self.layer.channels // 16)
         step.weight, step.bias, step.slot = weight.data_ptr(), self.layer.bias.data_ptr(), self.slot
-        chunks = -(-_tiles(self.tile, step.y.n, step.y.h, step.y.w) // self.chunk)
+        chunks = -(-tiles_of(self.tile, step.y.n, step.y.h, step.y.w) // self.chunk)
         step.units = chunks * (_columns(self.layer.channels) if self.apart else 1)
         self.layer.fill_end(step)
         return weight
@@ -217,5 +153,5 @@ class WinogradInput(Operation):
     def fill(self, step: Step, views: Sequence[TensorView]) -> None:
         self.layer.fill_geometry(step)
         step.kind = KINDS["winograd input"]
-        tiles = _tiles(self.layer.tile, step.y.n, step.y.h, step.y.w)
+        tiles = tiles_of(self.layer.tile, step.y.n, step.y.h, step.y.w)
         step.units = min(tiles, 32)
