@@ -94,6 +94,10 @@ def test_a_file_of_ours_and_its_model(exported, tmp_path):
         fxquant.report(folder / "int8.pt", prepared, data)
     with pytest.raises(InputError, match="run by the model"):
         fxquant.report(folder / "int8.pt", None, data)
+    int8 = fxquant.convert(prepared)
+    fxquant.save(fxquant.compile(int8, data[0], runtime="torch"), tmp_path / "compiled.pt")
+    compiled = fxquant.report(tmp_path / "compiled.pt", model, data)
+    assert compiled.outputs == beside.outputs and compiled.records() == beside.records()
     torch.save(model.state_dict(), tmp_path / "floats.pt")
     with pytest.raises(CheckpointError, match="was not written by fxquant"):
         fxquant.report(tmp_path / "floats.pt")

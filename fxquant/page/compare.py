@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from fxquant.analysis.faults import Fault
 from fxquant.analysis.measures import Error
 from fxquant.errors import InputError
 from fxquant.page.compare_html import page_of_two
-from fxquant.page.saving import save_as
+from fxquant.page.saving import Savable
 from fxquant.reporting.tabled import Tabled, decibels
 
 __all__ = ["ComparedLayer", "Comparison", "Side", "SideLayer", "compared_with", "sqnr_of"]
@@ -77,7 +76,7 @@ class ComparedLayer:
 
 
 @dataclass(frozen=True)
-class Comparison(Tabled):
+class Comparison(Savable, Tabled):
     """What ``Report.compare`` found; prints as a table, the layers that differ most first.
 
     Attributes:
@@ -131,14 +130,6 @@ class Comparison(Tabled):
     def html(self) -> str:
         """The page of the comparison."""
         return page_of_two(self)
-
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write it to ``path``: ``.html``, ``.md`` or ``.json``; whole, or not at all.
-
-        Raises:
-            InputError: the ending names none of these, or there is no such folder.
-        """
-        return save_as(self, path)
 
 
 def _cell(name: str, value: Any) -> str:

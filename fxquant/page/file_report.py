@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from fxquant.analysis.file_info import PRODUCTS, FileInfo, info, reads_integers,
 from fxquant.analysis.file_layers import FileLayer, FileLayers, layers_of_file
 from fxquant.analysis.qdq_file import QdqFile
 from fxquant.capture.islands import graphs_of
-from fxquant.checkpoint import load
+from fxquant.checkpoint import load_model
 from fxquant.errors import InputError
 from fxquant.export.agreement import OutputAgreement
 from fxquant.page.agreement import agreement
@@ -27,8 +25,8 @@ from fxquant.page.compare import Comparison, Side, SideLayer, compared_with, sqn
 from fxquant.page.drawing import Drawn
 from fxquant.page.file_html import page_of_file
 from fxquant.page.numbers import agreement_words, percent
-from fxquant.page.saving import save_as
-from fxquant.reporting.tabled import Tabled, decibels, in_decibels, megabytes, plain, versions
+from fxquant.page.saving import Page
+from fxquant.reporting.tabled import Tabled, decibels, in_decibels, megabytes, versions
 
 __all__ = ["FileReport", "report_of_file"]
 
@@ -42,7 +40,7 @@ _HEADER += ["clipped [%]", "weight [dB]", "by rounding [dB]", "accumulated [dB]"
 
 
 @dataclass(frozen=True)
-class FileReport(Tabled):
+class FileReport(Page, Tabled):
     """What ``report`` found of a file; prints as a table, and is saved as a page.
 
     Attributes:
@@ -135,18 +133,6 @@ class FileReport(Tabled):
         """The page: one file with all that it needs."""
         return page_of_file(self)
 
-    def to_json(self, *, indent: int | None = None) -> str:
-        """All of it as JSON; numbers that are not finite are null."""
-        return json.dumps(plain(self), indent=indent, ensure_ascii=False)
-
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write it to ``path`` in the form that the ending names: ``.html``, ``.md`` or ``.json``; whole, or not at all.
-
-        Raises:
-            InputError: the ending names none of these, or there is no such folder.
-        """
-        return save_as(self, path)
-
     def side(self) -> Side:
         """What a comparison takes of it."""
         layers: dict[str, SideLayer] = {}
@@ -168,9 +154,6 @@ class FileReport(Tabled):
             InputError: ``other`` is no report.
         """
         return compared_with(self, other)
-
-    def _repr_html_(self) -> str:
-        return f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:80vh;border:0"></iframe>'
 
 
 def cells_of(layer: FileLayer) -> list[str]:
@@ -255,7 +238,7 @@ def _beside_model(path: str, known: FileInfo, model: Any, data: Any, batches: in
     if not isinstance(model, nn.Module) or graphs_of(model):
         raise InputError(f"report of {path!r}: give the float model that was prepared, as to fxquant.load.")
     kept = batches_of(data, batches, "report")
-    outputs = agreement(model, load(model, path), kept, None, [])
+    outputs = agreement(model, load_model(model, path), kept, None, [])
     return FileLayers(_saved_layers(known), outputs, (), len(kept))
 
 

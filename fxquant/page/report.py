@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import time
@@ -30,7 +29,7 @@ from fxquant.page.html import page_of
 from fxquant.page.markdown import markdown_of
 from fxquant.page.numbers import summary_numbers
 from fxquant.page.recipe_text import code_of
-from fxquant.page.saving import save_as
+from fxquant.page.saving import Page
 from fxquant.reporting.coverage import Coverage, coverage
 from fxquant.reporting.diff import Diff, diff
 from fxquant.reporting.tabled import plain, versions
@@ -39,7 +38,7 @@ __all__ = ["Report", "report"]
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Page):
     """What ``report`` found. Prints as Markdown, shows itself in notebooks, and is saved as a page.
 
     Attributes:
@@ -90,14 +89,6 @@ class Report:
         """All of it as JSON; numbers that are not finite are null."""
         return json.dumps(plain(self), indent=indent, ensure_ascii=False)
 
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write it to ``path`` in the form that the ending names: ``.html``, ``.md`` or ``.json``; whole, or not at all.
-
-        Raises:
-            InputError: the ending names none of these, or there is no such folder.
-        """
-        return save_as(self, path)
-
     def side(self) -> Side:
         """What a comparison takes of it."""
         layers = {
@@ -123,9 +114,6 @@ class Report:
 
     def __str__(self) -> str:
         return self.markdown()
-
-    def _repr_html_(self) -> str:
-        return f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:80vh;border:0"></iframe>'
 
 
 def report(
