@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fxquant.capture.islands import graphs_of
 from fxquant.graph.leveled import LeveledModule
+from fxquant.graph.pattern import reads_alone
 from fxquant.nn.fake_quantize import WeightQuantize
 from fxquant.nn.modules import QuantWeighted, QuantWeightedOp
 from fxquant.ops.calls import call_of
@@ -88,7 +90,7 @@ class OwnParameters:
             return None
         own = cls(graph, node, part)
         reads = [other for other in own._paths.values() if other is not None]
-        if own._paths["weight"] is None or not all(_reads_alone(graph, read) for read in reads):
+        if own._paths["weight"] is None or not all(_is_own(graph, read) for read in reads):
             return None
         return own
 
@@ -131,17 +133,11 @@ class OwnParameters:
         return str(read.target)
 
 
-def _reads_alone(graph: LeveledModule, read: fx.Node) -> bool:
-    """Whether ``read`` is a parameter of the graph that no other node and no module that is called has, for one op."""
-    if read.op != "get_attr" or len(read.users) != 1:
+def _is_own(graph: LeveledModule, read: fx.Node) -> bool:
+    """Whether ``read`` is of a parameter that nothing else in the graph reads."""
+    if read.op != "get_attr" or not isinstance(attribute(graph, str(read.target)), nn.Parameter):
         return False
-    value, path = attribute(graph, str(read.target)), str(read.target)
-    for other in graph.graph.nodes:
-        if other.op == "get_attr" and other is not read and attribute(graph, str(other.target)) is value:
-            return False
-        if other.op == "call_module" and path.startswith(f"{other.target}."):
-            return False
-    return isinstance(value, nn.Parameter)
+    return reads_alone(read, partial(attribute, graph))
 
 
 def _read_weight(graph: LeveledModule, node: fx.Node, part: Any) -> Tensor | None:

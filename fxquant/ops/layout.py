@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxquant.behaviour import Passing, Rescaling
 from fxquant.errors import Refusal
@@ -24,6 +24,7 @@ __all__ = [
     "flip",
     "getitem",
     "identity",
+    "selects_nothing",
     "permute",
     "repeat",
     "reshape",
@@ -75,6 +76,14 @@ def contiguous(input: Tensor, memory_format: torch.memory_format = torch.contigu
 def getitem(input: Any, index: Any) -> Any:
     """``input[index]``."""
     return input[index]
+
+
+def selects_nothing(node: fx.Node) -> bool:
+    """Whether ``node`` is a selection that has no values whatever it reads, as ``x[:, :0]``."""
+    if node.op != "call_function" or node.target is not operator.getitem or len(node.args) != 2:
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return any(isinstance(i, slice) and isinstance(i.stop, int) and i.stop in (0, i.start) for i in index)
 
 
 def identity(input: Tensor) -> Tensor:

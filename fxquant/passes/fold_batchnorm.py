@@ -24,7 +24,7 @@ from fxquant.behaviour import ChannelAffine, Weighted
 from fxquant.errors import Refusal
 from fxquant.graph.edit import Edit, clone_module
 from fxquant.graph.leveled import LeveledModule
-from fxquant.graph.pattern import next_in_chain
+from fxquant.graph.pattern import next_in_chain, reads_alone
 from fxquant.nn.folding import per_output_channel
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
@@ -168,13 +168,10 @@ def _read_once(edit: Edit, node: fx.Node | None, role: str) -> nn.Parameter | Re
     """The parameter that ``node`` reads for one op alone, which ``role`` says the place of; refused where it is none."""
     if node is None or node.op != "get_attr" or not isinstance(edit.attributes[str(node.target)], nn.Parameter):
         return Refusal(f"what {role} computes its weights")
-    held, path = edit.attributes[str(node.target)], str(node.target)
-    reads = [other for other in edit.nodes if other.op == "get_attr" and edit.attributes[str(other.target)] is held]
-    called = [other for other in edit.nodes if other.op == "call_module" and path.startswith(f"{other.target}.")]
-    if len(reads) > 1 or len(node.users) > 1 or called:
+    if not reads_alone(node, edit.attributes.__getitem__):
         user = next(iter(node.users)).name
         return Refusal(f"{user} {role}, and its weights are used at several places")
-    return held
+    return edit.attributes[str(node.target)]
 
 
 def pads(padding: object) -> bool:

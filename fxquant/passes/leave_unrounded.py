@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from operator import getitem
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +26,7 @@ from fxquant.graph.leveled import LeveledModule
 from fxquant.graph.pattern import nodes_in
 from fxquant.ops.calls import behaviour_of, call_of
 from fxquant.ops.entry import Call
+from fxquant.ops.layout import selects_nothing
 from fxquant.passes.facts import Canonical, Placed
 from fxquant.recipe import Op, Recipe
 
@@ -79,6 +79,7 @@ class _Search:
         self.origin: dict[fx.Node, _Origin] = {}
         self.sensitive: dict[fx.Node, str] = {}
         self.left: set[fx.Node] = set()
+        self.constants: dict[fx.Node, Tensor | None] = {}
         for node in edit.nodes:
             if _is_data(node):
                 self.origin[node] = self._origin(node)
@@ -111,7 +112,7 @@ class _Search:
         dtype = node.meta.get("dtype")
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point and not dtype.is_complex:
             return _Origin.COUNTED
-        if _selects_nothing(node):
+        if selects_nothing(node):
             return _Origin.CONSTANT
         if node.op in ("placeholder", "get_attr"):
             return _Origin.INPUT if node.op == "placeholder" else _Origin.CONSTANT
@@ -224,6 +225,11 @@ class _Search:
             return self.edit.constant(node)
         if node.op == "get_attr":
             return self.edit.attributes[str(node.target)]
+        if node not in self.constants:
+            self.constants[node] = self._computed(node)
+        return self.constants[node]
+
+    def _computed(self, node: fx.Node) -> Tensor | None:
         operands = _data_of(node)
         if len(operands) < len(node.all_input_nodes):
             cuts = isinstance(behaviour_of(node), Passing) and len(operands) == 1
@@ -299,14 +305,6 @@ def _is_data(node: fx.Node) -> bool:
 
 def _data_of(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in nodes_in((node.args, node.kwargs)) if _is_data(operand)]
-
-
-def _selects_nothing(node: fx.Node) -> bool:
-    """Whether ``node`` is a selection that has no values whatever it reads, as ``x[:, :0]``."""
-    if node.op != "call_function" or node.target is not getitem or len(node.args) != 2:
-        return False
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return any(isinstance(i, slice) and isinstance(i.stop, int) and i.stop in (0, i.start) for i in index)
 
 
 def _root(node: fx.Node) -> fx.Node:
