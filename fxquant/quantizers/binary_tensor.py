@@ -36,16 +36,9 @@ class SignTensor(FakeQuantize):
     def __init__(self, scheme: Scheme) -> None:
         super().__init__(scheme, fixed_grid=(1.0, 0))
 
-    def forward(
-        self,
-        x: Tensor,
-        lower: float | None = None,
-        upper: float | None = None,
-        inplace: bool = False,
-        observes: bool = True,
+    def rounded(
+        self, x: Tensor, lower: float | None = None, upper: float | None = None, inplace: bool = False
     ) -> Tensor:
-        if not self.active or not x.is_floating_point():
-            return x
         if (lower is not None and lower >= 0) or (upper is not None and upper < 0):
             raise InputError(
                 f"binary activations behind a clamp to [{lower}, {upper}]: all of them have one sign.\n"

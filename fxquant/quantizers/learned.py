@@ -247,9 +247,8 @@ class LearnedWeight(LearnedRange, WeightQuantize):
             self.read_range(weight)
 
     def learned_scale(self) -> Tensor:
-        scale = (
-            super().learned_scale()
-        )  # the clone: another call of this weight may write the buffer before the backward pass
+        scale = super().learned_scale()
+        # The clone: another call of this weight may write the buffer before the backward pass.
         return scale if self.out_axis is None else scale * self.widened.clone()
 
     def limit_pairs(self, out_axis: int, groups: int, inputs: int, largest: int) -> None:
