@@ -251,6 +251,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", STRUCTURES)
 @pytest.mark.parametrize("runtime", mostly_long(("onnxruntime", "openvino", "torch"), ("onnxruntime",)))
 def test_calls_and_results_have_the_models_own_structure(kind, runtime, tmp_path):
@@ -423,6 +424,11 @@ def test_an_answer_that_always_holds_leaves_sizes_free(tmp_path):
 ARGUMENTS = {
     "suffix": ({"path": "model.pt"}, InputError, "does not end in .onnx"),
     "folder": ({"path": "nowhere/model.onnx"}, InputError, "there is no folder"),
+    "order": (
+        {"path": torch.rand(1, 1, 8, 8), "example_inputs": "model.onnx"},
+        InputError,
+        "a Tensor was given where the",
+    ),
     "form": ({"form": "qlinear"}, InputError, "form='qlinear' is not known. Choose"),
     "dynamic": ({"dynamic": "all"}, InputError, "dynamic='all'"),
     "verify": ({"verify": "often"}, InputError, "verify='often'"),

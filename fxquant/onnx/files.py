@@ -120,8 +120,13 @@ def checked_path(path: str | os.PathLike[str], ending: str = ".onnx") -> str:
     """``path`` as text, where a file can be put there.
 
     Raises:
-        InputError: its name, or the place, is not one for a file with that ``ending``.
+        InputError: it is no path; or its name, or the place, is not one for a file with that ``ending``.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(
+            f"a {type(path).__name__} was given where the path of a file belongs.\n"
+            f"  what to do: give the path behind the model, and the example behind that: (model, 'name{ending}', images)."
+        )
     target = os.fspath(path)
     if not target.endswith(ending):
         raise InputError(
