@@ -182,6 +182,7 @@ def test_the_largest_weights_and_inputs():
         require_same(integer, (x,)), form
 
 
+@pytest.mark.long
 def test_scales_far_apart_are_right_or_refused():
     for shift in (-31, -24, -20, 5, 12, 25):
         for form, (build, shape) in FORMS.items():

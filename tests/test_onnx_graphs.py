@@ -106,6 +106,7 @@ def test_a_reshape_copies_the_batch_size_at_free_image_sizes():
     assert_agrees(made, [(1, 3, 32, 32), (3, 3, 32, 32), (2, 3, 48, 64)])
 
 
+@pytest.mark.long
 def test_rows_are_counted_where_a_convolution_is_in_the_file():
     made = made_from(Patches(), (1, 3, 32, 32))
     graph = graph_of(made)

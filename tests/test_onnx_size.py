@@ -85,6 +85,7 @@ def test_names_that_clash_stay_apart():
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_module_that_runs_twice_has_its_integers_numbered():
     graph = graph_of(make_onnx(prepared_of(ReusedConv().eval(), torch.randn(2, 3, 9, 9))))
     rounded = [node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"]

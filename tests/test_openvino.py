@@ -290,6 +290,7 @@ def make_file(model: nn.Module) -> bytes:
     return made_from(model, torch.randn(4, 3, 16, 16)).content
 
 
+@pytest.mark.long
 @needs_openvino
 def test_what_follows_from_the_length_alone_stays_free(compilations):
     ids = torch.randint(0, 30, (2, 7))

@@ -225,6 +225,7 @@ def test_a_float_checkpoint_loads_strictly(name):
             assert torch.equal(q.scale, scales[n]) and q.ready
 
 
+@pytest.mark.long
 def test_channels_last_stays_channels_last():
     model = zoo.build("mobilenet_v2").to(memory_format=torch.channels_last)
     x = zoo.images(2).to(memory_format=torch.channels_last)

@@ -330,6 +330,7 @@ class TakesUnknown(nn.Module):
         return self.fc(given.x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_and_results_have_the_models_own_structure(form):
     def check(model: nn.Module, example: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
