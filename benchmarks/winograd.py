@@ -2,7 +2,8 @@
 
 A layer's own steps are timed, from bytes to requantized bytes, for each instruction set that the processor has. The ways of
 a layer take turns in one process, and the least of all rounds counts. "rule" is what a plan takes
-(`fxquant/kernels/native/winograd.py`). The JSON is written with `--output` alone; it means something on a quiet machine.
+(`fxquant/kernels/native/winograd_rules.py`). The JSON is written with `--output` alone, and means something on a quiet
+machine.
 """
 
 from __future__ import annotations

@@ -197,13 +197,14 @@ CHANGES = (
 FIELDS = ("args", "kwargs", "target", "op")
 MAKERS = {
     "graph/edit.py",
+    "graph/excerpt.py",
     "graph/leveled.py",
     *(f"capture/{name}.py" for name in ("tracing", "attributes", "guards", "modes", "one_graph")),
     *(f"onnx/{name}.py" for name in ("batch_axis", "default_attributes", "integer_moves", "qoperators")),
     *(f"onnx/{name}.py" for name in ("repeated_roundings", "per_head_scales")),
 }
-"""``edit`` changes graphs; ``capture`` makes them; ``leveled`` builds one anew from what was pickled; those of ``onnx``
-are graphs of ONNX files, which no pass sees."""
+"""``edit`` changes graphs; ``capture`` makes them, and ``excerpt`` of parts of one; ``leveled`` builds one anew from what
+was pickled; those of ``onnx`` are graphs of ONNX files, which no pass sees."""
 
 
 def changes_of_graphs(tree: ast.AST) -> Iterator[str]:

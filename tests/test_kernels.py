@@ -143,6 +143,23 @@ def test_a_convolution_that_leaves_as_float_agrees(form, clamp):
 
 
 @fast
+@pytest.mark.parametrize("last", [False, True], ids=["bytes", "leaves as float"])
+@pytest.mark.parametrize("channels", [1, 4], ids=["one channel", "a channel a group"])
+@pytest.mark.parametrize("kernel", [3, (1, 5)])
+@pytest.mark.parametrize("stride", [(1, 2), (1, 3), 2])
+def test_a_result_one_pixel_wide_is_not_misread(stride, kernel, channels, last):
+    """oneDNN of torch 2.14 computes such a convolution wrongly on images in channels last; random networks found it."""
+    layer = nn.Conv2d(channels, 8, kernel, stride=stride, groups=channels)
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), layer, *([] if last else [nn.ReLU(), nn.Conv2d(8, 4, 1)]))
+    width = 5 if kernel == (1, 5) else 3
+    integer = converted(model, signal(2, 3, 9, width))
+    for batch in (1, 2, 40):
+        x = signal(batch, 3, 9, width, seed=batch).to(memory_format=torch.channels_last)
+        assert_close_to_scale(integer(x), of_reference(integer)(x), 0.02)
+        require_agreement(agreement(integer, x), share=0.99)
+
+
+@fast
 def test_a_transposed_and_grouped_one_too():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 3, stride=2, groups=4, output_padding=1))
     integer = converted(model, signal(2, 3, 9, 7))

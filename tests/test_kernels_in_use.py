@@ -172,13 +172,16 @@ def test_a_model_is_called_natively_with_the_reference_s_bits():
 
 @needs_native
 def test_what_the_native_kernels_lack_is_called_in_torch():
-    """One op of 12 bits; the runner says why, and every other op is torch's."""
+    """One op of 12 bits; the runner says why, and all before it and behind those that read it runs natively."""
     recipe = fxquant.Recipe([("point", fxquant.Setting(activation=Scheme(bits=12)))])
     integer, x = converted(Mixed(), signal(4, 3, 32, 32), recipe=recipe, kernels="auto"), signal(2, 3, 24, 40)
+    expected = fxquant.coverage(integer).kernels
     got = integer(x)
     assert_close_to_scale(got, of_reference(integer)(x), 0.02)
-    assert not _native(fxquant.coverage(integer).kernels) and runner_of(integer).unfit
-    assert fxquant.coverage(integer).kernels["fc"] in [engine.name for engine in operators().engines]
+    found = fxquant.coverage(integer).kernels
+    assert set(found) - _native(found) == {"point", "max_pool2d", "add"} and runner_of(integer).unfit
+    assert _native(expected) == _native(found), "known before it is called"
+    assert not _native(fxquant.coverage(on_torch(integer)).kernels)
 
 
 def test_an_op_without_a_kernel_of_torchs_says_why():
@@ -264,7 +267,7 @@ def test_layers_by_the_reference_are_named_once_with_their_cost(kernels):
         integer(x)
     (warning,) = heard
     assert warning.filename == __file__, "it points at the line that called the model"
-    assert ("The native kernels do not have the model: " in str(warning.message)) == (kernels == "auto")
+    assert ("The native kernels do not have the whole model: " in str(warning.message)) == (kernels == "auto")
     assert "coverage(model)" in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -159,12 +159,13 @@ def compile(
         model: what ``calibrate``, ``freeze`` or ``convert`` returned; not touched.
         example_inputs: as for ``prepare``; None for noise of the shapes that the model was prepared with.
         runtime: ``torch`` (the integer model on torch's own int8 operators), ``native`` (our own kernels: the whole graph
-            as one call, with the reference's integers but for what attention, layer norm and softmax evaluate in float32;
-            on Linux, compiled when first used where no wheel brought them), ``onnxruntime``, ``openvino``, or ``auto``: the
-            fastest on the example, measured interleaved for some seconds, of those that are here, take the model, and give
-            on the example what the exact integers give: to 40 dB (noise of 1 % of the signal), or as far as one more
-            rounding of each tensor would leave it if that is less; 99 of 100 equal elements of outputs that are no real
-            numbers. ``report`` tells each one's agreement, and why one is left out.
+            as one call, with the reference's integers but for what attention, layer norm and softmax evaluate in float32,
+            or in parts with torch's operators between them; on Linux, compiled when first used where no wheel brought
+            them), ``onnxruntime``, ``openvino``, or ``auto``: the fastest on the example, measured interleaved for some
+            seconds, of those that are here, take the model, and give on the example what the exact integers give: to
+            40 dB (noise of 1 % of the signal), or as far as one more rounding of each tensor would leave it if that is
+            less; 99 of 100 equal elements of outputs that are no real numbers. ``report`` tells each one's agreement, and
+            why one is left out.
         threads: how many the runtime uses; None for its own choice. For torch and native, the number is set during each
             call.
 
@@ -172,7 +173,7 @@ def compile(
         LevelError, CalibrationError: the model is not ready.
         MissingPackageError: the runtime, or what writes its file, is not installed.
         InputError, ExportError: as for ``export_onnx``; ``ExportError`` too where the native kernels do not have this
-            machine or an op of the model.
+            machine or anything of the model.
     """
     own = None if runtime == "auto" else runtime_of(runtime, also=("auto",))
     if threads is not None and threads < 1:

@@ -13,7 +13,7 @@ from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
 from fxquant.kernels.choice import step_of
 from fxquant.kernels.operators import Operators, operators
-from fxquant.kernels.place import Known, Place, Step
+from fxquant.kernels.place import HELD, Known, Place, Step
 from fxquant.kernels.storage import convert
 from fxquant.nn.integer import IntegerOp, Quantize
 
@@ -87,6 +87,8 @@ def _compared(graph: LeveledModule, values: dict[fx.Node, Any], found: Operators
 
 def described(graph: LeveledModule, node: fx.Node, value: Any, step: Step | None = None) -> Known:
     """What is known of a node's value, computed by ``step`` or as the graph has it."""
+    if HELD in node.meta:
+        return Known(value, node.meta[HELD].scale, node.meta[HELD].signed)
     part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     form = None if step is None else step.gives
     if isinstance(part, Quantize) or (isinstance(part, IntegerOp) and part.output_dtype is not None):

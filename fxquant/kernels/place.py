@@ -14,7 +14,23 @@ from fxquant.kernels.operators import Engine, Operators
 from fxquant.kernels.storage import Storage
 from fxquant.nn.integer import IntegerOp
 
-__all__ = ["Known", "Place", "Step", "clamped", "zero_point_held"]
+__all__ = ["HELD", "Held", "Known", "Place", "Step", "clamped", "zero_point_held"]
+
+HELD = "held"
+"""The key in ``node.meta`` of an input that another part of a model computes, with what its bytes are (``Held``)."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is known of bytes that another part of a model computes.
+
+    Attributes:
+        scale: what one integer step is worth; None where it is no tensor of bytes.
+        signed: it is made of signed bytes.
+    """
+
+    scale: float | None
+    signed: bool
 
 
 @dataclass(frozen=True)

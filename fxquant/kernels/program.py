@@ -22,7 +22,7 @@ from fxquant.kernels.place import Known, Place, Step
 from fxquant.kernels.storage import Storage, convert
 from fxquant.nn.integer import IntegerOp
 
-__all__ = ["Program", "build"]
+__all__ = ["Program", "build", "resolved"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _Writer:
         held = {n: self._in_form(n, takes.get(n)) for n in node.all_input_nodes}
         values = {n: value for n, (_, value) in held.items()}
         try:
-            value = run(*_resolved(node.args, values), **_resolved(dict(node.kwargs), values))
+            value = run(*resolved(node.args, values), **resolved(dict(node.kwargs), values))
         except BaseException:
             self._take_back(count)
             raise
@@ -195,7 +195,7 @@ class _Writer:
         texts = {n: variable for n, (variable, _) in variables.items()}
         self.returned = self._text(node.args[0], texts)
         self.last = list(texts.values())
-        return _resolved(node.args[0], {n: value for n, (_, value) in variables.items()})
+        return resolved(node.args[0], {n: value for n, (_, value) in variables.items()})
 
     def program(self) -> Program:
         """The lines, compiled."""
@@ -223,17 +223,17 @@ def _contiguous(run: Callable[..., Any]) -> Callable[..., Any]:
     return behind
 
 
-def _resolved(value: Any, values: dict[fx.Node, Any]) -> Any:
+def resolved(value: Any, values: dict[fx.Node, Any]) -> Any:
     """An argument with its nodes replaced by their values, in Python's own lists and dicts."""
     if isinstance(value, fx.Node):
         return values[value]
     if isinstance(value, (tuple, list)):
-        items = [_resolved(item, values) for item in value]
+        items = [resolved(item, values) for item in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {key: _resolved(item, values) for key, item in value.items()}
+        return {key: resolved(item, values) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(_resolved(part, values) for part in (value.start, value.stop, value.step)))
+        return slice(*(resolved(part, values) for part in (value.start, value.stop, value.step)))
     return value

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fxquant.errors import Refusal
 from fxquant.graph.leveled import LeveledModule
-from fxquant.kernels.program import Program
 from fxquant.nn.integer import multiplies
 
 __all__ = ["BY_REFERENCE", "told_of_layers", "told_of_model"]
@@ -19,24 +20,26 @@ _ADVICE = (
 )
 
 
-def told_of_layers(graph: LeveledModule, program: Program, native: str) -> str:
-    """Which layers of ``program`` run by the reference, the dearest first, and why; empty where none does.
+def told_of_layers(
+    graph: LeveledModule, seconds: Mapping[str, float], refusals: Mapping[str, Refusal], native: str
+) -> str:
+    """Which layers of a program run by the reference, the dearest first, and why; empty where none does.
 
     Args:
+        graph: what is computed.
+        seconds, refusals: as a ``Program`` has them.
         native: why the native kernels have no part in it; empty where they were not asked for.
     """
     parts = {node.name: str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    layers = {
-        name: seconds for name, seconds in program.seconds.items() if multiplies(graph.get_submodule(parts[name]))
-    }
+    layers = {name: lasted for name, lasted in seconds.items() if multiplies(graph.get_submodule(parts[name]))}
     if not layers:
         return ""
     dearest = sorted(layers, key=lambda name: -layers[name])
-    shown = "; ".join(f"{parts[name]} ({_ms(layers[name])}: {_why(program, name)})" for name in dearest[:_SHOWN])
+    shown = "; ".join(f"{parts[name]} ({_ms(layers[name])}: {_why(refusals, name)})" for name in dearest[:_SHOWN])
     more = f"; and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
     count = "1 layer of the model runs" if len(layers) == 1 else f"{len(layers)} layers of the model run"
     return f"{count} by the exact reference, {_ms(sum(layers.values()))} of this call: {shown}{more}." + (
-        f"\n  The native kernels do not have the model: {native}." * bool(native) + _ADVICE
+        f"\n  The native kernels do not have the whole model: {native}." * bool(native) + _ADVICE
     )
 
 
@@ -50,8 +53,8 @@ def told_of_model(native: str) -> str:
     )
 
 
-def _why(program: Program, name: str) -> str:
-    return program.refusals.get(name, Refusal("no kernel takes it")).why
+def _why(refusals: Mapping[str, Refusal], name: str) -> str:
+    return refusals.get(name, Refusal("no kernel takes it")).why
 
 
 def _ms(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The fast way of an integer graph: made when it is first called, kept for each shape of inputs, never saved.
 
-That is the native kernels, bit for bit the reference, where this machine has them and they have the whole graph; else a
-program of torch's int8 operators, which are within one integer step of it.
+That is the native kernels, bit for bit the reference, where this machine has them and they have the graph; a program of
+torch's int8 operators, which are within one integer step of it, for the parts that they do not have, or for all of it.
 
 The graph and its modules stay what they are, the exact reference that is inspected, saved and exported. A runner only
 holds what can be made again from them. It steps aside, and the reference runs, wherever a program would not be right:
@@ -19,21 +19,34 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxquant.errors import FxquantError, Refusal
 from fxquant.graph.leveled import RUNNER, LeveledModule
+from fxquant.kernels.agreement import described
 from fxquant.kernels.choice import REFERENCE, expected_kernel, without_kernel
-from fxquant.kernels.native.model import NativeModel
+from fxquant.kernels.native.library import missing
+from fxquant.kernels.native.model import NATIVE, PLAIN, NativeModel
+from fxquant.kernels.native.parts import Parts, cut_up
 from fxquant.kernels.operators import Operators, operators
-from fxquant.kernels.program import Program, build
+from fxquant.kernels.place import HELD, Held
+from fxquant.kernels.program import Program, build, resolved
 from fxquant.kernels.reference_layers import told_of_layers, told_of_model
 from fxquant.nn.integer import IntegerOp
 
-__all__ = ["KERNELS", "Runner", "by_reference", "input_key", "kernel_of", "on_torch", "use_kernels"]
+__all__ = [
+    "KERNELS",
+    "Runner",
+    "by_reference",
+    "input_key",
+    "kernel_of",
+    "natively_in_parts",
+    "on_torch",
+    "use_kernels",
+]
 
 KERNELS = ("auto", "torch", "reference")
 """What ``convert`` takes: the native kernels where they have the graph, else torch's; torch's; the exact reference."""
@@ -60,21 +73,37 @@ def use_kernels(graph: LeveledModule, kernels: str) -> None:
 def on_torch(module: nn.Module) -> nn.Module:
     """``module``, whose integer graphs take torch's operators where they would take the native kernels: a twin then,
     which shares its tensors."""
-    graphs = [part for part in module.modules() if isinstance(part, LeveledModule)]
-    if not any(runner.native for graph in graphs if (runner := graph.__dict__.get(RUNNER)) is not None):
+    if not any(runner.native for graph in _graphs(module) if (runner := graph.__dict__.get(RUNNER)) is not None):
         return module
-    twin = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
-    for part in twin.modules():
-        if isinstance(part, LeveledModule) and RUNNER in part.__dict__:
-            use_kernels(part, "torch")
+    twin = _twin(module)
+    for graph in _graphs(twin):
+        if RUNNER in graph.__dict__:
+            use_kernels(graph, "torch")
     return twin
+
+
+def natively_in_parts(module: nn.Module) -> nn.Module | None:
+    """A twin of ``module`` that shares its tensors and takes the native kernels wherever they have something of its
+    integer graphs; None where they have nothing."""
+    twin, own = _twin(module), False
+    for graph in _graphs(twin):
+        use_kernels(graph, "auto")
+        own |= bool(graph.__dict__[RUNNER].natively(graph))
+    return twin if own else None
+
+
+def _graphs(module: nn.Module) -> list[LeveledModule]:
+    return [part for part in module.modules() if isinstance(part, LeveledModule)]
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 @contextmanager
 def by_reference(module: nn.Module) -> Iterator[None]:
     """Inside, every integer graph of ``module`` computes by the exact reference."""
-    graphs = [part for part in module.modules() if isinstance(part, LeveledModule)]
-    held = [(graph, graph.__dict__.pop(RUNNER, None)) for graph in graphs]
+    held = [(graph, graph.__dict__.pop(RUNNER, None)) for graph in _graphs(module)]
     try:
         yield
     finally:
@@ -96,12 +125,14 @@ def kernel_of(graph: LeveledModule, node: fx.Node) -> str:
         kernel = REFERENCE
     elif runner.programs:
         kernel = next(reversed(runner.programs.values())).kernels.get(node.name) or without_kernel(part)
-    elif (native := runner.native_model(graph)) is not None:
-        kernel = native.kernels.get(node.name) or without_kernel(part)
     else:
-        kernel = expected_kernel(part)
+        kernel = runner.natively(graph).get(node.name) or expected_kernel(part)
     inexact = kernel == REFERENCE and part.in_float64
     return f"{REFERENCE}, float64 inside" if inexact else kernel
+
+
+AnyProgram: TypeAlias = "Program | _Natively | _InParts"
+"""What computes a graph for inputs of some shapes."""
 
 
 class _Natively:
@@ -112,6 +143,50 @@ class _Natively:
 
     def run(self, *args: Any) -> Any:
         return self.model.run(args)
+
+
+class _InParts:
+    """A graph in parts, each with a runner of its own, in the place of a program."""
+
+    def __init__(self, graph: LeveledModule, parts: Parts) -> None:
+        self.parts = parts
+        self.runners = [Runner(native=part.native, told=True) for part in parts.parts]
+        for part, runner in zip(parts.parts, self.runners, strict=True):
+            part.module.__dict__[RUNNER] = runner
+            inputs = (node for node in part.module.graph.nodes if node.op == "placeholder")
+            for own, node in zip(inputs, part.takes, strict=True):
+                known = described(graph, node, None)
+                own.meta[HELD] = Held(known.scale, known.signed)
+
+    @torch.no_grad()
+    def run(self, *args: Any) -> Any:
+        """The graph's result."""
+        values = dict(zip(self.parts.inputs, args, strict=True))
+        for part in self.parts.parts:
+            given = part.module._run([values[node] for node in part.takes])
+            for node in part.last:
+                del values[node]
+            values.update(zip(part.gives, given, strict=True))
+        return resolved(self.parts.result, values)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What computed each integer op last, by the node's name."""
+        return self._last("kernels")
+
+    @property
+    def refusals(self) -> dict[str, Refusal]:
+        """Why an integer op has no kernel of torch's, where it was torch's to compute."""
+        return self._last("refusals")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each integer op took that the reference computes, where that was measured."""
+        return self._last("seconds")
+
+    def _last(self, name: str) -> dict[str, Any]:
+        programs = (next(reversed(runner.programs.values())) for runner in self.runners if runner.programs)
+        return {node: value for program in programs for node, value in getattr(program, name, {}).items()}
 
 
 class Runner:
@@ -127,8 +202,10 @@ class Runner:
 
     def __init__(self, native: bool = False, told: bool = False) -> None:
         self.native, self.told, self.unfit = native, told, ""
-        self.programs: OrderedDict[Any, Program | _Natively] = OrderedDict()
+        self.programs: OrderedDict[Any, AnyProgram] = OrderedDict()
         self._model: NativeModel | None = None
+        self._refusal: Refusal | None = None
+        self._parts: _InParts | None = None
         self._declined = ""
         self._packs: dict[Any, Any] = {}
         self._own = 0
@@ -155,6 +232,15 @@ class Runner:
         self.programs.clear()
         self._packs, self._own = {}, 0
         self._model, self.unfit, self._declined = None, "", ""
+        self._refusal = self._parts = None
+
+    def natively(self, graph: LeveledModule) -> dict[str, str]:
+        """What the native kernels are to compute, by the names of nodes."""
+        native = self.native_model(graph)
+        if native is not None:
+            return native.kernels
+        cut = self._in_parts(graph)
+        return {} if cut is None else dict.fromkeys(cut.parts.native, NATIVE)
 
     def native_model(self, graph: LeveledModule) -> NativeModel | None:
         """The graph on the native kernels; None where these are not wanted, not here, or lack something."""
@@ -162,10 +248,17 @@ class Runner:
             try:
                 self._model = NativeModel(graph)
             except Refusal as refusal:
-                self.unfit = str(refusal)
+                self.unfit, self._refusal = str(refusal), refusal
         return self._model
 
-    def current(self, key: Any) -> Program | _Natively | None:
+    def _in_parts(self, graph: LeveledModule) -> _InParts | None:
+        """The graph in parts, after the native kernels refused it; None where no part is theirs."""
+        if self._parts is None and self._refusal is not None and missing() is None:
+            found, self._refusal = cut_up(graph, self._refusal), None
+            self._parts = None if isinstance(found, Refusal) else _InParts(graph, found)
+        return self._parts
+
+    def current(self, key: Any) -> AnyProgram | None:
         """The program for inputs of that key, if there is one and the model's numbers are what they were."""
         program = self.programs.get(key)
         if program is not None:
@@ -184,6 +277,8 @@ class Runner:
         if graph.training or any(hooks) or any(t.device.type != "cpu" for t in state):
             return False, None
         made, failure = self._run_natively(graph, args)
+        if made is None and failure is None:
+            made, failure = self._run_in_parts(graph, args)
         if made is None and found is not None:
             made = self._build(graph, args, found)
             if failure is not None:  # the model itself refuses nothing
@@ -204,19 +299,23 @@ class Runner:
             self.programs.popitem(last=False)
         return True, result
 
-    def _tell(self, graph: LeveledModule, program: Program | _Natively | None) -> None:
+    def _tell(self, graph: LeveledModule, program: AnyProgram | None) -> None:
         """Warn of the layers that the reference computes, if that was not done."""
         if self.told or isinstance(program, _Natively):
             return
         native = self._declined or self.unfit
-        words = told_of_model(native) if program is None else told_of_layers(graph, program, native)
+        words = (
+            told_of_model(native)
+            if program is None
+            else told_of_layers(graph, program.seconds, program.refusals, native)
+        )
         if words:
             self.told = True
             warnings.warn(words, stacklevel=_user_level())
 
     def _run_natively(
         self, graph: LeveledModule, args: Sequence[Any]
-    ) -> tuple[tuple[Program | _Natively, Any] | None, Exception | None]:
+    ) -> tuple[tuple[AnyProgram, Any] | None, Exception | None]:
         """A call on the native kernels; None where these lack the graph, or inputs of such shapes.
 
         With it, an error of which only a second try tells whether it is the model's own, which refuses the call, or ours.
@@ -228,11 +327,26 @@ class Runner:
             return (_Natively(model), model.run(args)), None
         except (Refusal, FxquantError) as refusal:
             self._declined = str(refusal).splitlines()[0]
+            self._refusal = refusal if isinstance(refusal, Refusal) else None
             return None, None
         except Exception as error:
             return None, error
 
-    def _build(self, graph: LeveledModule, args: Sequence[Any], found: Operators) -> tuple[Program | _Natively, Any]:
+    def _run_in_parts(
+        self, graph: LeveledModule, args: Sequence[Any]
+    ) -> tuple[tuple[AnyProgram, Any] | None, Exception | None]:
+        """A call in parts, as ``_run_natively``."""
+        program = self._in_parts(graph)
+        if program is None:
+            return None, None
+        try:
+            return (program, program.run(*args)), None
+        except FxquantError:
+            return None, None
+        except Exception as error:
+            return None, error
+
+    def _build(self, graph: LeveledModule, args: Sequence[Any], found: Operators) -> tuple[AnyProgram, Any]:
         """A call by a program of torch's operators that is written on the way."""
         with torch.no_grad():
             made = build(graph, args, found, self._packs if self._own == _OWN_PACKS else {})
@@ -264,7 +378,7 @@ def input_key(args: Sequence[Any]) -> Any:
             if value.device.type != "cpu" or value.requires_grad or not value.numel():
                 return None
             key += (value.shape, value.dtype)
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif value is None or isinstance(value, PLAIN):
             key.append(value)
         else:
             return None

@@ -12,7 +12,7 @@ written before. So is a linear layer of onednn, which has no kernel for another 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +165,8 @@ def _convolution(place: Place, x: Known, told: Storage) -> Step:
     part, geometry = place.part, geometry_of(place.part)
     if x.sample.ndim != part.weight.ndim:
         raise Refusal("its input has no batch")
-    engine = _engine(place, few=x.sample.shape[0] * x.sample[0, 0].numel() <= _FEW_ROWS)
+    few = x.sample.shape[0] * x.sample[0, 0].numel() <= _FEW_ROWS
+    engine = _engine(place, few=few, misread=_is_misread(part, geometry, x.sample.shape))
     given, padding = Storage(float(part.scale), zero_point_held(part)), geometry.padding
     many = part.weight.numel() > _MANY_WEIGHTS + x.sample.numel()
     bordered = engine.name == "onednn" and told.zero_point != 0 and any(padding) and many
@@ -179,13 +180,24 @@ def _convolution(place: Place, x: Known, told: Storage) -> Step:
     return _step(place, _flat(run) if part.weight.ndim == 3 else run, taken, given, engine.name, packed)
 
 
-def _engine(place: Place, *, few: bool) -> Engine:
+def _engine(place: Place, *, few: bool, misread: bool = False) -> Engine:
     """fbgemm where a call costs more than its sums (``few``), or where onednn cannot be used; else onednn."""
-    onednn, fbgemm = _usable(place, "onednn"), _usable(place, "fbgemm")
+    onednn, fbgemm = None if misread else _usable(place, "onednn"), _usable(place, "fbgemm")
     engine = (fbgemm or onednn) if few or onednn is None else onednn
     if engine is None:
-        raise Refusal(_SATURATES)
+        raise Refusal("torch computes it wrongly" if misread else _SATURATES)
     return engine
+
+
+def _is_misread(part: IntegerWeighted, geometry: Geometry, shape: Sequence[int]) -> bool:
+    """Whether oneDNN computes a convolution wrongly on an image in channels last, in integers and in floats.
+
+    torch 2.14: one channel of the input a group, and a result one pixel wide that wider strides would leave.
+    """
+    if part.behaviour.out_axis or channels_first(part).shape[1] != 1 or geometry.stride[1] == 1:
+        return False
+    reach = geometry.dilation[1] * (part.weight.shape[-1] - 1) + 1
+    return (shape[-1] + 2 * geometry.padding[1] - reach) // geometry.stride[1] == 0
 
 
 def _operator(operator: Callable[..., Tensor], packed: Any, given: Storage) -> Callable[..., Tensor]:
@@ -257,9 +269,13 @@ def _float_convolution(place: Place, told: Storage) -> Step:
     weight = (weight * each).transpose(0, part.behaviour.out_axis).float().contiguous()
     bias = None if part.bias is None else (part.bias.double() * scale).float()
     bounds, dtype, attributes = part.clamp, part.real_dtype, _without_idle_dilation(part)
+    strides = attributes.get("stride", 1)
+    misread = weight.shape[1] == 1 and strides not in (1, (1,) * (part.weight.ndim - 2))  # see _is_misread
 
     def run(q: Tensor) -> Tensor:
-        y = part.entry.function(q.dequantize(), weight, bias, **attributes).contiguous().to(dtype)
+        x = q.dequantize()
+        x = x.clone(memory_format=torch.contiguous_format) if misread else x
+        y = part.entry.function(x, weight, bias, **attributes).contiguous().to(dtype)
         return y if bounds == (None, None) else torch.clamp(y, *bounds)
 
     assert isinstance(source, fx.Node)

@@ -588,7 +588,8 @@ def failures(
 def has_nothing(model: nn.Module, error: Exception) -> bool:
     """Whether ``error`` refuses a model in which there is nothing to quantize, or nothing where it can be captured."""
     if isinstance(error, InputError) and "no op that fxquant can quantize" in str(error):
-        return all(p.ndim < 2 for p in model.parameters())
+        recurrent = {id(p) for part in model.modules() if isinstance(part, nn.RNNBase) for p in part.parameters()}
+        return all(p.ndim < 2 or id(p) in recurrent for p in model.parameters())
     return isinstance(error, CaptureError) and not any(map(multiplies, model.modules()))
 
 

@@ -20,10 +20,11 @@ from fxquant.kernels.data_flow import follows_data
 from fxquant.kernels.native.library import Library, load
 from fxquant.kernels.native.operations import Add, Operation, Pointwise
 from fxquant.kernels.native.weighted import Weighted
+from fxquant.kernels.place import HELD
 from fxquant.nn.form import form_of
 from fxquant.nn.integer import IntegerOp
 
-__all__ = ["Line", "NativeProgram", "Reference", "lower"]
+__all__ = ["Line", "NativeProgram", "Reference", "Survey", "lower", "survey"]
 
 
 @dataclass(frozen=True)
@@ -90,28 +91,66 @@ def lower(graph: LeveledModule) -> NativeProgram:
         return _Lowering(graph).program()
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What could become of each node of a graph that does not lower as a whole, in the graph's order.
+
+    Attributes:
+        lines: its line; one of Python where ``refusals`` has the node.
+        refusals: why a node has no native operation although it computes on integers.
+    """
+
+    lines: dict[fx.Node, Line]
+    refusals: dict[fx.Node, Refusal]
+
+
+def survey(graph: LeveledModule) -> Survey:
+    """The lines of all nodes that are read, those among them that have no native kernel as lines of Python."""
+    with torch.no_grad():
+        refusals: dict[fx.Node, Refusal] = {}
+        lowering = _Lowering(graph, refusals)
+        lowering.read()
+    return Survey({node: lowering.lines[i] for node, i in lowering.number.items()}, refusals)
+
+
 class _Lowering:
-    def __init__(self, graph: LeveledModule) -> None:
-        self.graph, self.library = graph, load()
+    """Args:
+    graph: what is lowered.
+    refusals: where those of single nodes are noted; None raises the first.
+    """
+
+    def __init__(self, graph: LeveledModule, refusals: dict[fx.Node, Refusal] | None = None) -> None:
+        self.graph, self.library, self.refusals = graph, load(), refusals
         self.number: dict[fx.Node, int] = {}
         self.lines: list[Line] = []
+        self.inputs: list[int] = []
+        self.result: Any = None
 
-    def program(self) -> NativeProgram:
-        inputs, result = list[int](), None
+    def read(self) -> None:
+        """Make a line for each node."""
         for node in self._read_nodes():
             if node.op == "output":
-                result = self._referring(node.args[0])
+                self.result = self._referring(node.args[0])
                 continue
             self.number[node] = len(self.lines)
-            if node.op == "placeholder":
-                inputs.append(len(self.lines))
             self.lines.append(Line(node.name))
-            if node.op != "placeholder":
+            if node.op == "placeholder":
+                self.inputs.append(self.number[node])
+                self.lines[-1].signed = HELD in node.meta and node.meta[HELD].signed
+                continue
+            try:
                 self._lower(node, self.lines[-1])
+            except Refusal as refusal:
+                if self.refusals is None:
+                    raise
+                self.refusals[node] = refusal
+
+    def program(self) -> NativeProgram:
+        self.read()
         if not any(line.operation for line in self.lines):
             raise Refusal("nothing in the model is computed in bytes")
         self._fuse()
-        return NativeProgram(self.lines, [node.name for node in self.number], inputs, result, self.library)
+        return NativeProgram(self.lines, [node.name for node in self.number], self.inputs, self.result, self.library)
 
     def _read_nodes(self) -> list[fx.Node]:
         """The graph's nodes, but for those whose results nobody reads: no kernel shall reserve memory for them."""
@@ -136,12 +175,20 @@ class _Lowering:
             self._as_python(node, part, line)
         else:
             try:
+                self._require_bytes(node)
                 line.operation = build(self, node, part)
             except Refusal as refusal:
                 raise refusal.at(line.name) from None
         if form is not None and form.moves:
             first = node.args[0][0] if isinstance(node.args[0], (tuple, list)) else node.args[0]
             line.moves, line.signed = True, self.is_signed(first)
+
+    def _require_bytes(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            part = self.graph.get_submodule(str(source.target)) if source.op == "call_module" else None
+            given = getattr(part, "output_dtype", None)
+            if given not in (None, torch.uint8, torch.int8):
+                raise Refusal(f"its operand {source.name} is {given}")
 
     def _as_python(self, node: fx.Node, part: nn.Module | None, line: Line) -> None:
         if "writes" in node.meta:

@@ -16,10 +16,13 @@ from fxquant.kernels.native.library import missing
 from fxquant.kernels.native.lowering import lower
 from fxquant.kernels.native.plan import Plan
 
-__all__ = ["NATIVE", "NativeModel"]
+__all__ = ["NATIVE", "PLAIN", "NativeModel"]
 
 NATIVE = "native"
 """What computes an op, in a report."""
+
+PLAIN = (bool, int, float, str, torch.Size, torch.dtype, torch.device)
+"""The classes of inputs that are no tensors: a plan is for their values."""
 
 _SHAPES = 8
 """Shapes of inputs (and numbers of threads) whose plans are kept, those used last."""
@@ -95,7 +98,7 @@ class NativeModel:
 
 def _checked(x: Any) -> Any:
     if not isinstance(x, Tensor):
-        if x is None or isinstance(x, (bool, int, float, str)):
+        if x is None or isinstance(x, PLAIN):
             return x
         raise InputError(f"the native kernels take tensors and plain numbers, got {type(x).__name__}.")
     if x.device.type != "cpu" or not x.numel() or x.is_complex():

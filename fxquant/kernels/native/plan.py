@@ -71,13 +71,12 @@ class Plan:
         self.values = [None if i in dead else v for i, v in enumerate(walk.values)]
 
     def _results(self, walk: Walk) -> dict[int, Tensor]:
-        """Lines whose floats leave, each with a tensor like them."""
-        found = {}
-        wanted = set(references(self.program.result)).union(*(references(self.program.lines[i]) for i in walk.after))
-        for line in sorted(wanted & walk.native):
+        """Lines whose floats or bytes leave, each with a tensor like them."""
+        found = dict(walk.leaving)
+        for line in set[int]().union(*(references(self.program.lines[i]) for i in walk.after)) & walk.native:
             operation = self.program.lines[line].operation
             if operation is None or not operation.writes_floats:
-                raise Refusal(f"{self.program.lines[line].name}, which leaves the integers, is no tensor of floats")
+                raise Refusal("it leaves the integers and is no tensor of floats", where=self.program.lines[line].name)
             found[line] = walk.values[line]
         self.addresses = {value.untyped_storage().data_ptr(): line for line, value in found.items()}
         return found
@@ -152,9 +151,16 @@ class Plan:
             view.data = held[line].data_ptr() + offset
         self.program.library.run(self.steps, self.count, self.threads)
         for line in self.results:
-            values[line] = held[line].contiguous()  # as the reference's, of which Python may take views
+            values[line] = _given(held[line], self.program.lines[line].signed)
         self._compute(self.after, values)
         return filled(self.program.result, values)
+
+
+def _given(x: Tensor, signed: bool) -> Tensor:
+    """A result as the reference gives it: floats in their logical order, of which Python may take views; signed bytes."""
+    if x.is_floating_point():
+        return x.contiguous()
+    return x.view(torch.int8).bitwise_xor_(-128) if signed else x
 
 
 def _varying(program: NativeProgram, walk: Walk) -> set[int]:

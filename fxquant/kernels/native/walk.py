@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import InputError, Refusal
+from fxquant.kernels.native.gather import gathering_of
 from fxquant.kernels.native.layout import Image, image
 from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
 from fxquant.kernels.native.memory import MEMORY_LINE
@@ -24,6 +25,10 @@ from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.winograd import steps_of
 
 __all__ = ["OutputSlice", "Recorded", "Walk", "filled", "find_output_slices", "from_outside", "references"]
+
+
+CONSTANT = -1
+"""In the place of a line: memory that the program has written itself."""
 
 
 @dataclass
@@ -73,6 +78,8 @@ class Walk:
         for index, line_ in enumerate(program.lines):
             if not line_.gone and (line_.operation is not None or line_.run is not None):
                 self._walk(index, line_)
+        self.leaving = {line: self._leaving(line) for line in sorted(references(program.result) & self.native)}
+        """The tensors of lines whose results leave: floats where they are written, bytes as copies."""
 
     def _walk(self, index: int, line: Line) -> None:
         try:
@@ -105,18 +112,37 @@ class Walk:
 
     def _moved(self, line: Line, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
         """Views of our own tensors; where the function copies them, views of a copy whose elements follow each other."""
-        assert line.run is not None
+        run = line.run
+        assert run is not None
         ways: list[Callable[[], Any]] = [lambda: args]
         if len(mine) == 1 and mine[0] is args[0]:
             ways.append(lambda: (self.copied(mine[0], torch.contiguous_format), *args[1:]))
         for way in ways:
             try:
-                value = line.run(*way(), **kwargs)
+                value = run(*way(), **kwargs)
             except RuntimeError:  # its strides allow no such view
                 continue
             if all(not isinstance(t, Tensor) or self.is_own(t) for t in pytree.tree_leaves(value)):
                 return value
-        raise Refusal("how it moves numbers is not written natively")
+        if len(mine) > 1 or mine[0] is not args[0]:
+            raise Refusal("how it moves numbers is not written natively")
+        return self._gathered(mine[0], lambda x: run(x, *args[1:], **kwargs), line.signed)
+
+    def _gathered(self, x: Tensor, function: Callable[[Tensor], Any], signed: bool) -> Tensor:
+        """What a function gives that takes each axis by itself, by copies."""
+        found = gathering_of(function, tuple(x.shape), torch.int8 if signed else torch.uint8)
+        if isinstance(found, Refusal):
+            raise found
+        last = x.ndim == 4 and image(x) is not None
+        order = torch.channels_last if last else torch.contiguous_format
+        y = self._own(torch.empty(found.shape, dtype=torch.uint8, memory_format=order))
+        if found.fills:
+            filling = torch.full((1,), found.filling + 128 * signed, dtype=torch.int16).to(torch.uint8)
+            self.border[filling.untyped_storage().data_ptr()] = CONSTANT
+            self._copy(filling.expand(found.shape), y)
+        for source, target in found.views(x, y):
+            self._copy(source, target)
+        return y
 
     # ---- results
 
@@ -184,6 +210,14 @@ class Walk:
     def _own(self, x: Tensor) -> Tensor:
         self.tensors[x.untyped_storage().data_ptr()] = x
         return x
+
+    def _leaving(self, line: int) -> Tensor:
+        value, operation = self.values[line], self.program.lines[line].operation
+        if isinstance(value, Tensor) and value.dtype == torch.uint8:
+            return self._copy(value, torch.empty_like(value))
+        if operation is None or not operation.writes_floats:
+            raise Refusal("it leaves the integers and is no tensor of floats", where=self.program.lines[line].name)
+        return value
 
     # ---- places
 

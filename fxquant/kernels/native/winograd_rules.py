@@ -52,7 +52,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     # Products of words run at half the rate of bytes', so less is won, and nothing where weights come from far away.
     "avx512_vnni": (
         Rule(4, depth=96, channels=32, tiles=49, pairs=128 * 192, waste=1.1),
-        Rule(4, depth=64, channels=64, tiles=196, pairs=128 * 192, waste=1.1),
+        Rule(4, depth=64, channels=64, tiles=196, pairs=256 * 256, waste=1.1),
     ),
 }
 """By instruction set, the first that holds, as benchmarks/winograd.py measures them on one thread with weights beyond the

@@ -1,0 +1,190 @@
+"""An integer graph in parts, those that the native kernels have and those between them.
+
+A graph that does not lower as a whole (an island, an op on 16 bits, a part of three dimensions) is cut so that as much as
+can be runs natively. What a part takes and gives are floats, bytes, and numbers that were read off shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxquant.errors import Refusal
+from fxquant.graph.excerpt import excerpt
+from fxquant.graph.leveled import LeveledModule
+from fxquant.kernels.native.lowering import Survey, survey
+from fxquant.nn.integer import IntegerOp, Quantize, multiplies
+
+__all__ = ["Part", "Parts", "cut_up"]
+
+_LEAST = 3
+"""Ops beyond rounding that a part without weights has natively, at least: with fewer, calling it costs what it saves."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a graph.
+
+    Attributes:
+        module: its own graph, whose nodes have the names that they had; its modules are the model's.
+        native: whether it is for the native kernels.
+        takes: the nodes of the whole graph that it takes, in the order of its inputs.
+        gives: those that it gives, in the order of its results.
+        last: those that nothing reads after it.
+    """
+
+    module: LeveledModule
+    native: bool
+    takes: tuple[fx.Node, ...]
+    gives: tuple[fx.Node, ...]
+    last: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A graph in parts.
+
+    Attributes:
+        inputs: the graph's, in order.
+        parts: in the order in which they run.
+        result: the graph's result, with nodes.
+    """
+
+    inputs: tuple[fx.Node, ...]
+    parts: tuple[Part, ...]
+    result: Any
+
+    @property
+    def native(self) -> list[str]:
+        """The names of the nodes that are for the native kernels."""
+        nodes = (node for part in self.parts if part.native for node in part.module.graph.nodes)
+        return [node.name for node in nodes if node.op == "call_module"]
+
+
+def cut_up(graph: LeveledModule, refusal: Refusal) -> Parts | Refusal:
+    """The parts of a graph that the native kernels refused.
+
+    Args:
+        graph: an integer graph.
+        refusal: what they said; a node that it names is in no native part.
+
+    Returns:
+        The parts; ``refusal`` where no part is worth it.
+    """
+    named = refusal.where.partition(" ")[0].partition(":")[0]
+    sorted_ = _Sorted(graph, survey(graph), named)
+    levels = sorted_.levels()
+    while weak := sorted_.weak(levels):
+        sorted_.outside |= weak
+        levels = sorted_.levels()
+    if not any(level % 2 for level in levels.values()):
+        return refusal
+    return _cut(graph, levels)
+
+
+class _Sorted:
+    """The nodes of a graph, each outside or natively, and when it can run: at an even level outside, at an odd natively."""
+
+    def __init__(self, graph: LeveledModule, found: Survey, named: str) -> None:
+        self.graph, self.lines = graph, found.lines
+        self.sizes = self._sizes()
+        self.writes = any("writes" in node.meta for node in self.lines)
+        self.outside = {node for node in self.lines if node.name == named or not self._can(node, found)}
+        self._keep_tuples_together()
+
+    def _can(self, node: fx.Node, found: Survey) -> bool:
+        line = found.lines[node]
+        if node.op == "placeholder" or node in found.refusals:
+            return False
+        return line.operation is not None or (line.moves and not self.writes)
+
+    def _sizes(self) -> set[fx.Node]:
+        """The nodes that are read off shapes alone."""
+        found = set[fx.Node]()
+        for node, line in self.lines.items():
+            shaped = isinstance(node.meta.get("shape"), tuple)
+            if line.measures or (node.all_input_nodes and not shaped and found.issuperset(node.all_input_nodes)):
+                found.add(node)
+        return found
+
+    def _keep_tuples_together(self) -> None:
+        """What is no tensor, and no number, does not pass from part to part: what gives and what reads it are one part.
+
+        What an island gives is not known beforehand; what an integer op reads is a tensor.
+        """
+        changed = True
+        while changed:
+            changed = False
+            for node in self.lines:
+                known = isinstance(node.meta.get("shape"), tuple) or node in self.sizes
+                if known or node.op in ("get_attr", "placeholder"):
+                    continue
+                users = (user for user in node.users if user in self.lines and user not in self.sizes)
+                group = {node, *(user for user in users if not isinstance(self._part(user), IntegerOp))}
+                if group & self.outside and group - self.outside:
+                    self.outside |= group
+                    changed = True
+
+    def levels(self) -> dict[fx.Node, int]:
+        """When each node can run, but for constants, which are read where they are wanted."""
+        found: dict[fx.Node, int] = {}
+        ordered = 0
+        for node in self.lines:
+            if node.op == "get_attr":
+                continue
+            level = max((found[source] for source in node.all_input_nodes if source in found), default=0)
+            if node not in self.sizes:
+                if self._acts(node):  # in the order in which it was written
+                    level = max(level, ordered)
+                level += level % 2 != int(node not in self.outside)
+                if self._acts(node):
+                    ordered = level
+            found[node] = level
+        return found
+
+    def _acts(self, node: fx.Node) -> bool:
+        """Whether a node may do more than give its result, or depend on more than its inputs."""
+        if self.writes:
+            return True
+        if node.op == "call_module":
+            return not isinstance(self._part(node), IntegerOp)
+        return "reason" in node.meta or getattr(node.target, "is_check", False)
+
+    def weak(self, levels: dict[fx.Node, int]) -> set[fx.Node]:
+        """The nodes of native parts that are not worth a call."""
+        by_level: dict[int, list[fx.Node]] = {}
+        for node, level in levels.items():
+            if level % 2 and node not in self.sizes:
+                by_level.setdefault(level, []).append(node)
+        return {node for nodes in by_level.values() if not self._is_worth(nodes) for node in nodes}
+
+    def _is_worth(self, nodes: Iterable[fx.Node]) -> bool:
+        parts = [self._part(node) for node in nodes if self.lines[node].operation is not None]
+        working = [part for part in parts if isinstance(part, IntegerOp) and not isinstance(part, Quantize)]
+        return len(working) >= _LEAST or any(multiplies(part) for part in working)
+
+    def _part(self, node: fx.Node) -> Any:
+        return self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _cut(graph: LeveledModule, levels: dict[fx.Node, int]) -> Parts:
+    """The graph cut between the levels of its nodes."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    by_level: dict[int, list[fx.Node]] = {}
+    for node, level in levels.items():
+        if node.op != "placeholder":
+            by_level.setdefault(level, []).append(node)
+    highest, wanted, parts = max(by_level), set(output.all_input_nodes), list[Part]()
+    constants = [node for node in wanted if node.op == "get_attr"]
+    if constants:
+        by_level.setdefault(highest + highest % 2, []).extend(constants)
+    for level in sorted(by_level, reverse=True):
+        module, takes, gives = excerpt(graph, by_level[level], wanted)
+        last = tuple(node for node in takes if node not in wanted)
+        parts.insert(0, Part(module, bool(level % 2), takes, gives, last))
+        wanted |= set(takes)
+    inputs = tuple(node for node in graph.graph.nodes if node.op == "placeholder")
+    return Parts(inputs, tuple(parts), output.args[0])
