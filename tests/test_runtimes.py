@@ -26,7 +26,7 @@ import fxquant
 from fxquant import installed
 from fxquant.analysis.file_info import info
 from fxquant.benchmark.memory import peak_memory
-from fxquant.errors import ExportError, InputError, Refusal, SpecializationError
+from fxquant.errors import ExportError, InputError, Refusal
 from fxquant.export import runtimes
 from fxquant.export.interleaved_timing import InterleavedTimes, time_interleaved
 from fxquant.kernels import runner
@@ -200,14 +200,23 @@ def test_inputs_that_native_does_not_take(digits):
 
 
 def test_an_op_without_a_native_kernel_is_named(no_packages):
-    x = torch.randn(2, 3, 9, 9)
-    prepared = prepared_of(Sums().eval(), x)
+    x = torch.randn(2, 3, 9, 9, 9)
+    prepared = prepared_of(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()).eval(), x)
     if HERE is None:
-        with pytest.raises(ExportError, match=r"no native kernels: cumsum[^\n]*\n  what to do: .*'torch'"):
+        with pytest.raises(ExportError, match=r"no native kernels: _0[^\n]*\n  what to do: .*'torch'"):
             fxquant.compile(prepared, x, runtime="native")
     compiled = fxquant.compile(prepared, x)
     assert compiled.runtime != "native" and told(compiled)["native"].milliseconds is None
     assert str(told(compiled)["native"]).startswith("native cannot: no native kernels: ")
+
+
+@needs_native
+def test_a_function_of_floats_between_native_parts(no_packages):
+    x = torch.randn(2, 3, 9, 9)
+    prepared = prepared_of(Sums().eval(), x)
+    compiled = fxquant.compile(prepared, x, runtime="native")
+    assert torch.equal(compiled(x), fxquant.convert(prepared, kernels="reference")(x))
+    assert told(fxquant.compile(prepared, x))["native"].milliseconds is not None
 
 
 def test_a_machine_that_is_not_for_it_is_told_why(digits, no_native, no_packages):
@@ -230,15 +239,12 @@ def test_what_is_no_graph_on_the_cpu_is_refused(digits):
 
 
 def test_a_condition_on_sizes_is_not_lost():
-    """Such a graph asks for sizes, which has no native kernel; if it had, the condition would have to hold still."""
-    prepared = prepared_of(Halves().eval(), torch.rand(1, 3, 16, 16))
-    try:
-        compiled = fxquant.compile(prepared, runtime="native")
-    except ExportError as error:
-        assert "no native kernel" in str(error)
-    else:
-        with pytest.raises(SpecializationError):
-            compiled(torch.rand(1, 3, 32, 32))
+    """The user's own code asks for sizes around a graph, and goes the other way where they are others."""
+    prepared, wide = prepared_of(Halves().eval(), torch.rand(1, 3, 16, 16)), torch.rand(1, 3, 32, 32)
+    compiled = fxquant.compile(prepared, runtime="torch" if HERE else "native")
+    with torch.no_grad():
+        assert torch.equal(compiled(wide), fxquant.convert(prepared, kernels="reference")(wide))
+        assert compiled(wide).shape[-1] == 14
 
 
 def test_auto_without_onnx_compares_torch_with_native(digits, no_packages):

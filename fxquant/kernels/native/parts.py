@@ -80,8 +80,9 @@ def cut_up(graph: LeveledModule, refusal: Refusal) -> Parts | Refusal:
     while weak := sorted_.weak(levels):
         sorted_.outside |= weak
         levels = sorted_.levels()
-    if not any(level % 2 for level in levels.values()):
-        return refusal
+    found = {level for node, level in levels.items() if node.op != "placeholder"}
+    if len(found) < 2 or not any(level % 2 for level in found):
+        return refusal  # nothing is native, or all of it would be, and that was refused
     return _cut(graph, levels)
 
 
@@ -91,7 +92,7 @@ class _Sorted:
     def __init__(self, graph: LeveledModule, found: Survey, named: str) -> None:
         self.graph, self.lines = graph, found.lines
         self.sizes = self._sizes()
-        self.writes = any("writes" in node.meta for node in self.lines)
+        self.shared = self._shared()
         self.outside = {node for node in self.lines if node.name == named or not self._can(node, found)}
         self._keep_tuples_together()
 
@@ -99,7 +100,21 @@ class _Sorted:
         line = found.lines[node]
         if node.op == "placeholder" or node in found.refusals:
             return False
-        return line.operation is not None or (line.moves and not self.writes)
+        return node not in self.shared and (line.operation is not None or line.moves)
+
+    def _shared(self) -> set[fx.Node]:
+        """The nodes whose memory may be that which another one writes into: what lies between them computes nothing anew."""
+        writing = [node for node in self.lines if "writes" in node.meta]
+        found = {other for node in writing for other in (node, *node.all_input_nodes) if other in self.lines}
+        left = list(found)
+        while left:
+            node = left.pop()
+            for other in (*node.all_input_nodes, *node.users):
+                line = self.lines.get(other)
+                if line is not None and line.operation is None and other not in found | self.sizes:
+                    found.add(other)
+                    left.append(other)
+        return found
 
     def _sizes(self) -> set[fx.Node]:
         """The nodes that are read off shapes alone."""
@@ -131,7 +146,7 @@ class _Sorted:
     def levels(self) -> dict[fx.Node, int]:
         """When each node can run, but for constants, which are read where they are wanted."""
         found: dict[fx.Node, int] = {}
-        ordered = 0
+        ordered = read = written = 0
         for node in self.lines:
             if node.op == "get_attr":
                 continue
@@ -139,15 +154,21 @@ class _Sorted:
             if node not in self.sizes:
                 if self._acts(node):  # in the order in which it was written
                     level = max(level, ordered)
+                reads = not self.shared.isdisjoint(node.all_input_nodes)
+                if reads:
+                    level = max(level, written)
+                if "writes" in node.meta:
+                    level = max(level, read)
                 level += level % 2 != int(node not in self.outside)
-                if self._acts(node):
-                    ordered = level
+                ordered = level if self._acts(node) else ordered
+                read = max(read, level) if reads else read
+                written = level if "writes" in node.meta else written
             found[node] = level
         return found
 
     def _acts(self, node: fx.Node) -> bool:
         """Whether a node may do more than give its result, or depend on more than its inputs."""
-        if self.writes:
+        if node in self.shared:
             return True
         if node.op == "call_module":
             return not isinstance(self._part(node), IntegerOp)

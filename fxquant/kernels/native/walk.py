@@ -276,13 +276,18 @@ class Walk:
 
 
 def from_outside(value: Tensor, signed: bool) -> Tensor:
-    """A tensor that Python computed, as the kernels read it: bytes have room behind them."""
+    """A tensor that Python computed, as the kernels read it: bytes have room behind them, those of images channels last."""
     if value.is_floating_point():
         return value.float().contiguous()
     if value.dtype not in (torch.uint8, torch.int8) or signed != (value.dtype == torch.int8):
         raise Refusal(f"an operand is a {value.dtype} tensor")
     room = torch.empty(value.numel() + MEMORY_LINE, dtype=torch.uint8)
-    held = room[: value.numel()].view(value.shape)
+    held = room[: value.numel()]
+    if value.ndim == 4:
+        n, c, h, w = value.shape
+        held = held.view(n, h, w, c).permute(0, 3, 1, 2)
+    else:
+        held = held.view(value.shape)
     return held.copy_(torch.bitwise_xor(value, -128).view(torch.uint8) if signed else value)
 
 
