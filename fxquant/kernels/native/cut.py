@@ -26,7 +26,7 @@ def cut(step: Step) -> None:
     elif kind == KINDS["quantize"]:
         step.units = y.n * y.h
     elif kind == KINDS["dequantize"]:
-        step.units = step.x.n * step.x.c
+        step.units = step.x.n * -(-step.x.c // 16)
     elif kind == KINDS["average"]:
         step.units = y.n * y.h * -(-y.c // 64)
     elif kind == KINDS["attention"]:

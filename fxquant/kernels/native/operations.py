@@ -99,7 +99,7 @@ class BorderOperation(Operation):
         if seen is None:
             return None
         n, h, w, c = seen.sizes
-        floats = Image(y if self.writes_floats else x, (n, h, w, c), (4 * c * h * w, 4 * w * c, 4 * c))
+        floats = Image(y if self.writes_floats else x, seen.sizes, (4 * c * h * w, 4 * w * c, 4 * c))
         return [seen, floats] if self.writes_floats else [floats, seen]
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> None:
@@ -107,11 +107,15 @@ class BorderOperation(Operation):
         step.out.low, step.out.high = self.bounds
 
 
+_ROW = 2**11
+"""Numbers of a row where bytes and floats follow each other alike and any row would do."""
+
+
 def _lines(x: Tensor) -> Image | None:
     if not x.is_contiguous():
         return None
-    count, c = (math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim else (1, 1)
-    return Image(x, (count, 1, 1, c), (c, c, c))
+    size = _ROW if x.numel() % _ROW == 0 else x.shape[-1] if x.ndim else 1
+    return Image(x, (x.numel() // size, 1, size, 1), (size, size, 1))
 
 
 @dataclass(eq=False)

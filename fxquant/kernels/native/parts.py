@@ -104,7 +104,7 @@ class _Sorted:
 
     def _shared(self) -> set[fx.Node]:
         """The nodes whose memory may be that which another one writes into: what lies between them computes nothing anew."""
-        writing = [node for node in self.lines if "writes" in node.meta]
+        writing = [node for node in self.lines if self._writes(node)]
         found = {other for node in writing for other in (node, *node.all_input_nodes) if other in self.lines}
         left = list(found)
         while left:
@@ -157,14 +157,18 @@ class _Sorted:
                 reads = not self.shared.isdisjoint(node.all_input_nodes)
                 if reads:
                     level = max(level, written)
-                if "writes" in node.meta:
+                if self._writes(node):
                     level = max(level, read)
                 level += level % 2 != int(node not in self.outside)
                 ordered = level if self._acts(node) else ordered
                 read = max(read, level) if reads else read
-                written = level if "writes" in node.meta else written
+                written = level if self._writes(node) else written
             found[node] = level
         return found
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a node writes in place; integer ops give new tensors."""
+        return "writes" in node.meta and not isinstance(self._part(node), IntegerOp)
 
     def _acts(self, node: fx.Node) -> bool:
         """Whether a node may do more than give its result, or depend on more than its inputs."""

@@ -1,5 +1,7 @@
 // Where floats become bytes and bytes floats, and where channels leave their place behind their pixel.
 #pragma once
+#include <cstring>
+
 #include "windows.h"
 
 namespace fxquant {
@@ -28,19 +30,38 @@ inline void quantize(const Step& s, int unit) {
         for (int at = 0; at < w; at += 16) {
             const int count = std::min(16, w - at);
             store_low_bytes(bytes, sixteen(x + k * plane + at, count));
+            if (s.y.pixel == 1) {
+                std::memcpy(y + at, bytes, count);
+                continue;
+            }
             for (int j = 0; j < count; j++) y[(at + j) * s.y.pixel + k] = bytes[j];
         }
     }
 }
 
-// (q - zero point) * scale, NCHW. A unit is a channel of an image.
+// (q - zero point) * scale, NCHW. A unit is sixteen channels of an image, sixteen pixels of which are turned at a time.
 inline void dequantize(const Step& s, int unit) {
-    const int i = unit / s.x.c, c = unit % s.x.c;
-    float* y = reinterpret_cast<float*>(s.y.data) + static_cast<int64_t>(unit) * s.x.h * s.x.w;
+    const int blocks = (s.x.c + 15) / 16, i = unit / blocks, first = unit % blocks * 16;
+    const int channels = std::min(16, s.x.c - first);
+    const int64_t plane = static_cast<int64_t>(s.x.h) * s.x.w;
+    float* y = reinterpret_cast<float*>(s.y.data) + (static_cast<int64_t>(i) * s.x.c + first) * plane;
     const float scale = static_cast<float>(s.scale[0]), zero = static_cast<float>(s.zero_point[0]);
-    for (int line = 0; line < s.x.h; line++) {
-        const uint8_t* x = s.x.at(i, line, 0) + c;
-        for (int at = 0; at < s.x.w; at++, x += s.x.pixel) *y++ = (static_cast<float>(*x) - zero) * scale;
+    uint8_t turned[16][16];
+    for (int line = 0; line < s.x.h; line++, y += s.x.w) {
+        const uint8_t* x = s.x.at(i, line, 0) + first;
+        if (s.x.c == 1 && s.x.pixel == 1) {
+            for (int at = 0; at < s.x.w; at++) y[at] = (static_cast<float>(x[at]) - zero) * scale;
+            continue;
+        }
+        for (int at = 0; at < s.x.w; at += 16) {
+            const int count = std::min(16, s.x.w - at);
+            for (int j = 0; j < count; j++) {
+                for (int k = 0; k < channels; k++) turned[k][j] = x[(at + j) * s.x.pixel + k];
+            }
+            for (int k = 0; k < channels; k++) {
+                for (int j = 0; j < count; j++) y[k * plane + at + j] = (static_cast<float>(turned[k][j]) - zero) * scale;
+            }
+        }
     }
 }
 
