@@ -162,6 +162,27 @@ def test_sizes_and_tuples_pass_between_parts():
         assert whole.count(True) == 2
 
 
+class Joins(nn.Module):
+    """Bytes of another part are joined with nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.special.erfcx(x * 0.1).mean(-1, keepdim=True)
+        return self.fc(torch.relu(torch.cat([y, y[:, :0]], 1)))
+
+
+def test_bytes_from_outside_that_are_joined_with_nothing_are_read_in_each_call():
+    """They were taken for constants: random networks found it."""
+    integer = converted(Joins(), signal(3, 16))
+    for x in (signal(3, 16), 2 * signal(3, 16), signal(5, 16), -signal(3, 16), 0.5 * signal(5, 16)):
+        got = integer(x)
+        with by_reference(integer):
+            assert torch.equal(got, integer(x))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_signed_bytes_pass_between_parts(bits):
     """Symmetric activations are signed; a convolution of three dimensions reads and gives them by the reference."""

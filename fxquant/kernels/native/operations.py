@@ -98,7 +98,7 @@ class BorderOperation(Operation):
         seen = image(bytes_) if bytes_.ndim == 4 else _lines(bytes_)
         if seen is None:
             return None
-        n, h, w, c = seen.sizes
+        _, h, w, c = seen.sizes
         floats = Image(y if self.writes_floats else x, seen.sizes, (4 * c * h * w, 4 * w * c, 4 * c))
         return [seen, floats] if self.writes_floats else [floats, seen]
 

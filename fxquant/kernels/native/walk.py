@@ -242,7 +242,7 @@ class Walk:
         axis = operation.axis
         side_by_side = _joined(tensors, axis)
         y = self.wholes.get(index)
-        if y is None and side_by_side is not None:
+        if y is None and side_by_side is not None and self.is_own(side_by_side):
             return side_by_side
         if y is None:
             y = self._placed(index, operation.result(*tensors))
