@@ -250,6 +250,21 @@ def test_what_no_tracer_sees_is_refused_at_once(function):
         enter("unseen", function)
 
 
+@pytest.mark.parametrize(
+    ("signature", "words"),
+    [
+        ("input*, beta", r"'input\*, beta' of op 'unseen' is not that of snake\(input, alpha\): it has no beta"),
+        ("input*, other*, third*", r"it has 3 tensors"),
+        ("input*, alpha=nn", "cannot be read"),
+        ("input*, alpha=(1", "cannot be read"),
+    ],
+)
+def test_a_signature_that_is_not_the_function_s_is_refused_at_once(signature, words):
+    with pytest.raises(ValueError, match=words):
+        enter("unseen", snake, signature)
+    assert "unseen" not in ENTRIES
+
+
 @pytest.mark.parametrize("more", [{"functions": (F.gelu,)}, {"modules": (nn.GELU,)}, {"methods": ("relu",)}])
 def test_a_spelling_that_is_taken_is_refused(more):
     with pytest.raises(ValueError, match=r"is a spelling of the op '\w+' already"):

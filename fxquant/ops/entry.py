@@ -7,9 +7,12 @@ on the behaviour, ``to_integer`` builds the integer form, the docs and the gener
 from __future__ import annotations
 
 import ast
+import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -83,7 +86,8 @@ class OpEntry:
         aliases: further names of arguments, as ``{"axis": "dim"}``.
 
     Raises:
-        ValueError: the name or a spelling belongs to another entry, or a function is of a kind that no tracer sees called.
+        ValueError: the name or a spelling belongs to another entry, a function is of a kind that no tracer sees called, or
+            the signature is not that of the function.
     """
 
     name: str
@@ -128,9 +132,33 @@ class OpEntry:
                     f"{function!r} of op {self.name!r} is no function that a tracer sees called: it is of class "
                     f"{type(function).__name__}.\n  what to do: enter a plain Python function that calls it, and call that."
                 )
+        self._check_signature()
         self._claim(functions)
         keep(functions, self.modules, self.named_functions)
         ENTRIES[self.name] = self
+
+    def _check_signature(self) -> None:
+        """Refuse a signature that cannot be read, or names what the function does not take where that is known."""
+        try:
+            parameters = self.parameters
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"signature={self.signature!r} of op {self.name!r} cannot be read: {error}.\n"
+                "  what to do: write its arguments in order, as \"input*, dim=None\": * marks a tensor, = a plain default."
+            ) from None
+        if not isinstance(self.function, FunctionType):
+            return
+        own = inspect.signature(self.function).parameters
+        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in own.values()):
+            return
+        leading = len(list(itertools.takewhile(lambda p: p.operand, parameters)))  # these are passed by position
+        unknown = [p.name for p in parameters[leading:] if p.required and p.name not in own]
+        if unknown or leading > len(own):
+            raise ValueError(
+                f"signature={self.signature!r} of op {self.name!r} is not that of {self.function.__name__}({', '.join(own)}): "
+                f"it has {f'no {unknown[0]}' if unknown else f'{leading} tensors'}.\n"
+                "  what to do: give the arguments the names and the order that they have there."
+            )
 
     def _claim(self, functions: tuple[Callable[..., Any], ...]) -> None:
         """Take the spellings, of which each belongs to one entry, or to several that say which calls they accept."""
