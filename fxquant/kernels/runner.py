@@ -205,7 +205,7 @@ class Runner:
         self.programs: OrderedDict[Any, AnyProgram] = OrderedDict()
         self._model: NativeModel | None = None
         self._refusal: Refusal | None = None
-        self._parts: _InParts | None = None
+        self._parts: _InParts | Refusal | None = None
         self._declined = ""
         self._packs: dict[Any, Any] = {}
         self._own = 0
@@ -252,11 +252,11 @@ class Runner:
         return self._model
 
     def _in_parts(self, graph: LeveledModule) -> _InParts | None:
-        """The graph in parts, after the native kernels refused it; None where no part is theirs."""
+        """The graph in parts, made once the native kernels refused it; None where no part is theirs."""
         if self._parts is None and self._refusal is not None and missing() is None:
-            found, self._refusal = cut_up(graph, self._refusal), None
-            self._parts = None if isinstance(found, Refusal) else _InParts(graph, found)
-        return self._parts
+            found = cut_up(graph, self._refusal)
+            self._parts = found if isinstance(found, Refusal) else _InParts(graph, found)
+        return self._parts if isinstance(self._parts, _InParts) else None
 
     def current(self, key: Any) -> AnyProgram | None:
         """The program for inputs of that key, if there is one and the model's numbers are what they were."""

@@ -144,7 +144,7 @@ class OpEntry:
         except (ValueError, SyntaxError) as error:
             raise ValueError(
                 f"signature={self.signature!r} of op {self.name!r} cannot be read: {error}.\n"
-                "  what to do: write its arguments in order, as \"input*, dim=None\": * marks a tensor, = a plain default."
+                '  what to do: write its arguments in order, as "input*, dim=None": * marks a tensor, = a plain default.'
             ) from None
         if not isinstance(self.function, FunctionType):
             return

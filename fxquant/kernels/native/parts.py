@@ -75,18 +75,18 @@ def cut_up(graph: LeveledModule, refusal: Refusal) -> Parts | Refusal:
         The parts; ``refusal`` where no part is worth it.
     """
     named = refusal.where.partition(" ")[0].partition(":")[0]
-    sorted_ = _Sorted(graph, survey(graph), named)
-    levels = sorted_.levels()
-    while weak := sorted_.weak(levels):
-        sorted_.outside |= weak
-        levels = sorted_.levels()
+    nodes = _Nodes(graph, survey(graph), named)
+    levels = nodes.levels()
+    while weak := nodes.weak(levels):
+        nodes.outside |= weak
+        levels = nodes.levels()
     found = {level for node, level in levels.items() if node.op != "placeholder"}
     if len(found) < 2 or not any(level % 2 for level in found):
         return refusal  # nothing is native, or all of it would be, and that was refused
     return _cut(graph, levels)
 
 
-class _Sorted:
+class _Nodes:
     """The nodes of a graph, each outside or natively, and when it can run: at an even level outside, at an odd natively."""
 
     def __init__(self, graph: LeveledModule, found: Survey, named: str) -> None:
@@ -111,9 +111,10 @@ class _Sorted:
             node = left.pop()
             for other in (*node.all_input_nodes, *node.users):
                 line = self.lines.get(other)
-                if line is not None and line.operation is None and other not in found | self.sizes:
-                    found.add(other)
-                    left.append(other)
+                if line is None or line.operation is not None or other in found or other in self.sizes:
+                    continue
+                found.add(other)
+                left.append(other)
         return found
 
     def _sizes(self) -> set[fx.Node]:
