@@ -154,9 +154,10 @@ class OpEntry:
         leading = len(list(itertools.takewhile(lambda p: p.operand, parameters)))  # these are passed by position
         unknown = [p.name for p in parameters[leading:] if p.required and p.name not in own]
         if unknown or leading > len(own):
+            how = f"no {unknown[0]}" if unknown else f"fewer than {leading} arguments"
             raise ValueError(
-                f"signature={self.signature!r} of op {self.name!r} is not that of {self.function.__name__}({', '.join(own)}): "
-                f"it has {f'no {unknown[0]}' if unknown else f'{leading} tensors'}.\n"
+                f"signature={self.signature!r} of op {self.name!r} is not that of its function: "
+                f"{self.function.__name__}({', '.join(own)}) has {how}.\n"
                 "  what to do: give the arguments the names and the order that they have there."
             )
 
