@@ -83,7 +83,7 @@ def test_integer_models_name_their_kernels():
     prepared, _, integer = _levels()
     assert coverage(prepared).kernels == {}
     kernels = coverage(integer).kernels
-    assert kernels["a"].split(":")[0] in ("onednn", "fbgemm", "reference")
+    assert kernels["a"].split(":")[0] in ("native", "onednn", "fbgemm", "reference")
     assert set(kernels) == {"a", "b", "t", "fc", "mean"}
     assert "kernel" in str(coverage(integer))
     assert "kernel" not in str(coverage(prepared))

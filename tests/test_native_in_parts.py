@@ -162,6 +162,33 @@ def test_sizes_and_tuples_pass_between_parts():
         assert whole.count(True) == 2
 
 
+class Remembers(nn.Module):
+    """A buffer is read natively before and after it is written; another one is set by the user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.register_buffer("sum", torch.zeros(6))
+        self.register_buffer("offset", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.fc(self.a(x) + self.sum)
+        self.sum.add_(x[0].detach())
+        return self.fc(self.a(x) + self.sum) - before + torch.special.erfcx(self.offset[:4])
+
+
+def test_buffers_are_read_as_they_stand():
+    integer = converted(Remembers(), signal(3, 6))
+    for k, x in enumerate((signal(3, 6), signal(3, 6), -signal(3, 6))):
+        state = integer.sum.clone()
+        got = integer(x)
+        integer.sum.copy_(state)
+        with by_reference(integer):
+            assert torch.equal(got, integer(x))
+        integer.offset = torch.full((6,), k + 1.0)
+    assert True in parts_of(integer)
+
+
 class Joins(nn.Module):
     """Bytes of another part are joined with nothing."""
 

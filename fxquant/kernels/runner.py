@@ -15,9 +15,11 @@ import copy
 import os
 import sys
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -149,7 +151,7 @@ class _InParts:
     """A graph in parts, each with a runner of its own, in the place of a program."""
 
     def __init__(self, graph: LeveledModule, parts: Parts) -> None:
-        self.parts = parts
+        self.graph, self.parts = weakref.proxy(graph), parts  # the graph holds its runner, which holds this
         self.runners = [Runner(native=part.native, told=True) for part in parts.parts]
         for part, runner in zip(parts.parts, self.runners, strict=True):
             part.module.__dict__[RUNNER] = runner
@@ -162,6 +164,7 @@ class _InParts:
     def run(self, *args: Any) -> Any:
         """The graph's result."""
         values = dict(zip(self.parts.inputs, args, strict=True))
+        values |= {node: attrgetter(str(node.target))(self.graph) for node in self.parts.attributes}
         for part in self.parts.parts:
             given = part.module._run([values[node] for node in part.takes])
             for node in part.last:

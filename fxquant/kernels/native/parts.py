@@ -6,11 +6,12 @@ can be runs natively. What a part takes and gives are floats, bytes, and numbers
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.errors import Refusal
 from fxquant.graph.excerpt import excerpt
@@ -49,11 +50,13 @@ class Parts:
 
     Attributes:
         inputs: the graph's, in order.
+        attributes: nodes that read a tensor of the graph in each call.
         parts: in the order in which they run.
         result: the graph's result, with nodes.
     """
 
     inputs: tuple[fx.Node, ...]
+    attributes: tuple[fx.Node, ...]
     parts: tuple[Part, ...]
     result: Any
 
@@ -83,7 +86,8 @@ def cut_up(graph: LeveledModule, refusal: Refusal) -> Parts | Refusal:
     found = {level for node, level in levels.items() if node.op != "placeholder"}
     if len(found) < 2 or not any(level % 2 for level in found):
         return refusal  # nothing is native, or all of it would be, and that was refused
-    return _cut(graph, levels)
+    constants = {node for node in graph.graph.nodes if node.op == "get_attr"} - nodes.shared
+    return _cut(graph, levels, constants)
 
 
 class _Nodes:
@@ -106,10 +110,17 @@ class _Nodes:
         """The nodes whose memory may be that which another one writes into: what lies between them computes nothing anew."""
         writing = [node for node in self.lines if self._writes(node)]
         found = {other for node in writing for other in (node, *node.all_input_nodes) if other in self.lines}
+        names: dict[Any, list[fx.Node]] = {}  # of one tensor, or of parts of it
+        for node in self.lines:
+            if node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(self.graph)
+                kept = value.untyped_storage().data_ptr() if isinstance(value, Tensor) else id(value)
+                names.setdefault(kept, []).append(node)
+        alike = {node: own for own in names.values() for node in own}
         left = list(found)
         while left:
             node = left.pop()
-            for other in (*node.all_input_nodes, *node.users):
+            for other in (*node.all_input_nodes, *node.users, *alike.get(node, ())):
                 line = self.lines.get(other)
                 if line is None or line.operation is not None or other in found or other in self.sizes:
                     continue
@@ -196,21 +207,18 @@ class _Nodes:
         return self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _cut(graph: LeveledModule, levels: dict[fx.Node, int]) -> Parts:
-    """The graph cut between the levels of its nodes."""
+def _cut(graph: LeveledModule, levels: dict[fx.Node, int], constants: set[fx.Node]) -> Parts:
+    """The graph cut between the levels of its nodes; native parts hold the constants that they read."""
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     by_level: dict[int, list[fx.Node]] = {}
     for node, level in levels.items():
         if node.op != "placeholder":
             by_level.setdefault(level, []).append(node)
-    highest, wanted, parts = max(by_level), set(output.all_input_nodes), list[Part]()
-    constants = [node for node in wanted if node.op == "get_attr"]
-    if constants:
-        by_level.setdefault(highest + highest % 2, []).extend(constants)
+    wanted, parts = set(output.all_input_nodes), list[Part]()
     for level in sorted(by_level, reverse=True):
-        module, takes, gives = excerpt(graph, by_level[level], wanted)
-        last = tuple(node for node in takes if node not in wanted)
-        parts.insert(0, Part(module, bool(level % 2), takes, gives, last))
+        native = bool(level % 2)
+        module, takes, gives = excerpt(graph, by_level[level], wanted, constants if native else ())
+        parts.insert(0, Part(module, native, takes, gives, tuple(node for node in takes if node not in wanted)))
         wanted |= set(takes)
     inputs = tuple(node for node in graph.graph.nodes if node.op == "placeholder")
-    return Parts(inputs, tuple(parts), output.args[0])
+    return Parts(inputs, tuple(node for node in wanted if node.op == "get_attr"), tuple(parts), output.args[0])
