@@ -1,4 +1,4 @@
-"""Models that the native kernels do not have as a whole: milliseconds natively in parts, on torch's operators, and elsewhere.
+"""Models that the native kernels do not have as a whole: milliseconds natively in parts, on torch's operators, elsewhere.
 
 Detectors, optical flow and a YOLO, whose own code runs between graphs; segmentation heads, shifted windows and transformers
 with functions of floats between integer ops. All weights are random. The contenders take turns in one process; medians.
@@ -15,6 +15,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,17 +117,13 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model, batch = case.build().eval(), case.batch(args.batch, 2)
         prepared = fxquant.prepare(model, batch)
         integer = fxquant.convert(fxquant.calibrate(prepared, [case.batch(2, 3), batch], progress=False))
-        try:
-            file = fxquant.compile(integer, batch, runtime="onnxruntime") if args.onnxruntime else None
-        except FxquantError:
-            file = None
         for threads in args.threads:
             torch.set_num_threads(threads)
-            models = {"float": model, "torch's operators": on_torch(integer), "natively": integer}
-            runs = {title: (lambda own=own: call(own, batch)) for title, own in models.items()}
-            if file is not None:
-                again = fxquant.compile(integer, batch, runtime="onnxruntime", threads=threads)
-                runs["ONNX Runtime"] = lambda again=again: call(again, batch)
+            models: dict[str, Any] = {"float": model, "torch's operators": on_torch(integer), "natively": integer}
+            if args.onnxruntime:
+                with suppress(FxquantError):  # a dash in its column: it has no file
+                    models["ONNX Runtime"] = fxquant.compile(integer, batch, runtime="onnxruntime", threads=threads)
+            runs = {title: partial(call, own, batch) for title, own in models.items()}
             found = medians(runs, args.rounds)
             parts, share = native_parts(integer)
             row = {"network": name, "threads": threads, "parts": parts, "native": share, **found}
