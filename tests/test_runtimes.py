@@ -219,6 +219,37 @@ def test_a_function_of_floats_between_native_parts(no_packages):
     assert told(fxquant.compile(prepared, x))["native"].milliseconds is not None
 
 
+class Counts(nn.Module):
+    """Adds up what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(x[0].detach())
+        return self.fc(x + self.seen)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "native", "auto", "bench"])
+def test_what_compile_tries_leaves_the_model_s_buffers_alone(runtime, no_packages):
+    """They moved on with each call that compile and bench measure."""
+    x = torch.ones(2, 6)
+    integer = fxquant.convert(prepared_of(Counts().eval(), x))
+    if runtime == "bench":
+        fxquant.bench(integer, x, runtimes=["torch"], rounds=2, memory=False, progress=False)
+        assert not integer.seen.any()
+        return
+    if runtime == "native" and HERE is not None:
+        pytest.skip(f"no native kernels: {HERE}")
+    compiled = fxquant.compile(integer, x, runtime=runtime)
+    assert not integer.seen.any()
+    expected = copy.deepcopy(integer)
+    for _ in range(2):
+        assert torch.allclose(compiled(x), expected(x), atol=0.05)
+
+
 def test_a_machine_that_is_not_for_it_is_told_why(digits, no_native, no_packages):
     with pytest.raises(ExportError, match=f"{elsewhere}\n  what to do"):
         fxquant.compile(digits, runtime="native")
@@ -420,7 +451,7 @@ def test_bench_times_native_and_measures_its_memory(digits):
 
 
 def test_no_placement_for_native(digits):
-    with pytest.raises(InputError, match=r"whole integer graphs only.*\n  what to do: compile"):
+    with pytest.raises(InputError, match=r"in integers whatever they have.*\n  what to do: compile"):
         fxquant.tune_placement(digits, runtime="native")
 
 

@@ -19,6 +19,7 @@ from fxquant.benchmark.memory import peak_memory
 from fxquant.benchmark.table import Benchmark, Row
 from fxquant.capture.calls import Call, as_call
 from fxquant.capture.islands import level_of
+from fxquant.capture.values import unchanged
 from fxquant.errors import CalibrationError, FxquantError, InputError, Refusal
 from fxquant.export.agreement import GOOD_SQNR, together
 from fxquant.export.deployment import example_call
@@ -29,6 +30,7 @@ from fxquant.export.tolerance import exact_outputs, least_sqnr
 from fxquant.flow import calibrate, convert, freeze, prepare
 from fxquant.inputs import arguments_of
 from fxquant.nn.fake_quantize import FakeQuantize
+from fxquant.nn.integer import IntegerOp
 from fxquant.recipe import Recipe
 from fxquant.runtimes import RUNNABLE
 from fxquant.targets import X86, Target
@@ -92,12 +94,13 @@ def bench(
         raise InputError(f"bench takes an nn.Module, and was given a {type(model).__name__}.")
     how = {"recipe": recipe, "target": target, "processor": processor}
     float_model, int8, example, notes = _made_ready(model, example_inputs, calibration, how, reference, noise, progress)
-    found = contenders_of(float_model, int8, example, wanted, compile_limit if compiled else None)
     cases = [(size, count) for size in sizes for count in every_threads]
-    expected = _outputs(float_model, example)
-    with tqdm(total=len(cases) * len(found) * rounds, desc="bench", disable=not progress or None) as bar:
-        rows = [_case(found, _with_rows(example, size), count, rounds, memory, bar) for size, count in cases]
-    quality = _qualities(found, int8, example, every_threads[0], expected, notes)
+    with unchanged(int8, but=IntegerOp):  # a model may write to its buffers
+        found = contenders_of(float_model, int8, example, wanted, compile_limit if compiled else None)
+        expected = _outputs(float_model, example)
+        with tqdm(total=len(cases) * len(found) * rounds, desc="bench", disable=not progress or None) as bar:
+            rows = [_case(found, _with_rows(example, size), count, rounds, memory, bar) for size, count in cases]
+        quality = _qualities(found, int8, example, every_threads[0], expected, notes)
     return Benchmark(type(model).__name__, tuple(_with_quality(row, quality) for row in chain(*rows)), tuple(notes))
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fxquant.capture.calls import Call
+from fxquant.capture.values import unchanged
 from fxquant.errors import FxquantError, InputError
 from fxquant.export.agreement import GOOD_SQNR, together
 from fxquant.export.deployment import Deployment
@@ -30,6 +31,7 @@ from fxquant.export.to_onnx import deployed
 from fxquant.export.tolerance import exact_outputs, least_sqnr
 from fxquant.inputs import describe_inputs, make_inputs
 from fxquant.kernels.reference_layers import BY_REFERENCE
+from fxquant.nn.integer import IntegerOp
 from fxquant.runtimes import RUNNABLE, runtime_of
 from fxquant.runtimes.pytorch import exact
 
@@ -179,7 +181,8 @@ def compile(
     if threads is not None and threads < 1:
         raise InputError(f"threads={threads}: a runtime needs at least one. Give a positive number, or None.")
     ready = deployed(model, example_inputs)
-    made = _fastest(ready, threads) if own is None else Compiled(own.name, own.compiled(ready, threads))
+    with unchanged(ready.integer, but=IntegerOp):  # a model that writes to its buffers is called here too
+        made = _fastest(ready, threads) if own is None else Compiled(own.name, own.compiled(ready, threads))
     unmeasured = any(own.runtime == made.runtime and own.milliseconds is None for own in made.report)
     made.origin = Origin(ready.integer, "auto" if unmeasured else made.runtime, threads, describe_inputs(ready.call))
     return made
@@ -253,10 +256,12 @@ def _compared(
 
     Where torch's operators are among these, the exact reference takes their place: it runs everything.
     """
-    expected, first = exact_outputs(int8, call), next(iter(RUNNABLE))
+    with unchanged(int8, but=IntegerOp):
+        expected, first = exact_outputs(int8, call), next(iter(RUNNABLE))
     agreed, said, wrong, least = dict[str, float](), dict[str, str](), list[Timing](), math.inf
     for name, own in list(found.items()):
-        agreed[name] = together(tensors_of(own(*call.args, **call.kwargs)), expected)
+        with unchanged(int8, but=IntegerOp):
+            agreed[name] = together(tensors_of(own(*call.args, **call.kwargs)), expected)
         if agreed[name] >= GOOD_SQNR:
             continue
         least = least_sqnr(int8, call, expected) if least == math.inf else least

@@ -102,5 +102,5 @@ NATIVE = Runtime(
     alone=native_model,
     found=_version,
     status=_status,
-    no_placement=Refusal("the native kernels compute integers, and floats cost them a part of the graph"),
+    no_placement=Refusal("the native kernels compute in integers whatever they have"),
 )
