@@ -86,8 +86,7 @@ def bench(
         InputError: an argument does not fit, or there are no inputs.
         CaptureError, CalibrationError: as for ``prepare`` and ``calibrate``.
     """
-    wanted = _runtimes(runtimes)
-    every_threads, sizes = _numbers(threads, "threads"), _numbers(batches, "batches")
+    wanted, every_threads, sizes = _runtimes(runtimes), _numbers(threads, "threads"), _numbers(batches, "batches")
     if rounds < 1:
         raise InputError(f"rounds={rounds}: give 1 or more.")
     if not isinstance(model, nn.Module):
