@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -113,7 +114,8 @@ def torchvision_net(name: str, side: int, **settings: Any) -> Net:
         settings["init_weights"] = False
     if name.startswith("deeplab"):
         settings["weights_backbone"] = None
-    named = "input" if name.startswith("deeplab") else "x"
+    forward = get_model(name, weights=None, **settings).forward
+    named = next(iter(inspect.signature(forward).parameters))  # torchvision calls it input or x
     return Net(carrying(lambda: get_model(name, weights=None, **settings)), photographs(named, side))
 
 

@@ -189,6 +189,23 @@ def test_buffers_are_read_as_they_stand():
     assert True in parts_of(integer)
 
 
+class OwnScale(nn.Module):
+    """A parameter of the model's own is read between native parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = block(3, 8), block(8, 8), nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.special.erfcx(self.a(x) * 0.1) * torch.special.erfcx(self.scale))
+
+
+def test_parameters_between_parts_leave_them_fast():
+    integer = converted(OwnScale(), signal(2, 3, 8, 8))
+    integer(signal(2, 3, 8, 8))
+    assert all(runner.programs for runner in next(iter(runner_of(integer).programs.values())).runners)
+
+
 class Joins(nn.Module):
     """Bytes of another part are joined with nothing."""
 

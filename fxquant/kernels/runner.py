@@ -164,13 +164,18 @@ class _InParts:
     def run(self, *args: Any) -> Any:
         """The graph's result."""
         values = dict(zip(self.parts.inputs, args, strict=True))
-        values |= {node: attrgetter(str(node.target))(self.graph) for node in self.parts.attributes}
+        values |= {node: self._read(str(node.target)) for node in self.parts.attributes}
         for part in self.parts.parts:
             given = part.module._run([values[node] for node in part.takes])
             for node in part.last:
                 del values[node]
             values.update(zip(part.gives, given, strict=True))
         return resolved(self.parts.result, values)
+
+    def _read(self, path: str) -> Any:
+        """What stands there now; of a parameter its tensor, since nothing is learned here."""
+        value = attrgetter(path)(self.graph)
+        return value.detach() if isinstance(value, nn.Parameter) else value
 
     @property
     def kernels(self) -> dict[str, str]:
