@@ -88,6 +88,20 @@ def parts_of(integer: Any) -> list[bool]:
     ]
 
 
+class RefusesThree(nn.Module):
+    """An island with a state that takes no batch of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if float(x.abs().max()) >= 0 and len(x) == 3:
+            raise ValueError("no three")
+        return x.flip(3)
+
+
 FLOATS = [
     ("a function of floats", lambda x: torch.special.erfcx(x * 0.1)),
     ("in place", lambda x: torch.special.erfcx(x * 0.1).mul_(2.0)),
@@ -136,6 +150,16 @@ def test_what_is_written_in_place_is_read_in_order():
             want = integer(x)
         assert float((got - want).abs().max()) <= 0.02 * float(want.abs().max())
     assert parts_of(integer).count(True) >= 2
+
+
+def test_a_call_that_the_model_refuses_is_made_once():
+    """A second try on torch's operators would move the model's state again."""
+    integer = converted(Between(RefusesThree()), signal(2, 3, 8, 8))
+    for count in (1, 2):
+        with pytest.raises(ValueError, match="no three"):
+            integer(signal(3, 3, 8, 8))
+        assert int(integer.get_buffer("middle.calls")) == count
+    assert integer(signal(2, 3, 8, 8)).shape == (2, 5) and parts_of(integer) == [True, False, True]
 
 
 def test_sixteen_bits_and_three_dimensions_between():
@@ -263,9 +287,8 @@ def test_compile_takes_parts_and_auto_measures_them():
 def test_copies_and_changed_weights_are_read_again():
     integer, x = converted(Between(ByData()), signal(2, 3, 16, 16)), signal(2, 3, 16, 16)
     before = integer(x)
-    for twin in (pickle.loads(pickle.dumps(integer)), on_torch(integer)):
-        with by_reference(integer):
-            assert float((twin(x) - integer(x)).abs().max()) < 0.1
+    assert torch.equal(pickle.loads(pickle.dumps(integer))(x), before)
+    assert float((on_torch(integer)(x) - before).abs().max()) < 0.02 * float(before.abs().max())
     with torch.no_grad():
         integer.second.get_submodule("0").weight.neg_()
     changed = integer(x)

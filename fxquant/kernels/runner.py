@@ -285,8 +285,8 @@ class Runner:
         if graph.training or any(hooks) or any(t.device.type != "cpu" for t in state):
             return False, None
         made, failure = self._run_natively(graph, args)
-        if made is None and failure is None:
-            made, failure = self._run_in_parts(graph, args)
+        if made is None and failure is None and (cut := self._in_parts(graph)) is not None:
+            made = cut, cut.run(*args)  # what it raises is the model's own: each part has tried all ways
         if made is None and found is not None:
             made = self._build(graph, args, found)
             if failure is not None:  # the model itself refuses nothing
@@ -336,20 +336,6 @@ class Runner:
         except (Refusal, FxquantError) as refusal:
             self._declined = str(refusal).splitlines()[0]
             self._refusal = refusal if isinstance(refusal, Refusal) else None
-            return None, None
-        except Exception as error:
-            return None, error
-
-    def _run_in_parts(
-        self, graph: LeveledModule, args: Sequence[Any]
-    ) -> tuple[tuple[AnyProgram, Any] | None, Exception | None]:
-        """A call in parts, as ``_run_natively``."""
-        program = self._in_parts(graph)
-        if program is None:
-            return None, None
-        try:
-            return (program, program.run(*args)), None
-        except FxquantError:
             return None, None
         except Exception as error:
             return None, error

@@ -77,8 +77,7 @@ def cut_up(graph: LeveledModule, refusal: Refusal) -> Parts | Refusal:
     Returns:
         The parts; ``refusal`` where no part is worth it.
     """
-    named = refusal.where.partition(" ")[0].partition(":")[0]
-    nodes = _Nodes(graph, survey(graph), named)
+    nodes = _Nodes(graph, survey(graph), refusal)
     levels = nodes.levels()
     while weak := nodes.weak(levels):
         nodes.outside |= weak
@@ -93,11 +92,12 @@ def cut_up(graph: LeveledModule, refusal: Refusal) -> Parts | Refusal:
 class _Nodes:
     """The nodes of a graph, each outside or natively, and when it can run: at an even level outside, at an odd natively."""
 
-    def __init__(self, graph: LeveledModule, found: Survey, named: str) -> None:
+    def __init__(self, graph: LeveledModule, found: Survey, refusal: Refusal) -> None:
         self.graph, self.lines = graph, found.lines
         self.sizes = self._sizes()
         self.shared = self._shared()
-        self.outside = {node for node in self.lines if node.name == named or not self._can(node, found)}
+        refused = refusal.where.partition(":")[0]
+        self.outside = {node for node, line in self.lines.items() if line.name == refused or not self._can(node, found)}
         self._keep_tuples_together()
 
     def _can(self, node: fx.Node, found: Survey) -> bool:
