@@ -251,7 +251,8 @@ def test_coverage_names_the_kernels():
 
 def of_three_dimensions(kernels: str) -> tuple[nn.Module, Tensor]:
     """Two layers by the reference, and a last one, whose sums leave as floats, in float32."""
-    layers = (nn.Conv3d(3, 16, 3), nn.ReLU(), nn.Conv3d(16, 8, 1), nn.ReLU(), nn.Conv3d(8, 2, 1))
+    over = nn.ConvTranspose3d
+    layers = (over(3, 16, 3), nn.ReLU(), over(16, 8, 1), nn.ReLU(), over(8, 2, 1))
     model, x = nn.Sequential(*layers), torch.randn(2, 3, 5, 5, 5)
     return converted(model, x, kernels=kernels), x
 
@@ -261,7 +262,7 @@ def of_three_dimensions(kernels: str) -> tuple[nn.Module, Tensor]:
 def test_layers_by_the_reference_are_named_once_with_their_cost(kernels):
     integer, x = of_three_dimensions(kernels)
     words = (
-        r"2 layers of the model run by the exact reference, [\d.]+ ms of this call: \d \([\d.]+ ms: it has three dim"
+        r"2 layers of the model run by the exact reference, [\d.]+ ms of this call: \d \([\d.]+ ms: it is a transposed"
     )
     with pytest.warns(UserWarning, match=words) as heard:
         integer(x)

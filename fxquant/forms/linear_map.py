@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines, operand_zero_point
-from fxquant.kernels.native.operations import Average, Operation
+from fxquant.kernels.native.operations import Average, Operation, pool_of
 from fxquant.kernels.native.weights import held
 from fxquant.kernels.place import Place, Step
 from fxquant.kernels.quantized import FLOAT32, in_float32, rounded, taken_by
@@ -19,7 +19,15 @@ from fxquant.nn.integer import IntegerLinearMap
 __all__ = ["linear_map_step"]
 
 
-_AVERAGES_ONLY = "only averages over images are written natively"
+_AVERAGES = (
+    "average",
+    "average over lines",
+    "adaptive average",
+    "adaptive average over lines",
+    "adaptive average over volumes",
+    "mean",
+)
+_AVERAGES_ONLY = "only averages over images, lines and whole volumes are written natively"
 
 
 def linear_map_step(place: Place) -> Step:
@@ -35,7 +43,7 @@ def linear_map_step(place: Place) -> Step:
 
 def _linear_map(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operation:
     entry: Any = part.entry
-    form, attributes = entry.native, dict(part.attributes)
+    (form, dims), attributes = pool_of(entry.native), dict(part.attributes)
     if node.kwargs or len(node.args) != 1:
         raise Refusal(_AVERAGES_ONLY)
     if attributes.get("divisor_override") is not None:
@@ -44,7 +52,8 @@ def _linear_map(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operatio
     zero_point, least, most = held(part)
     zero_points = operand_zero_point(lines, node, part, 0), zero_point
     ratio = float(part.ratio)
-    return Average(lines.operands(node.args), entry.function, attributes, form, ratio, zero_points, (least, most))
+    operands, bounds = lines.operands(node.args), (least, most)
+    return Average(operands, entry.function, attributes, dims, form, ratio, zero_points, bounds)
 
 
 def _not_native(lines: Lines, node: fx.Node, part: IntegerLinearMap) -> Operation:
@@ -57,7 +66,7 @@ register_form(
         real=RealForm(own_function, ("ratio",)),
         torch=TorchKernel(linear_map_step, in_float32),
         native=_not_native,
-        native_ops=dict.fromkeys(("average", "adaptive average", "mean"), _linear_map),
+        native_ops=dict.fromkeys(_AVERAGES, _linear_map),
         operators=Refusal("the standard has no average of integers; it stays between Quantize and Dequantize"),
     )
 )

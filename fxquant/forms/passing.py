@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import Refusal
 from fxquant.kernels.native.lines import Lines
-from fxquant.kernels.native.operations import Concatenation, Maximum, Operation
+from fxquant.kernels.native.operations import Concatenation, Maximum, Operation, pool_of
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.place import Place, Step
 from fxquant.kernels.quantized import ATEN, REFERENCE
@@ -50,7 +50,8 @@ def _one_layout(value: Any) -> Any:
 def _maximum(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
     if len(node.args) != 1 or node.kwargs:
         raise Refusal("its arguments are computed in the graph")
-    return Maximum(lines.operands(node.args), part.entry.function, dict(part.attributes))
+    entry: Any = part.entry
+    return Maximum(lines.operands(node.args), entry.function, dict(part.attributes), pool_of(entry.native)[1])
 
 
 def _concatenation(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
@@ -70,7 +71,7 @@ register_form(
         real=RealForm(own_function, ("filling",)),
         torch=TorchKernel(passing_step, _expected),
         native=Refusal("torch moves the bytes: a view, or a copy made when a plan is"),
-        native_ops={"maximum": _maximum, "concatenation": _concatenation},
+        native_ops={"maximum": _maximum, "maximum over lines": _maximum, "concatenation": _concatenation},
         moves=True,
         operators=Refusal("the op's own operator moves integers as it moves floats"),
     )

@@ -28,7 +28,15 @@ from fxquant.kernels.saturation import INT32, can_saturate, largest_sum
 from fxquant.kernels.storage import Storage, convert
 from fxquant.nn.accumulating import IntegerWeighted, channels_first
 
-__all__ = ["Geometry", "expected_engine", "geometry_of", "require_fit", "require_scales", "weighted_step"]
+__all__ = [
+    "Geometry",
+    "expected_engine",
+    "geometry_of",
+    "require_bytes",
+    "require_fit",
+    "require_scales",
+    "weighted_step",
+]
 
 _SATURATES = "sums of its products could overflow 16 bits on this machine"
 _FEW_ROWS = 16
@@ -53,9 +61,9 @@ def geometry_of(part: IntegerWeighted) -> Geometry:
         Refusal: they fit no packed operator.
     """
     attributes, dims = part.attributes, part.weight.ndim - 2
-    padding = attributes.get("padding", 0)
-    if attributes.get("padding_mode", "zeros") != "zeros" or isinstance(padding, str):
-        raise Refusal("its padding is no number of zeros")
+    padding = _numbered(attributes.get("padding", 0), part.weight.shape[2:], attributes.get("dilation", 1))
+    if attributes.get("padding_mode", "zeros") != "zeros" or padding is None:
+        raise Refusal("its padding is no number of zeros on both sides")
 
     def pair(value: Any, free: int) -> list[int]:
         values = [int(value)] * dims if isinstance(value, int) else [int(v) for v in value]
@@ -65,22 +73,40 @@ def geometry_of(part: IntegerWeighted) -> Geometry:
     return Geometry(stride, pair(padding, 0), dilation, int(attributes.get("groups", 1)))
 
 
+def _numbered(padding: Any, kernel: Sequence[int], dilation: Any) -> Any:
+    """A padding that is told in words, in numbers; None where it differs from side to side."""
+    if padding == "valid":
+        return 0
+    if padding != "same":
+        return padding
+    gaps = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation)
+    totals = [gap * (size - 1) for gap, size in zip(gaps, kernel, strict=True)]
+    return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
+
+
+def require_bytes(part: IntegerWeighted) -> None:
+    """Refuse a layer whose weights or results are no bytes, or whose sums could overflow.
+
+    Raises:
+        Refusal: says which.
+    """
+    if part.weight.dtype != torch.int8:
+        raise Refusal(f"its weights are {part.weight.dtype}")
+    if largest_sum(part) > INT32 or (part.bias is not None and part.bias.dtype != torch.int32):
+        raise Refusal("its sums could overflow 32 bits")
+    if part.output_dtype not in (None, torch.uint8, torch.int8):
+        raise Refusal(f"its result is {part.output_dtype}")
+
+
 def require_fit(part: IntegerWeighted) -> None:
     """Refuse a layer that no packed operator computes.
 
     Raises:
         Refusal: says why.
     """
+    require_bytes(part)
     behaviour = part.behaviour
-    if part.weight.dtype != torch.int8:
-        raise Refusal(f"its weights are {part.weight.dtype}")
-    if largest_sum(part) > INT32 or (part.bias is not None and part.bias.dtype != torch.int32):
-        raise Refusal("its sums could overflow 32 bits")
-    if part.output_dtype is None:
-        return
-    if part.output_dtype not in (torch.uint8, torch.int8):
-        raise Refusal(f"its result is {part.output_dtype}")
-    if behaviour.channels_last:
+    if part.output_dtype is None or behaviour.channels_last:
         return
     if behaviour.out_axis != 0 or part.weight.ndim not in (3, 4):
         raise Refusal("it is a transposed convolution" if behaviour.out_axis else "it has three dimensions")
@@ -190,14 +216,18 @@ def _engine(place: Place, *, few: bool, misread: bool = False) -> Engine:
 
 
 def _is_misread(part: IntegerWeighted, geometry: Geometry, shape: Sequence[int]) -> bool:
-    """Whether oneDNN computes a convolution wrongly on an image in channels last, in integers and in floats.
+    """Whether oneDNN computes a convolution with one channel of the input a group wrongly.
 
-    torch 2.14: one channel of the input a group, and a result one pixel wide that wider strides would leave.
+    torch 2.14 and 2.15: a result one pixel wide that wider strides would leave, of an image in channels last, in integers
+    and in floats; windows that lie in the padding as a whole, in integers.
     """
-    if part.behaviour.out_axis or channels_first(part).shape[1] != 1 or geometry.stride[1] == 1:
+    if part.behaviour.out_axis or channels_first(part).shape[1] != 1:
         return False
-    reach = geometry.dilation[1] * (part.weight.shape[-1] - 1) + 1
-    return (shape[-1] + 2 * geometry.padding[1] - reach) // geometry.stride[1] == 0
+    kernel = [1, *part.weight.shape[2:]][-2:]
+    reach = [gap * (size - 1) + 1 for gap, size in zip(geometry.dilation, kernel, strict=True)]
+    if any(padding >= size for padding, size in zip(geometry.padding, reach, strict=True)):
+        return True
+    return geometry.stride[1] > 1 and (shape[-1] + 2 * geometry.padding[1] - reach[1]) // geometry.stride[1] == 0
 
 
 def _operator(operator: Callable[..., Tensor], packed: Any, given: Storage) -> Callable[..., Tensor]:

@@ -109,6 +109,7 @@ _pool(
     (2, 3, 17),
     onnx="MaxPool",
     functions=(F.max_pool1d, torch.max_pool1d),
+    native="maximum over lines",
 )
 _pool(
     "max_pool2d",
@@ -139,6 +140,7 @@ _pool(
     nn.AvgPool1d(3, stride=2, padding=1, count_include_pad=False),
     (2, 3, 17),
     onnx="AveragePool",
+    native="average over lines",
 )
 _pool(
     "avg_pool2d",
@@ -207,6 +209,7 @@ _pool(
     onnx="AveragePool",
     exported_as=adaptive_by_parts(torch.mean, 1),
     functions=(torch.adaptive_avg_pool1d,),
+    native="adaptive average over lines",
 )
 _pool(
     "adaptive_avg_pool2d",
@@ -228,6 +231,7 @@ _pool(
     (2, 3, 5, 7, 4),
     onnx="AveragePool",
     exported_as=adaptive_by_parts(torch.mean, 3),
+    native="adaptive average over volumes",
 )
 
 

@@ -455,7 +455,7 @@ def qat_trains(t: Trial) -> None:
     model = t.module.Net().train()
     try:
         prepared = fxquant.prepare(model, clones(t.inputs), qat=True).train()
-    except CaptureError as error:  # the two modes differ, and no layer is left to train
+    except (CaptureError, InputError) as error:  # the two modes differ, and no layer is left to train
         if has_nothing(model, error):
             return
         raise
@@ -594,6 +594,8 @@ def failures(
 def has_nothing(model: nn.Module, error: Exception) -> bool:
     """Whether ``error`` refuses a model in which there is nothing to quantize, or nothing where it can be captured."""
     if isinstance(error, InputError) and "no op that fxquant can quantize" in str(error):
+        if "its weight is computed in forward" in str(error):
+            return True  # in training, that is refused in words
         recurrent = {id(p) for part in model.modules() if isinstance(part, nn.RNNBase) for p in part.parameters()}
         return all(p.ndim < 2 or id(p) in recurrent for p in model.parameters())
     return isinstance(error, CaptureError) and not any(map(multiplies, model.modules()))

@@ -25,9 +25,16 @@ class Image(NamedTuple):
 
 
 def image(x: Tensor) -> Image | None:
-    """An NCHW tensor, or ``(n, c)`` for one pixel each; None where channels do not follow each other in memory."""
+    """An NCHW tensor; None where channels do not follow each other in memory.
+
+    ``(n, c)`` is one pixel each, ``(n, c, length)`` one line; a volume's planes are lines where their own follow each other.
+    """
     if x.ndim == 2:
         x = x[:, :, None, None]
+    elif x.ndim == 3:
+        x = x.unsqueeze(2)
+    elif x.ndim == 5 and (1 in x.shape[3:] or x.stride(3) == x.shape[4] * x.stride(4)):
+        x = x.flatten(3)
     if x.ndim != 4 or (x.stride(1) != 1 and x.shape[1] != 1):
         return None
     n, c, h, w = x.shape

@@ -247,7 +247,9 @@ class _Lowering:
                 if ready:
                     ready[0][1].table = operation.keep[0]
                     self._take_over(index, *ready[0])
-            elif type(operation) is Add and operation.by_halves and ready and len(set(operation.operands)) == 2:
+                continue
+            ready = [(i, found) for i, found in ready if not found.moves]
+            if type(operation) is Add and operation.by_halves and ready and len(set(operation.operands)) == 2:
                 last, layer = max(ready)
                 constant, q, *bounds = operation.numbers
                 first = last == operation.operands[0]

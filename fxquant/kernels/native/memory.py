@@ -42,7 +42,7 @@ class Memory:
         for index, step in enumerate(steps):
             for x in step:
                 key = x.untyped_storage().data_ptr()
-                if key in tensors and x.dtype == torch.uint8:
+                if key in tensors and tensors[key].dtype == torch.uint8:
                     span = self.spans.setdefault(
                         key, _Span(-(-(tensors[key].numel() + MEMORY_LINE) // MEMORY_LINE) * MEMORY_LINE, index, index)
                     )

@@ -31,10 +31,12 @@ __all__ = [
     "Pointwise",
     "Product",
     "check_channels",
+    "pool_of",
     "set_addition",
     "set_rescaling",
 ]
 
+_AXES = {"": 2, "lines": 1, "volumes": 3}
 Images = list[Image] | None
 Sum = tuple[int, tuple[int, int], int, int, int]
 """constant, q of both, shift, low, high: see ``weights.addition``."""
@@ -95,7 +97,7 @@ class BorderOperation(Operation):
     def images(self, tensors: Sequence[Tensor], y: Tensor) -> Images:
         (x,) = tensors
         bytes_ = x if self.writes_floats else y
-        seen = image(bytes_) if bytes_.ndim == 4 else _lines(bytes_)
+        seen = (image(bytes_) if bytes_.ndim == 4 else None) or _lines(bytes_) or image(bytes_)
         if seen is None:
             return None
         _, h, w, c = seen.sizes
@@ -160,10 +162,11 @@ class Pointwise(Operation):
 
 @dataclass(eq=False)
 class Maximum(Operation):
-    """The largest of a window; ``function`` is torch's own, for the shape."""
+    """The largest of a window over ``dims`` axes; ``function`` is torch's own, for the shape."""
 
     function: Callable[..., Tensor]
     attributes: dict[str, Any]
+    dims: int
 
     @property
     def layout(self) -> str:
@@ -171,8 +174,13 @@ class Maximum(Operation):
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = self.function(torch.empty(x.shape, device="meta"), **self.attributes).shape
-        if x.ndim != 4 or len(shape) not in (2, 4) or shape[:2] != x.shape[:2]:
+        axes = 2 + self.dims
+        if x.ndim != axes or len(shape) not in (2, axes) or shape[:2] != x.shape[:2]:
             raise Refusal(f"it makes {list(shape)} of {list(x.shape)}")
+        if self.dims == 3 and math.prod(shape[2:]) > 1:
+            raise Refusal("over volumes, only averages of the whole are written natively")
+        if self.dims != 2:
+            return torch.empty((shape[0], *shape[2:], shape[1]), dtype=torch.uint8).movedim(-1, 1)
         last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=torch.uint8, memory_format=last)
 
@@ -182,7 +190,20 @@ class Maximum(Operation):
 
     def fill(self, step: Step, views: Sequence[TensorView]) -> Any:
         step.kind = KINDS["maximum"]
-        set_window(step, self.attributes)
+        self._set_window(step)
+
+    def _set_window(self, step: Step) -> None:
+        """Write a pool's window."""
+
+        def pair(value: Any, free: int) -> list[int]:
+            values = [int(value)] if isinstance(value, int) else [int(v) for v in value]
+            return [free, *values] if self.dims == 1 else values * (3 - len(values))
+
+        kernel, stride = self.attributes["kernel_size"], self.attributes.get("stride")
+        step.window.kernel[:] = pair(kernel, 1)
+        step.window.stride[:] = pair(kernel if stride is None or stride == [] else stride, 1)
+        step.window.padding[:] = pair(self.attributes.get("padding", 0), 0)
+        step.window.dilation[:] = pair(self.attributes.get("dilation", 1), 1)
 
 
 @dataclass(eq=False)
@@ -204,7 +225,7 @@ class Average(Maximum):
         step.kind, step.zero_point[:], step.scale[0] = KINDS["average"], self.zero_points, self.ratio
         step.out.low, step.out.high = self.bounds
         if self.form == "average":
-            set_window(step, self.attributes)
+            self._set_window(step)
             step.flags = FLAGS["counts_padding"] * bool(self.attributes.get("count_include_pad", True))
             return None
         x, y = views
@@ -214,19 +235,6 @@ class Average(Maximum):
         windows = torch.tensor(spans, dtype=torch.int32)
         step.numbers = windows.data_ptr()
         return windows
-
-
-def _pair(value: Any) -> list[int]:
-    return [int(value)] * 2 if isinstance(value, int) else [int(v) for v in value]
-
-
-def set_window(step: Step, attributes: dict[str, Any]) -> None:
-    """Write a pool's window."""
-    kernel, stride = attributes["kernel_size"], attributes.get("stride")
-    step.window.kernel[:] = _pair(kernel)
-    step.window.stride[:] = _pair(kernel if stride is None or stride == [] else stride)
-    step.window.padding[:] = _pair(attributes.get("padding", 0))
-    step.window.dilation[:] = _pair(attributes.get("dilation", 1))
 
 
 class Concatenation(Operation):
@@ -272,6 +280,12 @@ class Add(Operation):
         step.kind = KINDS["add"]
         step.flags = FLAGS["ties"] * (not self.by_halves)
         set_addition(step, self.numbers)
+
+
+def pool_of(native: str) -> tuple[str, int]:
+    """A pool's kernel and its axes, of its name in the op table, such as ``average over lines``."""
+    kind, _, over = native.partition(" over ")
+    return kind, _AXES[over]
 
 
 def check_channels(x: Tensor, axis: int, channels: int | None) -> None:

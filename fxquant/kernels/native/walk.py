@@ -126,37 +126,54 @@ class Walk:
                 return value
         if len(mine) > 1 or mine[0] is not args[0]:
             raise Refusal("how it moves numbers is not written natively")
-        return self._gathered(mine[0], lambda x: run(x, *args[1:], **kwargs), line.signed)
+        return self.gathered(mine[0], lambda x: run(x, *args[1:], **kwargs), line.signed)
 
-    def _gathered(self, x: Tensor, function: Callable[[Tensor], Any], signed: bool) -> Tensor:
+    def gathered(self, x: Tensor, function: Callable[[Tensor], Any], signed: bool = False) -> Tensor:
         """What a function gives that takes each axis by itself, by copies."""
         found = gathering_of(function, tuple(x.shape), torch.int8 if signed else torch.uint8)
         if isinstance(found, Refusal):
             raise found
         last = x.ndim == 4 and image(x) is not None
         order = torch.channels_last if last else torch.contiguous_format
-        y = self._own(torch.empty(found.shape, dtype=torch.uint8, memory_format=order))
+        y = self.own(torch.empty(found.shape, dtype=torch.uint8, memory_format=order))
         if found.fills:
-            filling = torch.full((1,), found.filling + 128 * signed, dtype=torch.int16).to(torch.uint8)
-            self.border[filling.untyped_storage().data_ptr()] = CONSTANT
-            self._copy(filling.expand(found.shape), y)
+            self.fill(found.filling + 128 * signed, y)
         for source, target in found.views(x, y):
-            self._copy(source, target)
+            self.copy(source, target)
         return y
 
     # ---- results
 
     def _compute(self, index: int, operation: Operation) -> Tensor:
         tensors = [self._operand(line) for line in operation.operands]
+        if isinstance(operation, Weighted) and operation.moves:
+            return self._spelled(index, operation, tensors[0])
         if isinstance(operation, Concatenation):
             return self._concatenated(index, operation, [t for t in tensors if t.numel()] or tensors)
         if not all(t.numel() for t in tensors):
             raise Refusal("an operand is empty")
+        return self._step(index, operation, tensors)
+
+    def _spelled(self, index: int, operation: Weighted, x: Tensor) -> Tensor:
+        """A layer that numbers move before or behind."""
+        if not x.numel():
+            raise Refusal("an operand is empty")
+        images = operation.before(self, x)
+        if images.untyped_storage().data_ptr() not in self.tensors.keys() | self.border.keys():
+            raise Refusal("its tensors lie in memory as no kernel reads them")
+        return operation.after(self, self._step(index, operation, [images]), x)
+
+    def _step(self, index: int, operation: Operation, tensors: list[Tensor]) -> Tensor:
         wanted = {"image": torch.channels_last, "rows": torch.contiguous_format}.get(operation.layout)
         if wanted is not None:
             tensors = [self._laid(t, wanted) for t in tensors]
-        y = self._placed(index, operation.result(*tensors))
-        images = operation.images(tensors, y)
+        fresh = operation.result(*tensors)
+        passing = isinstance(operation, Weighted) and operation.spelled.copies and fresh.dtype != torch.uint8
+        y = self._floats_between(fresh) if passing else self._placed(index, fresh)
+        images, wanted_at = operation.images(tensors, y), None
+        if images is None and index in self.output_slices:  # a kernel writes no such part of a tensor, a copy does
+            wanted_at, y = y, self.own(fresh)
+            images = operation.images(tensors, y)
         if images is None:
             tensors = [self._like(t, y) for t in tensors]
             images = operation.images(tensors, y)
@@ -165,9 +182,9 @@ class Walk:
         if isinstance(operation, Weighted) and operation.by_lines:
             images[0] = self._behind_border(tensors[0], operation)
         operations, scratch = steps_of(operation, images) if isinstance(operation, Weighted) else ([operation], 0)
-        own = self._own(torch.empty(scratch, dtype=torch.uint8)) if scratch else None
+        own = self.own(torch.empty(scratch, dtype=torch.uint8)) if scratch else None
         self.steps += [Recorded(each, images, own) for each in operations]
-        return y
+        return y if wanted_at is None else self.copy(y, wanted_at)
 
     def _operand(self, line: int) -> Tensor:
         value = self.values[line]
@@ -186,35 +203,46 @@ class Walk:
         """A tensor whose channels (or whose last axis) follow each other."""
         if x.dtype != torch.uint8:
             return x
-        if wanted is torch.channels_last and x.ndim == 4:
-            return x if image(x) is not None else self.copied(x, wanted)
+        if wanted is torch.channels_last and x.ndim in (3, 4, 5):
+            if image(x) is not None:
+                return x
+            n, c, *sizes = x.shape
+            return self.copy(x, self.own(torch.empty((n, *sizes, c), dtype=torch.uint8)).movedim(-1, 1))
         return x if x.stride(-1) == 1 or x.shape[-1] == 1 else self.copied(x, torch.contiguous_format)
 
     def _like(self, x: Tensor, y: Tensor) -> Tensor:
         """A copy of ``x`` that lies as ``y`` does, or just without gaps where their shapes differ."""
         if x.shape == y.shape and y.dtype == torch.uint8:
-            return self._copy(x, self._own(torch.empty_like(y)))
+            return self.copy(x, self.own(torch.empty_like(y)))
         return self.copied(x, torch.contiguous_format)
 
     def copied(self, x: Tensor, wanted: torch.memory_format) -> Tensor:
         """A copy in that order of memory."""
-        return self._copy(x, self._own(torch.empty(x.shape, dtype=torch.uint8, memory_format=wanted)))
+        return self.copy(x, self.own(torch.empty(x.shape, dtype=torch.uint8, memory_format=wanted)))
 
-    def _copy(self, x: Tensor, y: Tensor) -> Tensor:
+    def copy(self, x: Tensor, y: Tensor) -> Tensor:
+        """Copy bytes to a view of a tensor of our own."""
         if not x.numel():
             raise Refusal("an operand is empty")
         size = (1, 1, 1, 1)
         self.steps.append(Recorded(None, [Image(x, size, (0, 0, 0)), Image(y, size, (0, 0, 0))]))
         return y
 
-    def _own(self, x: Tensor) -> Tensor:
+    def fill(self, value: int, y: Tensor) -> None:
+        """Write one byte everywhere in a view of a tensor of our own."""
+        filling = torch.full((1,), value, dtype=torch.int16).to(torch.uint8)
+        self.border[filling.untyped_storage().data_ptr()] = CONSTANT
+        self.copy(filling.expand(y.shape), y)
+
+    def own(self, x: Tensor) -> Tensor:
+        """A tensor whose memory is the plan's."""
         self.tensors[x.untyped_storage().data_ptr()] = x
         return x
 
     def _leaving(self, line: int) -> Tensor:
         value, operation = self.values[line], self.program.lines[line].operation
         if isinstance(value, Tensor) and value.dtype == torch.uint8:
-            return self._copy(value, torch.empty_like(value))
+            return self.copy(value, torch.empty_like(value))
         if operation is None or not operation.writes_floats:
             raise Refusal("it leaves the integers and is no tensor of floats", where=self.program.lines[line].name)
         return value
@@ -225,9 +253,9 @@ class Walk:
         """The memory for a result: its own, or where it is wanted."""
         output_slice = self.output_slices.get(index)
         if fresh.dtype != torch.uint8:
-            return self._own(fresh.zero_())  # what Python computes from it now should be of no harm
+            return self.own(fresh.zero_())  # what Python computes from it now should be of no harm
         if output_slice is None:
-            return self._own(fresh)
+            return self.own(fresh)
         consumer = self.program.lines[output_slice.line].operation
         if isinstance(consumer, Weighted):
             return self._bordered(fresh, consumer)
@@ -237,6 +265,11 @@ class Walk:
             like = torch.empty(shape, dtype=torch.uint8, memory_format=order)
             parent = self.wholes[output_slice.line] = self._placed(output_slice.line, like)
         return parent.narrow(output_slice.axis, output_slice.start, fresh.shape[output_slice.axis])
+
+    def _floats_between(self, fresh: Tensor) -> Tensor:
+        """Memory of the plan's for floats that do not leave."""
+        held = self.own(torch.zeros(fresh.nbytes, dtype=torch.uint8))
+        return held.view(fresh.dtype).as_strided(fresh.shape, fresh.stride())
 
     def _concatenated(self, index: int, operation: Concatenation, tensors: list[Tensor]) -> Tensor:
         axis = operation.axis
@@ -250,7 +283,7 @@ class Walk:
         for x in tensors:
             part = y.narrow(axis, at, x.shape[axis])
             if x.data_ptr() != part.data_ptr() or x.stride() != part.stride():
-                self._copy(x, part)
+                self.copy(x, part)
             at += x.shape[axis]
         return y
 
@@ -259,7 +292,7 @@ class Walk:
         down, across = consumer.geometry.padding
         n, c, h, w = fresh.shape
         whole = torch.empty((n, c, h + 2 * down, w + 2 * across), dtype=torch.uint8, memory_format=torch.channels_last)
-        self.borders.append((self._own(whole), consumer.zero_point))
+        self.borders.append((self.own(whole), consumer.zero_point))
         self.inside[whole.untyped_storage().data_ptr()] = (down, across)
         return whole[:, :, down : down + h, across : across + w]
 
@@ -268,7 +301,7 @@ class Walk:
         key = x.untyped_storage().data_ptr()
         if self.inside.get(key) != (down, across):
             inside = self._bordered(x, operation)
-            x = self._copy(x, inside)
+            x = self.copy(x, inside)
             key = x.untyped_storage().data_ptr()
         seen = image(self.tensors[key])
         assert seen is not None
@@ -318,10 +351,11 @@ def find_output_slices(program: NativeProgram, walk: Walk) -> dict[int, OutputSl
             at = 0
             for part in operation.operands:
                 made = program.lines[part].operation
-                if part not in output_slices and made is not None and not made.writes_floats:
+                moved = isinstance(made, Weighted) and made.moves
+                if part not in output_slices and made is not None and not made.writes_floats and not moved:
                     output_slices[part] = OutputSlice(index, operation.axis, at)
                 at += walk.values[part].shape[operation.axis]
-        elif isinstance(operation, Weighted) and operation.by_lines:
+        elif isinstance(operation, Weighted) and operation.by_lines and not operation.moves:
             (source, *_) = operation.operands
             if isinstance(program.lines[source].operation, BorderOperation) and uses[source] == 1:
                 output_slices.setdefault(source, OutputSlice(index))

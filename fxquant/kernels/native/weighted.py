@@ -1,4 +1,4 @@
-"""Convolutions over two dimensions and linear layers, and their epilogues."""
+"""Convolutions and linear layers, and their epilogues."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import InputError, Refusal
+from fxquant.kernels.native.as_images import AsImages, Moves, as_images
 from fxquant.kernels.native.layout import image, rows
 from fxquant.kernels.native.library import FLAGS, KINDS, Library, PaddingRegion, Step, TensorView
 from fxquant.kernels.native.operations import Images, Operation, Sum, check_channels, set_addition, set_rescaling
@@ -23,14 +24,15 @@ from fxquant.kernels.native.weights import (
     dense_weight,
     depthwise_weight,
     folded_bias,
+    in_order,
     interleaved,
     per_block,
     rescaling_of,
 )
 from fxquant.kernels.native.winograd_rules import may_take
 from fxquant.kernels.saturation import INT32, one_sided_sums
-from fxquant.kernels.weighted import Geometry, geometry_of, require_fit
-from fxquant.nn.accumulating import IntegerWeighted, channels_first
+from fxquant.kernels.weighted import require_bytes
+from fxquant.nn.accumulating import IntegerWeighted
 
 __all__ = ["Weighted"]
 
@@ -48,6 +50,7 @@ class Weighted(Operation):
         window: the weights of a layer that tiles may compute (``winograd.py``), int8 ``(channels, depth, 3, 3)``; else None.
         reach: the largest magnitude of its sums of products, before biases.
         transformed: its weights by the size of tiles, made by the plans that take them.
+        spelled: how it is a convolution over images, whose weights and channels these are.
     """
 
     part: InitVar[IntegerWeighted]
@@ -58,22 +61,21 @@ class Weighted(Operation):
     to_float: bool = field(init=False)
     window: Tensor | None = field(init=False, default=None)
     transformed: dict[int, Tensor] = field(init=False, default_factory=dict)
+    spelled: AsImages = field(init=False)
 
     def __post_init__(self, part: IntegerWeighted) -> None:
-        require_fit(part)
-        weight = channels_first(part)
-        if weight.ndim == 4 and weight is not part.weight:
-            raise Refusal("it is a transposed convolution")
-        if weight.ndim not in (2, 4):
-            raise Refusal("only convolutions over two dimensions and linear layers are written natively")
-        bias = folded_bias(part, weight, self.zero_point)
-        above, below = one_sided_sums(part)
+        require_bytes(part)
+        self.spelled = as_images(part, self.zero_point)
+        weight, order = self.spelled.weight, self.spelled.order
+        bias = folded_bias(self._own_bias(part), weight, self.zero_point)
+        above, below = (own if order is None else own[order] for own in one_sided_sums(part))
         ends = bias - 255 * below, bias + 255 * above
         largest = torch.maximum(*(end.abs() for end in ends))
         if int(largest.max()) > INT32:
             raise Refusal("its sums could overflow 32 bits")
         self.to_float, self.linear = part.output_dtype is None, weight.ndim == 2
-        self.geometry = Geometry([1, 1], [0, 0], [1, 1], 1) if self.linear else geometry_of(part)
+        self.geometry, self.axes = self.spelled.geometry, part.weight.ndim
+        self.inputs = part.weight.shape[0] if part.behaviour.out_axis else part.weight.shape[1] * self.geometry.groups
         self.channels, self.depth = weight.shape[0], weight.shape[1]
         self.kernel = (1, 1) if self.linear else (int(weight.shape[2]), int(weight.shape[3]))
         self._choose_form()
@@ -85,6 +87,30 @@ class Weighted(Operation):
             raise Refusal("its sums leave as floats, and each channel has a filter of its own")
         self._lay_out(part, weight, bias, ends)
         self.clamp = part.clamp if self.to_float else (None, None)
+
+    @property
+    def moves(self) -> bool:
+        """Whether numbers move before or behind the convolution."""
+        return self.spelled.before is not None or self.spelled.after is not None
+
+    def _own_bias(self, part: IntegerWeighted) -> Tensor | None:
+        return part.bias if part.bias is None or self.spelled.order is None else part.bias[self.spelled.order]
+
+    def before(self, moves: Moves, x: Tensor) -> Tensor:
+        """The images that the convolution takes, of the layer's input."""
+        if self.spelled.before is None:
+            return x
+        self._require_axes(x)
+        check_channels(x, 1, self.inputs)
+        return self.spelled.before(moves, x)
+
+    def after(self, moves: Moves, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's result, of the convolution's and the layer's input."""
+        return y if self.spelled.after is None else self.spelled.after(moves, y, x)
+
+    def _require_axes(self, x: Tensor) -> None:
+        if x.ndim != self.axes:
+            raise Refusal(f"its input has {x.ndim} axes")
 
     def _choose_form(self) -> None:
         g = self.geometry
@@ -98,13 +124,13 @@ class Weighted(Operation):
         self.bias = self._spread(bias).to(torch.int32)
         zero_point = self.zero_point - self.library.centre  # as dot products see it
         # What leaves 32 bits here comes back in the sum.
-        self.centred_bias = self._spread(folded_bias(part, weight, zero_point)).to(torch.int32)
+        self.centred_bias = self._spread(folded_bias(self._own_bias(part), weight, zero_point)).to(torch.int32)
         if self.to_float:
-            scale = part.output_scale.double().reshape(-1).expand(self.channels)
+            scale = in_order(part.output_scale.double(), self.channels, self.spelled.order)
             self.constants = per_block(scale, size).contiguous()
         else:
             largest = torch.maximum(*(end.abs() for end in ends))
-            self.rescaling = rescaling_of(part, self.channels, largest, ends)
+            self.rescaling = rescaling_of(part, self.channels, largest, ends, self.spelled.order)
             self.constants = self.rescaling.laid_out(self._spread)
         taps = weight.reshape(self.channels, self.depth, -1).transpose(1, 2)
         # What each tap adds to a sum where it lies outside.
@@ -155,8 +181,8 @@ class Weighted(Operation):
         return self.to_float
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
-        if not self.linear and x.ndim != 4:
-            raise Refusal(f"its input has {x.ndim} axes")
+        if not self.linear and not self.moves:
+            self._require_axes(x)
         check_channels(x, -1 if self.linear else 1, self.depth * self.geometry.groups)
         y = self._own_result(x)
         if any(torch.broadcast_shapes(y.shape, t.shape) != y.shape for t in others):

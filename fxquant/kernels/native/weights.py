@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxquant.errors import Refusal
 from fxquant.kernels.native.library import Library
-from fxquant.nn.accumulating import IntegerSum, IntegerWeighted
+from fxquant.nn.accumulating import IntegerSum
 from fxquant.numerics.requantize import requantize
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "depthwise_weight",
     "folded_bias",
     "held",
+    "in_order",
     "per_block",
     "rescaling_of",
     "interleaved",
@@ -79,7 +80,19 @@ class Rescaling:
         return torch.stack(columns, dim=1).reshape(-1, 8, 2, 3).permute(0, 2, 3, 1).contiguous()
 
 
-def rescaling_of(part: Any, channels: int, largest: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Rescaling:
+def in_order(values: Tensor, channels: int, order: Tensor | None) -> Tensor:
+    """One value, or one of each channel of a form, as one of each of the kernels' channels; ``order`` is ``AsImages``'."""
+    flat = values.reshape(-1)
+    return flat[order] if order is not None and len(flat) > 1 else flat.expand(channels)
+
+
+def rescaling_of(
+    part: Any,
+    channels: int,
+    largest: Tensor,
+    ends: tuple[Tensor, Tensor] | None = None,
+    order: Tensor | None = None,
+) -> Rescaling:
     """How an integer form requantizes its sums.
 
     Args:
@@ -87,12 +100,13 @@ def rescaling_of(part: Any, channels: int, largest: Tensor, ends: tuple[Tensor, 
         channels: how many it has.
         largest: of each channel, or of all, the magnitude that no sum can exceed, int64.
         ends: of each channel the least and the largest that a sum can be, int64; None where that is not known.
+        order: of each channel, the form's own; None where they are the same.
     """
     if part.rounding != "single":
         raise Refusal(f"its recipe rounds as {part.rounding!r}")
     zero_point, low, high = held(part)
-    q = part.multiplier.reshape(-1).long().expand(channels)
-    s = (31 - part.shift).reshape(-1).long().expand(channels)
+    multiplier, shift = (in_order(own, channels, order) for own in (part.multiplier, part.shift))
+    q, s = multiplier.long(), 31 - shift.long()
     numbers = torch.ldexp(q.double(), -s)
     reach = largest * numbers
     if float(reach.max()) >= 2**30:
@@ -105,7 +119,7 @@ def rescaling_of(part: Any, channels: int, largest: Tensor, ends: tuple[Tensor, 
         r = (torch.ones_like(s) << (s - 1).clamp(max=54)) + (zero_point << s.clamp(max=54))
         if ends is not None and int(s.max()) > 54:
             # A dead channel: a bias beside which no weight counts, so that all of its sums give one integer.
-            least, greatest = (requantize(end, part.multiplier, part.shift, axis=0) for end in ends)
+            least, greatest = (requantize(end, multiplier, shift, axis=0) for end in ends)
             constant = (least == greatest) & (s > 54)
             r = torch.where(constant, (least + zero_point).clamp(low, high) << 1, r)
             q, s = q.masked_fill(constant, 0), s.masked_fill(constant, 1)
@@ -210,10 +224,10 @@ def _fours(weight: Tensor, library: Library) -> Tensor:
     return weight.to(torch.int16).unflatten(-2, (4, 16)).unflatten(-1, (2, 2)).movedim(-1, -3).contiguous()
 
 
-def folded_bias(part: IntegerWeighted, weight: Tensor, zero_point: int) -> Tensor:
+def folded_bias(bias: Tensor | None, weight: Tensor, zero_point: int) -> Tensor:
     """The bias with what the held zero point of the input adds to each sum taken off, int64 ``(channels,)``."""
-    bias = torch.zeros(len(weight), dtype=torch.int64) if part.bias is None else part.bias.long()
-    return bias - zero_point * weight.flatten(1).sum(1, dtype=torch.int64)
+    own = torch.zeros(len(weight), dtype=torch.int64) if bias is None else bias.long()
+    return own - zero_point * weight.flatten(1).sum(1, dtype=torch.int64)
 
 
 def addition(part: IntegerSum, zero_points: tuple[int, int]) -> tuple[int, tuple[int, int], int, int, int]:
