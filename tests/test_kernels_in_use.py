@@ -249,18 +249,18 @@ def test_coverage_names_the_kernels():
     assert wide["point"] == "reference: its result is torch.int16"
 
 
-def of_three_dimensions(kernels: str) -> tuple[nn.Module, Tensor]:
+def of_layers_by_the_reference(kernels: str) -> tuple[nn.Module, Tensor]:
     """Two layers by the reference, and a last one, whose sums leave as floats, in float32."""
-    over = nn.ConvTranspose3d
-    layers = (over(3, 16, 3), nn.ReLU(), over(16, 8, 1), nn.ReLU(), over(8, 2, 1))
-    model, x = nn.Sequential(*layers), torch.randn(2, 3, 5, 5, 5)
+    options = {"stride": 2, "dilation": 2}
+    first, second, last = (nn.ConvTranspose2d(*sides, 2, **options) for sides in ((3, 16), (16, 8), (8, 2)))
+    model, x = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last), torch.randn(2, 3, 5, 5)
     return converted(model, x, kernels=kernels), x
 
 
 @fast
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_layers_by_the_reference_are_named_once_with_their_cost(kernels):
-    integer, x = of_three_dimensions(kernels)
+    integer, x = of_layers_by_the_reference(kernels)
     words = (
         r"2 layers of the model run by the exact reference, [\d.]+ ms of this call: \d \([\d.]+ ms: it is a transposed"
     )
@@ -278,7 +278,7 @@ def test_layers_by_the_reference_are_named_once_with_their_cost(kernels):
 
 
 def test_a_reference_that_was_asked_for_is_no_warning():
-    integer, x = of_three_dimensions("reference")
+    integer, x = of_layers_by_the_reference("reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         integer(x)
@@ -286,7 +286,7 @@ def test_a_reference_that_was_asked_for_is_no_warning():
 
 def test_a_model_that_runs_by_the_reference_alone_is_a_warning(monkeypatch):
     monkeypatch.setattr(runner_module, "operators", lambda: None)
-    integer, x = of_three_dimensions("auto")
+    integer, x = of_layers_by_the_reference("auto")
     with pytest.warns(UserWarning, match="the whole model runs by the exact reference: .*no native kernels"):
         integer(x)
     with warnings.catch_warnings():

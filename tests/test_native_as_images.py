@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels h
 
 RECIPES = {"unsigned": Recipe(quantize_outputs=True), "signed": SIGNED}
 IMAGES, LINES, VOLUMES = ((2, 6, 9, 8), (1, 6, 7, 11)), ((2, 6, 19), (1, 6, 31)), ((2, 6, 7, 9, 8), (1, 6, 6, 7, 11))
+SMALL_VOLUMES = (2, 6, 3, 4, 5), (1, 6, 4, 3, 3)
 """Shapes of the calibration and of another call."""
 
 PADDED: dict[str, dict[str, Any]] = {
@@ -99,6 +100,17 @@ def test_transposed_convolutions(name, groups):
 @pytest.mark.parametrize("name", ["4, stride 2", "3, stride 2, one more", "3"])
 def test_transposed_convolutions_over_lines(name, signs):
     _require(nn.ConvTranspose1d(6, 9, **TRANSPOSED[name]), LINES, signs)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions_over_volumes(name, groups):
+    _require(nn.ConvTranspose3d(6, 9, groups=groups, bias=groups == 1, **TRANSPOSED[name]), SMALL_VOLUMES)
+
+
+def test_sides_of_a_transposed_window_over_volumes():
+    layer = nn.ConvTranspose3d(6, 9, (1, 2, 3), stride=(1, 3, 2), padding=(0, 0, 1), output_padding=(0, 1, 1))
+    _require(layer, SMALL_VOLUMES, "signed")
 
 
 @pytest.mark.parametrize("name", ["2, stride 2", "3, stride 2, one more", "3", "7, stride 4"])

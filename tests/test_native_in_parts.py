@@ -253,15 +253,15 @@ def test_bytes_from_outside_that_are_joined_with_nothing_are_read_in_each_call()
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_signed_bytes_pass_between_parts(bits):
-    """Symmetric activations are signed; a transposed convolution over volumes reads and gives them by the reference."""
+    """Symmetric activations are signed; a dilated transposed convolution reads and gives them by the reference."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c = block(3, 8), nn.ConvTranspose3d(8, 8, 1), block(8, 8)
+            self.a, self.b, self.c = block(3, 8), nn.ConvTranspose2d(8, 8, 2, stride=2, dilation=2), block(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.c(self.b(self.a(x)[:, :, None])[:, :, 0])
+            return self.c(self.b(self.a(x)))
 
     recipe = fxquant.Recipe(default=fxquant.Setting(activation=Scheme(bits=bits, symmetric=True, signed=True)))
     integer = converted(Net(), signal(2, 3, 8, 8), recipe)
@@ -279,9 +279,11 @@ def test_compile_takes_parts_and_auto_measures_them():
         assert torch.equal(compiled(x), integer(x))
         assert torch.equal(compiled(x[:1]), integer(x[:1]))
     assert {timing.runtime for timing in fxquant.compile(integer, x).report if timing.milliseconds} >= {"native"}
-    torch_alone = converted(nn.Sequential(nn.ConvTranspose3d(2, 4, 3), nn.ReLU()), signal(1, 2, 5, 5, 5))
-    with pytest.raises(ExportError, match="over volumes"):
-        fxquant.compile(torch_alone, signal(1, 2, 5, 5, 5), runtime="native")
+    torch_alone = converted(
+        nn.Sequential(nn.ConvTranspose2d(2, 4, 3, stride=2, dilation=2), nn.ReLU()), signal(1, 2, 5, 5)
+    )
+    with pytest.raises(ExportError, match="a dilation"):
+        fxquant.compile(torch_alone, signal(1, 2, 5, 5), runtime="native")
 
 
 def test_copies_and_changed_weights_are_read_again():

@@ -12,6 +12,8 @@ The products are the same, in another order, so the integers are. What is needed
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,7 +74,7 @@ def as_images(part: IntegerWeighted, zero_point: int) -> AsImages:
     """The layer ``part``, whose input has this zero point as held.
 
     Raises:
-        Refusal: it is transposed over volumes, or dilated and strided.
+        Refusal: it is transposed, dilated and strided.
     """
     if part.behaviour.channels_last:
         return AsImages(channels_first(part), Geometry([1, 1], [0, 0], [1, 1], 1))
@@ -247,65 +249,65 @@ def _phases(kernel: int, stride: int, padding: int, more: int, dilation: int) ->
 
 def _transposed(part: IntegerWeighted, zero_point: int) -> AsImages:
     attributes, weight = part.attributes, part.weight
-    dims, groups = weight.ndim - 2, int(attributes.get("groups", 1))
-    if dims > 2:
-        raise Refusal("it is a transposed convolution over volumes")
+    dims, groups, each = weight.ndim - 2, int(attributes.get("groups", 1)), weight.shape[1]
     values = [_each(attributes.get(name, free), dims) for name, free in _TRANSPOSED]
     along = [_phases(*own) for own in zip(weight.shape[2:], *values, strict=True)]
-    if dims == 1:
-        weight, along = weight.unsqueeze(2), [_phases(1, 1, 0, 0, 1), *along]
-    down, across = along
-    each = weight.shape[1]
-    order = torch.arange(groups * each).reshape(groups, 1, each)
-    behind = [(0, down.behind), (0, across.behind)]
+    behind = [(0, own.behind) for own in along]
 
     def before(moves: Moves, x: Tensor) -> Tensor:
-        x = x.unsqueeze(2) if dims == 1 else x
-        return _written(moves, x, behind, "zeros", zero_point) if any(map(any, behind)) else x
+        x = _written(moves, x, behind, "zeros", zero_point) if any(map(any, behind)) else x
+        if dims < 3:
+            return x.unsqueeze(2) if dims == 1 else x
+        deep = along[0]
+        return _seen_planes(moves, x, _Axis(deep.kernel, 1, deep.padding, deep.dilation), groups, zero_point)
 
     def after(moves: Moves, y: Tensor, x: Tensor) -> Tensor:
-        sizes = down.size(x.shape[2] if dims == 2 else 1), across.size(x.shape[-1])
-        made = _between(moves, y, along, sizes, groups)
-        return made.squeeze(2) if dims == 1 else made
+        sizes = [own.size(size) for own, size in zip(along, x.shape[2:], strict=True)]
+        if min(sizes) < 1:
+            raise InputError(f"its result would have the size {sizes}.")
+        made = _between(moves, y.unflatten(0, (len(x), -1)), axes, [1] * (3 - dims) + sizes, groups)
+        return made.reshape(made.shape[:2] + torch.Size(sizes))
 
+    axes = [_phases(1, 1, 0, 0, 1)] * (3 - dims) + along
+    phases = math.prod(own.stride for own in axes)
     return AsImages(
-        _by_phases(weight, along, groups),
-        Geometry([1, 1], [own.padding for own in along], [own.dilation for own in along], groups),
-        order.expand(groups, down.stride * across.stride, each).flatten(),
+        _by_phases(weight[_NO_CHANNELS + (None,) * (3 - dims)], axes, groups),
+        Geometry([1, 1], [own.padding for own in axes[1:]], [own.dilation for own in axes[1:]], groups),
+        torch.arange(groups * each).reshape(groups, 1, each).expand(groups, phases, each).flatten(),
         before,
         after,
         copies=True,
     )
 
 
+_NO_CHANNELS = slice(None), slice(None)
 _TRANSPOSED = (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1))
 
 
-def _by_phases(weight: Tensor, along: Sequence[_Phases], groups: int) -> Tensor:
-    """Weights ``(inputs, results of a group, height, width)`` as ``(groups * phases * results, inputs of a group, ...)``."""
-    down, across = along
-    more = [own.kernel * own.stride - size for own, size in zip(along, weight.shape[2:], strict=True)]
-    filled = F.pad(weight.unflatten(0, (groups, -1)).transpose(1, 2), (0, more[1], 0, more[0]))
-    taps = filled.unflatten(4, (across.kernel, across.stride)).unflatten(3, (down.kernel, down.stride))
-    return taps.flip(3, 5).permute(0, 4, 6, 1, 2, 3, 5).flatten(0, 3).contiguous()
+def _by_phases(weight: Tensor, axes: Sequence[_Phases], groups: int) -> Tensor:
+    """Weights ``(inputs, results of a group, depth, height, width)`` as those of images, of groups by phases by results."""
+    more = [own.kernel * own.stride - size for own, size in zip(axes, weight.shape[2:], strict=True)]
+    filled = F.pad(weight.unflatten(0, (groups, -1)).transpose(1, 2), [n for own in reversed(more) for n in (0, own)])
+    for axis, own in reversed(list(enumerate(axes, 3))):
+        filled = filled.unflatten(axis, (own.kernel, own.stride))
+    # (groups, results, inputs) and of each axis (taps, phases), the last tap first
+    taps = filled.flip(3, 5, 7).permute(0, 4, 6, 8, 1, 3, 2, 5, 7)
+    return taps.flatten(5, 6).flatten(0, 4).contiguous()
 
 
-def _between(moves: Moves, y: Tensor, along: Sequence[_Phases], sizes: tuple[int, int], groups: int) -> Tensor:
-    """The results of all phases between each other."""
-    down, across = along
-    if min(sizes) < 1:
-        raise InputError(f"its result would have the size {list(sizes)}.")
-    if down.stride == across.stride == 1 and not (down.skipped or across.skipped) and tuple(y.shape[2:]) == sizes:
-        return y
-    apart = y.unflatten(1, (groups, down.stride, across.stride, -1)).movedim(4, -1)
-    n, each = len(y), apart.shape[-1]
-    made = moves.own(torch.zeros((n, *sizes, groups, each), dtype=y.dtype))
-    whole = made.permute(0, 3, 1, 2, 4)
-    for i in range(down.stride):
-        for j in range(across.stride):
-            (line, top, lines), (column, left, columns) = down.between(i, sizes[0]), across.between(j, sizes[1])
-            target = whole[:, :, top :: down.stride, left :: across.stride]
-            source = apart[:, :, i, j, line : line + lines, column : column + columns]
-            if target.numel():
-                moves.copy(source.view(torch.uint8), target.view(torch.uint8))
-    return made.flatten(3).permute(0, 3, 1, 2)
+def _between(moves: Moves, y: Tensor, axes: Sequence[_Phases], sizes: Sequence[int], groups: int) -> Tensor:
+    """The results of all phases, ``(n, depth, channels, height, width)``, between each other, as a volume."""
+    if all(own.stride == 1 and not own.skipped for own in axes) and [y.shape[1], *y.shape[3:]] == list(sizes):
+        return y.transpose(1, 2)
+    phases = [range(own.stride) for own in axes]
+    apart = y.unflatten(2, (groups, math.prod(map(len, phases)), -1)).movedim(4, -1).movedim(1, 3)
+    made = moves.own(torch.zeros((len(y), *sizes, groups, apart.shape[-1]), dtype=y.dtype))
+    whole = made.movedim(4, 1)
+    for number, of_axes in enumerate(itertools.product(*phases)):
+        places = [own.between(phase, size) for own, phase, size in zip(axes, of_axes, sizes, strict=True)]
+        read = tuple(slice(first, first + count) for first, _, count in places)
+        written = tuple(slice(at, None, own.stride) for (_, at, _), own in zip(places, axes, strict=True))
+        source, target = apart[:, :, number][_NO_CHANNELS + read], whole[_NO_CHANNELS + written]
+        if target.numel():
+            moves.copy(source.view(torch.uint8), target.view(torch.uint8))
+    return made.flatten(4).movedim(-1, 1)

@@ -137,9 +137,11 @@ class Weighted(Operation):
         self.at_zero = zero_point * taps.sum(2, dtype=torch.int32)
         if self.three:
             filled = torch.nn.functional.pad(taps[:, :, 0], (0, 0, 0, -self.channels % size)).repeat(self.lines, 1)
-            self.direct = columns_weight(filled.reshape(-1, 3, 3), self.library), None
+            laid, self.rests = columns_weight(filled.reshape(-1, 3, 3), self.library)
+            self.direct = laid, None
         elif self.depthwise:
-            self.direct = depthwise_weight(taps[:, :, 0], self.library), None
+            laid, self.rests = depthwise_weight(taps[:, :, 0], self.library)
+            self.direct = laid, None
         elif self.by_lines:
             self.direct = dense_weight(weight.permute(0, 2, 3, 1).flatten(2), 1, self.library)
         elif self.window is None:
@@ -230,7 +232,11 @@ class Weighted(Operation):
             step.halves, step.half_four = self.halves.weight.data_ptr(), self.halves.four.data_ptr()
             step.half_first = self.halves.first.data_ptr()
         self.fill_end(step)
-        return None if self.depthwise else self._fill_zones(step)
+        if not self.depthwise:
+            return self._fill_zones(step)
+        if self.rests is not None:
+            step.half_first = self.rests.data_ptr()
+        return None
 
     def _fill_zones(self, step: Step) -> Any:
         """Write which taps count where; the biases of the regions know the zero points of the others."""

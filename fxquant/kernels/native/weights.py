@@ -204,24 +204,48 @@ def _in_pairs(weight: Tensor) -> tuple[Tensor, Halves] | None:
     )
 
 
-def depthwise_weight(weight: Tensor, library: Library) -> Tensor:
+def depthwise_weight(weight: Tensor, library: Library) -> tuple[Tensor, Tensor | None]:
     """Weights ``(channels, taps)`` as ``[64 channels][four taps][64][4]``, channels interleaved; see ``_fours``."""
     channels, taps = weight.shape
     weight = torch.nn.functional.pad(weight, (0, -taps % 4, 0, -channels % 64))
     return _fours(interleaved(weight.t()).t().reshape(-1, 64, weight.shape[1] // 4, 4).transpose(1, 2), library)
 
 
-def columns_weight(weight: Tensor, library: Library) -> Tensor:
-    """Weights ``(channels, 3, 3)``, channels whole 64s, as ``[64 channels][column][64][line]``, the fourth line zero."""
-    weight = torch.nn.functional.pad(weight.transpose(1, 2), (0, 1))
-    return _fours(interleaved(weight.permute(1, 2, 0)).permute(2, 0, 1).reshape(-1, 64, 3, 4).transpose(1, 2), library)
+def columns_weight(weight: Tensor, library: Library) -> tuple[Tensor, Tensor | None]:
+    """Weights ``(channels, 3, 3)``, channels whole 64s, as ``[64 channels][column][64][line]``; see ``_fours``.
+
+    The fourth line is the second one again, which in pairs leaves it what the first one has no room for.
+    """
+    weight = interleaved(weight.permute(2, 1, 0)).permute(2, 0, 1).reshape(-1, 64, 3, 3).transpose(1, 2).to(torch.int16)
+    first, second, third = weight.unbind(-1)
+    own = _beside(second, first) if library.pairs_of_bytes else second
+    return _fours(torch.stack([first, own, third, second - own], dim=-1), library)
 
 
-def _fours(weight: Tensor, library: Library) -> Tensor:
-    """Weights ``(..., 64, 4)`` as ``dot_bytes`` reads them: of words 16 times the even ones, then 16 times the odd ones."""
+def _fours(weight: Tensor, library: Library) -> tuple[Tensor, Tensor | None]:
+    """Weights ``(blocks of 64 channels, number, 64, 4)`` as ``dot_taps`` reads them.
+
+    Words are 16 times the even ones, then 16 times the odd ones. Bytes in pairs are what fits into 16 bits, then the rest.
+
+    Returns:
+        Them, and of each number which sixteens of channels have such a rest, int32 bits; None where there is none.
+    """
     if library.weight_size == 1:
-        return weight.contiguous()
-    return weight.to(torch.int16).unflatten(-2, (4, 16)).unflatten(-1, (2, 2)).movedim(-1, -3).contiguous()
+        return weight.to(torch.int8).contiguous(), None
+    pairs = weight.to(torch.int16).unflatten(-1, (2, 2))
+    if not library.pairs_of_bytes:
+        return pairs.unflatten(-3, (4, 16)).movedim(-1, -3).contiguous(), None
+    first, second = pairs.unbind(-1)
+    own = torch.stack([first, _beside(second, first)], dim=-1)
+    rest = (pairs - own).flatten(-2)
+    some = rest.ne(0).unflatten(-2, (4, 16)).flatten(-2).any(-1)
+    bits = (some * torch.tensor([1, 2, 4, 8])).sum(-1, dtype=torch.int32)
+    return torch.stack([own.flatten(-2), rest], dim=2).to(torch.int8).contiguous(), bits
+
+
+def _beside(weight: Tensor, other: Tensor) -> Tensor:
+    """What of a weight fits into 16 bits beside another one, by bytes."""
+    return torch.minimum(torch.maximum(weight, -_PAIR - other.clamp(max=0)), _PAIR - other.clamp(min=0))
 
 
 def folded_bias(bias: Tensor | None, weight: Tensor, zero_point: int) -> Tensor:

@@ -60,7 +60,25 @@ inline void weave_four(Vector a, Vector b, Vector c, Vector d, Vector v[4]) {
     v[2] = low16(ab1, cd1), v[3] = high16(ab1, cd1);
 }
 
-// Any window: weight[64 channels][four taps][64][4], each four as dot_bytes reads it.
+// Products of four taps, of 16 of 64 channels, by weight[64][4] as dot_bytes reads it. Sets that add products of bytes in pairs
+// have two such weights, of which the second makes up for pairs that would leave 16 bits: a bit of more tells where it must.
+template <class V>
+inline V dot_taps(V acc, V x, const int8_t* weight, int j, int32_t more) {
+    if constexpr (PAIRS_OF_BYTES) {
+        acc = dot_in_pairs(acc, x, load(weight + 64 * j));
+        return more >> j & 1 ? dot_in_pairs(acc, x, load(weight + 256 + 64 * j)) : acc;
+    } else {
+        return dot_bytes(acc, x, weight + 64 * sizeof(Weight) * j);
+    }
+}
+
+// Where those are needed: of each four taps of 64 channels.
+inline const int32_t* more_of(const Step& s, int c, int fours) {
+    static const int32_t nowhere[3] = {};
+    return PAIRS_OF_BYTES ? s.half_first + c / 64 * fours : nowhere;
+}
+
+// Any window: weight[64 channels][four taps][64][4].
 template <Rule RULE>
 void any_window(const Step& s, int unit, const Finish& finish) {
     const int64_t pixels = static_cast<int64_t>(s.y.n) * s.y.h * s.y.w;
@@ -75,12 +93,13 @@ void any_window(const Step& s, int unit, const Finish& finish) {
             Vector acc[4];
             for (int j = 0; j < 4; j++) acc[j] = load(s.bias + c + 16 * j);
             const int8_t* weight = s.weight + static_cast<int64_t>(c) * fours * 4 * sizeof(Weight);
+            const int32_t* more = more_of(s, c, fours);
             for (int t = 0; t < fours; t++, weight += 256 * sizeof(Weight)) {
                 Vector x[4];
                 for (int j = 0; j < 4; j++) x[j] = load(rows[4 * t + j] + c);
                 Vector v[4];
                 weave_four(x[0], x[1], x[2], x[3], v);
-                for (int j = 0; j < 4; j++) acc[j] = dot_bytes(acc[j], v[j], weight + 64 * sizeof(Weight) * j);
+                for (int j = 0; j < 4; j++) acc[j] = dot_taps(acc[j], v[j], weight, j, PAIRS_OF_BYTES ? more[t] : 0);
             }
             const Rescaling<RULE> rescaling(s, c / 16);
             for (int j = 0; j < 4; j++) acc[j] = rescaling(acc[j], j);
@@ -110,7 +129,7 @@ void store_lines(uint8_t* const* at, Vector v, int count) {
 }
 
 // 64 channels (or fewer, of several lines) of two pixels of the result at once, so that what is read of weights and rules
-// serves both. weight[column][64][4], the fourth zero.
+// serves both. weight[column][64][4]: of the three lines, and of the second one again, where pairs are to fit into 16 bits.
 template <int STRIDE, int LINES, Rule RULE>
 struct ThreeByThree {
     static constexpr int COLUMNS = STRIDE + 3;
@@ -143,11 +162,12 @@ struct ThreeByThree {
             for (int l = 0; l < LINES; l++) at[l] = (there ? line[k][l] + x * step[k][l] : s.border) + c;
             row[k] = load_parts<LINES>(at);
         }
-        weave_four(row[0], row[1], row[2], zeros(), v);
+        weave_four(row[0], row[1], row[2], row[1], v);
     }
     void channels(int c) const {
         const int count = std::min(s.y.c - c, 64 / LINES);
         const int8_t* weight = s.weight + 12 * static_cast<int64_t>(c * sizeof(Weight));
+        const int32_t* more = more_of(s, c, 3);
         const Rescaling<RULE> rescaling(s, c / 16);
         Vector col[COLUMNS][4];
         int ready = INT32_MIN;  // the pixel whose columns the last ones would be
@@ -172,9 +192,9 @@ struct ThreeByThree {
                 acc[0][j] = acc[1][j] = load(s.bias + c + 16 * j);
 #pragma GCC unroll 3
                 for (int k = 0; k < 3; k++) {
-                    const int8_t* w = weight + (256 * k + 64 * j) * sizeof(Weight);
-                    acc[0][j] = dot_bytes(acc[0][j], col[k][j], w);
-                    acc[1][j] = dot_bytes(acc[1][j], col[k + STRIDE][j], w);
+                    const int8_t* w = weight + 256 * k * sizeof(Weight);
+                    acc[0][j] = dot_taps(acc[0][j], col[k][j], w, j, more[k]);
+                    acc[1][j] = dot_taps(acc[1][j], col[k + STRIDE][j], w, j, more[k]);
                 }
                 acc[0][j] = rescaling(acc[0][j], j), acc[1][j] = rescaling(acc[1][j], j);
             }
