@@ -133,6 +133,8 @@ inline void convolve_region(const Step& s, const PaddingRegion& region, int64_t 
     const int64_t fours = static_cast<int64_t>(tile.taps) * tile.fours;
     const Rule rule = rule_of(s);
     const bool to_float = s.flags & TO_FLOAT;
+    if (NARROWS && rule == FLOAT32 && !to_float)
+        tile.numbers = static_cast<const float*>(s.out.constants) + 16 * tile.block, tile.magic = static_cast<float>(s.out.magic);
     const bool at_once = BLOCKS_TOGETHER == 4 && !to_float && rule == FLOAT32 && fours <= FOURS_AT_ONCE[blocks];
     const int most = at_once ? PIXELS_AT_ONCE[blocks] : PIXELS_FOR[std::min(blocks, BLOCKS_TOGETHER)];
     const Pixels pixels(s, region, offsets, channel);

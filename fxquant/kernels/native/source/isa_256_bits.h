@@ -199,6 +199,21 @@ inline Vector pack_words(const Vector v[4]) {
              lanes_in_turns(pack_one_of_words(v[2].half[0], v[2].half[1], v[3].half[0], v[3].half[1]))}};
 }
 
+// The lower halves of 16 numbers in 32 bytes, and 64 bytes of four such blocks, 64 bytes apart.
+constexpr bool NARROWS = true;
+inline void store_words(void* to, Vector v) {
+    const __m256i words = _mm256_blend_epi16(v.half[0], _mm256_slli_epi32(v.half[1], 16), 0xAA);
+    _mm256_storeu_si256(static_cast<__m256i*>(to), words);
+}
+inline Vector pack_stored_words(const int32_t* from) {
+    const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    const auto two = [&](int j) {
+        const __m256i bytes = _mm256_packus_epi16(_mm256_loadu_si256(at256(from, 2 * j)), _mm256_loadu_si256(at256(from, 2 * j + 2)));
+        return lanes_in_turns(_mm256_shuffle_epi8(bytes, apart));
+    };
+    return {{two(0), two(2)}};
+}
+
 // Sixteen tables of 16 bytes, each kept as its difference to the one before: an index goes down by 16 with each table, and
 // once it is negative the shuffle gives zeros. Indices from 128 on take the second eight.
 struct Table {

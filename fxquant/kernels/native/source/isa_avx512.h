@@ -34,6 +34,7 @@ constexpr int BLOCKS_TOGETHER = 4;
 constexpr int PIXELS_FOR[5] = {0, 8, 8, 8, 6};
 constexpr int PIXELS_AT_ONCE[5] = {0, 8, 8, 4, 4}, FOURS_AT_ONCE[5] = {0, 1 << 30, 1 << 30, 12, 12};
 constexpr int FOURS_IN_TURNS = 192;
+constexpr bool NARROWS = false;
 
 inline Vector dot(Vector acc, Vector x, Vector weight) { return _mm512_dpbusd_epi32(acc, x, weight); }
 inline Vector dot_bytes(Vector acc, Vector x, const int8_t* weight) {
@@ -49,6 +50,7 @@ constexpr int BLOCKS_TOGETHER = 1;
 constexpr int PIXELS_FOR[5] = {0, 8, 0, 0, 0};
 constexpr int PIXELS_AT_ONCE[5] = {}, FOURS_AT_ONCE[5] = {};
 constexpr int FOURS_IN_TURNS = 0;
+constexpr bool NARROWS = false;
 
 inline Vector dot_words(Vector acc, Vector a, Vector b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 inline Vector dot(Vector acc, Vector x, Vector weight) { return dot_words(acc, x, weight); }

@@ -52,6 +52,7 @@ constexpr int BLOCKS_TOGETHER = 1;
 constexpr int PIXELS_FOR[5] = {0, 6, 0, 0, 0};
 constexpr int PIXELS_AT_ONCE[5] = {}, FOURS_AT_ONCE[5] = {};
 constexpr int FOURS_IN_TURNS = 0;
+constexpr bool NARROWS = false;
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
 constexpr int CENTRE = 0;

@@ -94,6 +94,7 @@ constexpr int BLOCKS_TOGETHER = 1;
 constexpr int PIXELS_FOR[5] = {0, 6, 0, 0, 0};
 constexpr int PIXELS_AT_ONCE[5] = {}, FOURS_AT_ONCE[5] = {};
 constexpr int FOURS_IN_TURNS = 0;
+constexpr bool NARROWS = false;
 
 // The sum of two neighbouring products that fit into 16 bits.
 inline Lane<int32_t> pairs(Lane<int16_t> products) {

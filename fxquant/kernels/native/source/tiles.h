@@ -39,6 +39,9 @@ struct Tile {
     int window_taps;
     const int32_t *half_four, *half_first;  // of the block: null where weights are no bytes in pairs
 
+    const float* numbers = nullptr;  // of the block, where sums leave its registers rescaled (NARROWS)
+    float magic = 0;
+
     const int8_t* weight_of(int t, int blocks) const { return weight + static_cast<int64_t>(tap[t]) * fours * (64 * blocks); }
 };
 
@@ -86,6 +89,13 @@ struct Sums {
             for (int j = 0; j < BLOCKS; j++) fxquant::store(sums + 64 * i + 16 * j, acc[i][j]);
         }
     }
+    // Rescaled, the lower halves that pack_words would read.
+    void store_rescaled(int32_t* sums, const float* numbers, float magic) const {
+        static_assert(BLOCKS == 1);
+        const Floats own = load_floats(numbers), shift = each(magic);
+#pragma GCC unroll 8
+        for (int i = 0; i < PIXELS; i++) store_words(sums + 64 * i, bits(fused(to_floats(acc[i][0]), own, shift)));
+    }
 };
 
 // The bytes of a pixel from its sums.
@@ -118,6 +128,9 @@ void accumulate(const Tile& tile, int32_t* sums) {
                 acc.template add<IN_PAIRS>(half, 0, tile.halves + 64 * static_cast<int64_t>(h));
             }
         }
+    }
+    if constexpr (NARROWS) {
+        if (tile.numbers) return acc.store_rescaled(sums, tile.numbers, tile.magic);
     }
     acc.store(sums);
 }
@@ -193,13 +206,23 @@ inline void accumulate_all(const Tile& tile, int blocks, int pixels, int32_t* su
         const int count = std::min(BLOCKS_TOGETHER, blocks - j);
         (own.half_first ? ACCUMULATE_IN_PAIRS : ACCUMULATE)[count][pixels](own, sums);
         own.weight += BLOCKS_TOGETHER * own.between, own.bias += 16 * BLOCKS_TOGETHER;
+        if (NARROWS && own.numbers) own.numbers += 16 * BLOCKS_TOGETHER;
         if (own.half_first) own.half_first += own.window_taps;
     }
 }
 
-// From sums to the bytes of a tile.
+Vector pack_stored_words(const int32_t* from);  // of sets that narrow (NARROWS) alone
+
+// From sums, or what was stored of them rescaled, to the bytes of a tile.
 template <int BLOCKS, Rule RULE>
 void to_bytes(const Step& s, const Tile& tile, const Results& results, int count, const int32_t* sums) {
+    if constexpr (NARROWS && RULE == FLOAT32) {
+        if (tile.numbers) {
+            for (int i = 0; i < count; i++)
+                store_first(results.to[i], (*tile.finish)(pack_stored_words(sums + 64 * i), results.other[i]), tile.channels);
+            return;
+        }
+    }
     const Rescaling<RULE> rescaling(s, tile.block);
     for (int i = 0; i < count; i++) finish_pixel<BLOCKS>(rescaling, tile, results, i, sums + 64 * i);
 }
