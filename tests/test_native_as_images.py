@@ -179,6 +179,25 @@ def test_pools_over_lines(name, signs):
     require_same(integers_of(model, x, recipe=RECIPES[signs]), (x,), (other,))
 
 
+@pytest.mark.parametrize("signs", RECIPES)
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool3d(2),
+        nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+        nn.MaxPool3d(3, stride=(2, 1, 2), padding=1, ceil_mode=True),
+        nn.MaxPool3d((3, 1, 2), stride=1, dilation=(2, 1, 3)),
+    ],
+)
+def test_maxima_over_volumes(pool, signs):
+    x, other = (signal(*shape) for shape in VOLUMES)
+    for model in (
+        nn.Sequential(nn.Conv3d(6, 20, 1), nn.Hardtanh(-1, 2), pool),
+        nn.Sequential(pool, nn.Conv3d(6, 4, 1)),
+    ):
+        require_same(integers_of(model, x, recipe=RECIPES[signs]), (x,), (other,))
+
+
 def test_the_average_of_a_volume():
     x, other = (signal(*shape) for shape in VOLUMES)
     model = nn.Sequential(nn.Conv3d(6, 20, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(20, 3))

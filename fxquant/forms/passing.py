@@ -58,7 +58,8 @@ def _concatenation(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
     (tensors,) = node.args
     if not isinstance(tensors, (list, tuple)) or len({lines.is_signed(t) for t in tensors}) != 1:
         raise Refusal("its tensors are not held alike")
-    return Concatenation(lines.operands(tensors), int(part.attributes.get("dim", 0)))
+    entry: Any = part.entry
+    return Concatenation(lines.operands(tensors), int(part.attributes.get("dim", 0)), entry.native == "stack")
 
 
 def _expected(part: IntegerPass, operators: Operators) -> str:
@@ -71,7 +72,13 @@ register_form(
         real=RealForm(own_function, ("filling",)),
         torch=TorchKernel(passing_step, _expected),
         native=Refusal("torch moves the bytes: a view, or a copy made when a plan is"),
-        native_ops={"maximum": _maximum, "maximum over lines": _maximum, "concatenation": _concatenation},
+        native_ops={
+            "maximum": _maximum,
+            "maximum over lines": _maximum,
+            "maximum over volumes": _maximum,
+            "concatenation": _concatenation,
+            "stack": _concatenation,
+        },
         moves=True,
         operators=Refusal("the op's own operator moves integers as it moves floats"),
     )

@@ -146,6 +146,7 @@ _passing(
     views=False,
     onnx="Concat",
     joins=True,
+    native="stack",
 )
 _passing(
     "flatten",

@@ -131,6 +131,7 @@ _pool(
     (2, 3, 5, 7, 6),
     onnx="MaxPool",
     functions=(F.max_pool3d, torch.max_pool3d),
+    native="maximum over volumes",
 )
 _pool(
     "avg_pool1d",

@@ -1,7 +1,8 @@
-"""What moves numbers and is no view, as copies of views: rolled, repeated, enlarged and padded tensors.
+"""What moves numbers and is no view, as copies of views: rolled, repeated, enlarged, padded and shuffled tensors.
 
 Such a function takes each axis by itself: ``y[.., j, ..] = x[.., m(j), ..]``, or a fixed number where ``m(j)`` is nowhere.
-The maps are found by asking the function for tensors of indices, and what they give is compared with what it gives.
+Or it gives numbers another order, in which each axis of ``y`` goes by steps through axes of ``x`` (a pixel shuffle). Both are
+found by asking the function for tensors of indices, and what they give is compared with what it gives.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxquant.errors import Refusal
 
-__all__ = ["Gathering", "gathering_of"]
+__all__ = ["Gathering", "Reordering", "gathering_of"]
 
 _FIRST = 2**20
 """The index 0 as the function is given it: whatever is less was filled in."""
@@ -70,16 +72,101 @@ def _view(
     return of.as_strided(sizes, [step for _, *steps in own for step in steps], first)
 
 
-def gathering_of(function: Callable[[Tensor], Any], shape: Sequence[int], dtype: torch.dtype) -> Gathering | Refusal:
+@dataclass(frozen=True)
+class Reordering:
+    """How a function gives numbers another order.
+
+    Attributes:
+        shape: of its result.
+        first: where the first number is, by axes of what it is given.
+        axes: of each axis of the result what it goes through, the outermost first: how many, which axis, by what steps.
+    """
+
+    shape: tuple[int, ...]
+    first: tuple[int, ...]
+    axes: tuple[tuple[tuple[int, int, int], ...], ...]
+    fills: ClassVar[bool] = False
+    filling: ClassVar[int] = 0
+
+    def views(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is copied to where, as views of both tensors with the same shape."""
+        sizes, read, written = list[int](), list[int](), list[int]()
+        for own, stride in zip(self.axes, y.stride(), strict=True):
+            inner = [math.prod(count for count, _, _ in own[i + 1 :]) for i in range(len(own))]
+            sizes += [count for count, _, _ in own]
+            read += [x.stride(axis) * step for _, axis, step in own]
+            written += [stride * many for many in inner]
+        start = x.storage_offset() + sum(at * stride for at, stride in zip(self.first, x.stride(), strict=True))
+        yield x.as_strided(sizes, read, start), y.as_strided(sizes, written)
+
+
+_NOT_NATIVE = "how it moves numbers is not written natively"
+
+
+def gathering_of(
+    function: Callable[[Tensor], Any], shape: Sequence[int], dtype: torch.dtype
+) -> Gathering | Reordering | Refusal:
     """How ``function`` moves the numbers of a tensor of ``shape`` and ``dtype``, ``uint8`` or ``int8``.
 
     Returns:
-        A refusal where it does not do so axis by axis.
+        A refusal where it does so in neither way.
     """
     numbers = torch.randint(0, 128, tuple(shape), generator=torch.Generator().manual_seed(0)).to(dtype)
-    maps, result = list[Tensor](), function(numbers)
-    if not isinstance(result, Tensor) or result.ndim != len(shape) or not result.numel():
-        return Refusal("how it moves numbers is not written natively")
+    result = function(numbers)
+    if not isinstance(result, Tensor) or not result.numel():
+        return Refusal(_NOT_NATIVE)
+    found = _by_axes(function, numbers, result) if result.ndim == len(shape) else None
+    return found or _reordering(function, numbers, result) or Refusal(_NOT_NATIVE)
+
+
+def _reordering(function: Callable[[Tensor], Any], numbers: Tensor, result: Tensor) -> Reordering | None:
+    if result.numel() > numbers.numel():
+        return None
+    index = function(torch.arange(numbers.numel(), dtype=torch.float64).reshape(numbers.shape)).long()
+    first, axes = int(index.flatten()[0]), list[tuple[tuple[int, int, int], ...]]()
+    for axis, size in enumerate(index.shape):
+        steps = _steps([int(i) for i in index[tuple([0] * axis)].reshape(size, -1)[:, 0]], numbers.shape)
+        if steps is None:
+            return None
+        axes.append(tuple(steps))
+    at = tuple(int(i) for i in np.unravel_index(first, numbers.shape))
+    found = Reordering(tuple(result.shape), at, tuple(axes))
+    ((moved, _),) = found.views(numbers, torch.empty(result.shape))
+    return found if torch.equal(moved.reshape(result.shape), result) else None
+
+
+def _steps(line: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int, int]] | None:
+    """A line of indices into a tensor of ``shape`` as nested runs through its axes, the outermost first."""
+    steps = list[tuple[int, int, int]]()
+    while len(line) > 1:
+        step = line[1] - line[0]
+        count = next((k for k in range(1, len(line)) if line[k] - line[k - 1] != step), len(line))
+        through = _through(count, step, shape) if len(line) % count == 0 else None
+        if through is None:
+            return None
+        steps = through + steps
+        line = line[::count]
+    return steps
+
+
+def _through(count: int, step: int, shape: Sequence[int]) -> list[tuple[int, int, int]] | None:
+    """A run through the axes of a tensor of ``shape``; None where it leaves one between two of its numbers."""
+    found, stride = list[tuple[int, int, int]](), 1
+    for axis in reversed(range(len(shape))):
+        whole = stride * shape[axis]
+        if stride <= step < whole and step % stride == 0:
+            if (count - 1) * step < whole:
+                return [(count, axis, step // stride), *found]
+            if whole % step or count % (whole // step):
+                return None
+            found.insert(0, (whole // step, axis, step // stride))
+            count, step = count // (whole // step), whole
+        stride = whole
+    return None
+
+
+def _by_axes(function: Callable[[Tensor], Any], numbers: Tensor, result: Tensor) -> Gathering | None:
+    shape, maps = numbers.shape, list[Tensor]()
     for axis in range(len(shape)):
         index = torch.arange(shape[axis], dtype=torch.float32) + _FIRST
         found = function(index.reshape([-1 if a == axis else 1 for a in range(len(shape))]).expand(*shape).contiguous())
@@ -92,7 +179,7 @@ def gathering_of(function: Callable[[Tensor], Any], shape: Sequence[int], dtype:
     expected = _taken(numbers, maps).masked_fill(~_grid(inside), filling)
     axes = tuple(tuple(_pieces(own.tolist())) for own in maps)
     if not torch.equal(result, expected) or math.prod(map(len, axes)) > _PIECES:
-        return Refusal("how it moves numbers is not written natively")
+        return None
     return Gathering(tuple(result.shape), axes, fills, filling)
 
 

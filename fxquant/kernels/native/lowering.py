@@ -24,7 +24,7 @@ from fxquant.kernels.place import HELD
 from fxquant.nn.form import form_of
 from fxquant.nn.integer import IntegerOp
 
-__all__ = ["Line", "NativeProgram", "Reference", "Survey", "lower", "survey"]
+__all__ = ["Line", "NativeProgram", "Reference", "Survey", "filled", "lower", "references", "survey"]
 
 
 @dataclass(frozen=True)
@@ -269,3 +269,27 @@ class _Lowering:
 def _attribute(root: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
     return getattr(root.get_submodule(parent), name)
+
+
+def references(source: Any) -> set[int]:
+    """The lines that a line, or a template, takes results from."""
+    template = (source.arguments, source.keywords) if isinstance(source, Line) else source
+    found = list[int]()
+    fx.node.map_aggregate(template, lambda leaf: found.append(leaf.line) if isinstance(leaf, Reference) else None)
+    return set(found)
+
+
+def filled(template: Any, values: Sequence[Any]) -> Any:
+    """A template with results for references, in plain containers."""
+    if isinstance(template, Reference):
+        return values[template.line]
+    if isinstance(template, tuple):
+        items = [filled(item, values) for item in template]
+        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
+    if isinstance(template, list):
+        return [filled(item, values) for item in template]
+    if isinstance(template, dict):
+        return {key: filled(value, values) for key, value in template.items()}
+    if isinstance(template, slice):
+        return slice(*(filled(v, values) for v in (template.start, template.stop, template.step)))
+    return template

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from fxquant.errors import InputError, Refusal
 from fxquant.kernels.native.layout import Image, folded, image, rows
@@ -60,6 +61,11 @@ class Operation:
     @property
     def writes_floats(self) -> bool:
         """Whether the result is a tensor of floats."""
+        return False
+
+    @property
+    def moves(self) -> bool:
+        """Whether numbers move before or behind what the kernel computes, so that it cannot write where one likes."""
         return False
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -172,6 +178,32 @@ class Maximum(Operation):
     def layout(self) -> str:
         return "image"
 
+    @property
+    def moves(self) -> bool:
+        return self.dims == 3 and type(self) is Maximum
+
+    def apart(self) -> tuple[Maximum, Maximum]:
+        """A pool over volumes as one over the images of all planes, and one over images whose lines are planes."""
+        attributes = self.attributes
+
+        def triple(name: str, otherwise: Any) -> list[int]:
+            value = attributes.get(name)
+            value = otherwise if value is None or value == [] else value
+            return [value] * 3 if isinstance(value, int) else list(value)
+
+        kernel = triple("kernel_size", None)
+        rest = {"stride": triple("stride", kernel), "padding": triple("padding", 0), "dilation": triple("dilation", 1)}
+        common = {"ceil_mode": attributes.get("ceil_mode", False)}
+        across = {"kernel_size": kernel[1:], **{name: own[1:] for name, own in rest.items()}, **common}
+        idle = {"stride": 1, "padding": 0, "dilation": 1}
+        through = {
+            "kernel_size": [kernel[0], 1],
+            **{name: [own[0], idle[name]] for name, own in rest.items()},
+            **common,
+        }
+        first, second = (Maximum(self.operands, max_pool2d, own, 2) for own in (across, through))
+        return first, second
+
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = self.function(torch.empty(x.shape, device="meta"), **self.attributes).shape
         axes = 2 + self.dims
@@ -238,11 +270,15 @@ class Average(Maximum):
 
 
 class Concatenation(Operation):
-    """Tensors side by side along an axis; a plan lets them be written there, or copies them."""
+    """Tensors side by side along an axis, or stacked; a plan lets them be written there, or copies them."""
 
-    def __init__(self, operands: list[int], axis: int) -> None:
+    def __init__(self, operands: list[int], axis: int, stacked: bool = False) -> None:
         super().__init__(operands)
-        self.axis = axis
+        self.axis, self.stacked = axis, stacked
+
+    def side_by_side(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors with the axis along which they are joined."""
+        return [x.unsqueeze(self.axis) for x in tensors] if self.stacked else tensors
 
     def result(self, x: Tensor, *others: Tensor) -> Tensor:
         shape = torch.cat([torch.empty(t.shape, device="meta") for t in (x, *others)], self.axis).shape

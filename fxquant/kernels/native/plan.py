@@ -17,11 +17,11 @@ from fxquant.errors import Refusal
 from fxquant.kernels.native.cut import cut
 from fxquant.kernels.native.layout import Image, axes_of, merged
 from fxquant.kernels.native.library import KINDS, Step, TensorView
-from fxquant.kernels.native.lowering import NativeProgram
+from fxquant.kernels.native.lowering import NativeProgram, filled, references
 from fxquant.kernels.native.memory import Memory
 from fxquant.kernels.native.operations import Operation
 from fxquant.kernels.native.slices import in_slices
-from fxquant.kernels.native.walk import Recorded, Walk, filled, find_output_slices, from_outside, references
+from fxquant.kernels.native.walk import Recorded, Walk, find_output_slices, from_outside
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.winograd import Winograd
 

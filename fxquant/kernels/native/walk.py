@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import InputError, Refusal
 from fxquant.kernels.native.gather import gathering_of
 from fxquant.kernels.native.layout import Image, image
-from fxquant.kernels.native.lowering import Line, NativeProgram, Reference
+from fxquant.kernels.native.lowering import Line, NativeProgram, filled, references
 from fxquant.kernels.native.memory import MEMORY_LINE
-from fxquant.kernels.native.operations import BorderOperation, Concatenation, Operation
+from fxquant.kernels.native.operations import BorderOperation, Concatenation, Maximum, Operation
 from fxquant.kernels.native.weighted import Weighted
 from fxquant.kernels.native.winograd import steps_of
 
-__all__ = ["OutputSlice", "Recorded", "Walk", "filled", "find_output_slices", "from_outside", "references"]
+__all__ = ["OutputSlice", "Recorded", "Walk", "find_output_slices", "from_outside"]
 
 
 CONSTANT = -1
@@ -148,8 +148,11 @@ class Walk:
         tensors = [self._operand(line) for line in operation.operands]
         if isinstance(operation, Weighted) and operation.moves:
             return self._spelled(index, operation, tensors[0])
+        if isinstance(operation, Maximum) and operation.moves:
+            return self._through_planes(operation, tensors[0])
         if isinstance(operation, Concatenation):
-            return self._concatenated(index, operation, [t for t in tensors if t.numel()] or tensors)
+            some = [t for t in tensors if t.numel()] or tensors
+            return self._concatenated(index, operation, operation.side_by_side(some))
         if not all(t.numel() for t in tensors):
             raise Refusal("an operand is empty")
         return self._step(index, operation, tensors)
@@ -162,6 +165,18 @@ class Walk:
         if images.untyped_storage().data_ptr() not in self.tensors.keys() | self.border.keys():
             raise Refusal("its tensors lie in memory as no kernel reads them")
         return operation.after(self, self._step(index, operation, [images]), x)
+
+    def _through_planes(self, operation: Maximum, x: Tensor) -> Tensor:
+        """A pool over volumes: over each plane, then through the planes."""
+        if x.ndim != 5 or not x.numel():
+            raise Refusal(f"its input has the shape {list(x.shape)}")
+        across, through = operation.apart()
+        x = self._laid(x, torch.channels_last)
+        planes = x.transpose(1, 2).flatten(0, 1)
+        if planes.data_ptr() != x.data_ptr():
+            raise Refusal("its tensors lie in memory as no kernel reads them")
+        y = self._step(CONSTANT, across, [planes]).unflatten(0, (len(x), -1)).transpose(1, 2)
+        return self._step(CONSTANT, through, [y.flatten(3)]).unflatten(3, y.shape[3:])
 
     def _step(self, index: int, operation: Operation, tensors: list[Tensor]) -> Tensor:
         wanted = {"image": torch.channels_last, "rows": torch.contiguous_format}.get(operation.layout)
@@ -347,12 +362,12 @@ def find_output_slices(program: NativeProgram, walk: Walk) -> dict[int, OutputSl
             uses[used] = uses.get(used, 0) + 1
     for index in reversed(range(len(program.lines))):
         operation = program.lines[index].operation
-        if isinstance(operation, Concatenation):
+        if isinstance(operation, Concatenation) and not operation.stacked:
             at = 0
             for part in operation.operands:
                 made = program.lines[part].operation
-                moved = isinstance(made, Weighted) and made.moves
-                if part not in output_slices and made is not None and not made.writes_floats and not moved:
+                placed = made is not None and not made.writes_floats and not made.moves
+                if part not in output_slices and placed:
                     output_slices[part] = OutputSlice(index, operation.axis, at)
                 at += walk.values[part].shape[operation.axis]
         elif isinstance(operation, Weighted) and operation.by_lines and not operation.moves:
@@ -360,27 +375,3 @@ def find_output_slices(program: NativeProgram, walk: Walk) -> dict[int, OutputSl
             if isinstance(program.lines[source].operation, BorderOperation) and uses[source] == 1:
                 output_slices.setdefault(source, OutputSlice(index))
     return output_slices
-
-
-def references(source: Any) -> set[int]:
-    """The lines that a line, or a template, takes results from."""
-    template = (source.arguments, source.keywords) if isinstance(source, Line) else source
-    found = list[int]()
-    fx.node.map_aggregate(template, lambda leaf: found.append(leaf.line) if isinstance(leaf, Reference) else None)
-    return set(found)
-
-
-def filled(template: Any, values: Sequence[Any]) -> Any:
-    """A template with results for references, in plain containers."""
-    if isinstance(template, Reference):
-        return values[template.line]
-    if isinstance(template, tuple):
-        items = [filled(item, values) for item in template]
-        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
-    if isinstance(template, list):
-        return [filled(item, values) for item in template]
-    if isinstance(template, dict):
-        return {key: filled(value, values) for key, value in template.items()}
-    if isinstance(template, slice):
-        return slice(*(filled(v, values) for v in (template.start, template.stop, template.step)))
-    return template

@@ -148,8 +148,8 @@ class Halves:
 
 
 _MOST_HALVES = 0.45
-"""Of the fours of channels: with more, words are faster than bytes in pairs. Measured on mobilenet_v2's layers with AVX2: bytes are
-1.04 times as fast at 0.44, and 0.93 times at 0.60."""
+"""Of the fours of channels: with more, words are faster than bytes in pairs. Measured on mobilenet_v2's layers with AVX2:
+bytes are 1.04 times as fast at 0.44, and 0.93 times at 0.60."""
 _PAIR = 128
 """Two bytes of 255 by weights of one sign that sum to so much fit into 16 bits."""
 
