@@ -97,8 +97,9 @@ def test_tables_have_the_numbers_that_the_scripts_kept(page):
     for scheme, cells in drops.items():
         assert [float(cell) for cell in cells] == [found[(scheme, *column)] for column in columns], scheme
     if page == "README.md":
-        times = {row["model"]: row for row in kept("latency") if (row["batch"], row["threads"]) == (1, 2)}
-        names = ("float", "FX x86", "PT2E", "ORT", "OpenVINO", "fxquant native")
-        for model, cells in rows_of(path, "| | float | FX x86").items():
-            measured = [times[model][name] for name in names]
-            assert [cell if cell == "failed" else float(cell) for cell in cells] == measured, model
+        for file, first in (("latency", "| | float | FX x86"), ("latency_avx2", "| AVX2 | float | FX x86")):
+            times = {row["model"]: row for row in kept(file) if (row["batch"], row["threads"]) == (1, 2)}
+            names = ("float", "FX x86", "PT2E", "ORT", "OpenVINO", "fxquant native")
+            for model, cells in rows_of(path, first).items():
+                measured = [times[model][name] for name in names]
+                assert [cell if cell == "failed" else float(cell) for cell in cells] == measured, model

@@ -133,6 +133,27 @@ def test_convolutions_over_volumes(name, signs):
     _require(nn.Conv3d(6, 12, **OVER_VOLUMES[name]), VOLUMES, signs)
 
 
+FEW_CHANNELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "a wave": (nn.Conv1d(1, 20, 16, stride=4), (2, 1, 90)),
+    "lines of two": (nn.Conv1d(2, 9, 5, padding=2), (2, 2, 19)),
+    "same of three": (nn.Conv2d(3, 9, 4, padding="same"), (2, 3, 9, 8)),
+    "reflected, of one": (nn.Conv2d(1, 9, 3, padding=1, padding_mode="reflect"), (2, 1, 9, 8)),
+    "transposed, of three": (nn.ConvTranspose2d(3, 9, 4, stride=2, padding=1), (2, 3, 9, 8)),
+    "planes of one": (nn.Conv3d(1, 9, (1, 3, 3), padding=(0, 1, 1)), (2, 1, 4, 9, 8)),
+    "volumes of one": (nn.Conv3d(1, 9, 3, padding=1), (2, 1, 4, 9, 8)),
+    "through planes, of two": (nn.Conv3d(2, 9, (3, 1, 1), padding=(1, 0, 0)), (2, 2, 5, 6, 7)),
+    "to one": (nn.ConvTranspose2d(6, 1, 2, stride=2), (2, 6, 5, 4)),
+}
+"""Of these, windows are read by whole lines behind a border."""
+
+
+@pytest.mark.parametrize("signs", RECIPES)
+@pytest.mark.parametrize("name", FEW_CHANNELS)
+def test_few_channels(name, signs):
+    layer, shape = FEW_CHANNELS[name]
+    _require(layer, (shape, (1, *shape[1:-1], shape[-1] + 5)), signs)
+
+
 @pytest.mark.parametrize("shape, layer", [((2, 6, 19), nn.Conv1d), ((2, 6, 7, 9, 8), nn.Conv3d)])
 def test_floats_that_leave_lines_and_volumes(layer, shape):
     x = signal(*shape)

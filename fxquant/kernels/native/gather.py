@@ -1,8 +1,8 @@
 """What moves numbers and is no view, as copies of views: rolled, repeated, enlarged, padded and shuffled tensors.
 
-Such a function takes each axis by itself: ``y[.., j, ..] = x[.., m(j), ..]``, or a fixed number where ``m(j)`` is nowhere.
-Or it gives numbers another order, in which each axis of ``y`` goes by steps through axes of ``x`` (a pixel shuffle). Both are
-found by asking the function for tensors of indices, and what they give is compared with what it gives.
+Such a function takes each axis by itself: ``y[.., j, ..] = x[.., m(j), ..]``, or a fixed number where ``m(j)`` is
+nowhere. Or it gives numbers another order, in which each axis of ``y`` goes by steps through axes of ``x`` (a pixel
+shuffle). Both are found by asking the function for tensors of indices, and what they give is compared with what it gives.
 """
 
 from __future__ import annotations
