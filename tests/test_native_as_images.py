@@ -233,6 +233,19 @@ def test_a_u_net():
     require_same(integers_of(model, x), (x,), (signal(1, 6, 4, 6),))
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(4, 32), (3, 33), (2, 5, 7), (2, 5, 1), (2, 1, 7), (2, 5, 4, 3), (2, 3, 4, 5, 6)])
+def test_floats_are_rounded_into_a_join(shape, axis):
+    """Two tensors of floats become bytes side by side, a part of a tensor each."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.last(torch.cat([x.cos(), x.sin()], axis))
+
+    joined = torch.cat([signal(*shape)] * 2, axis).shape
+    integer = integers_of(Function(forward, last=nn.Linear(joined[-1], 5)), signal(*shape))
+    require_same(integer, (signal(*shape, seed=4),))
+
+
 def test_a_sum_is_not_taken_into_a_layer_whose_results_move():
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         return F.relu(m.up(x) + x)

@@ -30,7 +30,7 @@ inline void quantize(const Step& s, int unit) {
         for (int at = 0; at < w; at += 16) {
             const int count = std::min(16, w - at);
             store_low_bytes(bytes, sixteen(x + k * plane + at, count));
-            if (s.y.pixel == 1) {
+            if (c == 1 && s.y.pixel == 1) {
                 std::memcpy(y + at, bytes, count);
                 continue;
             }
