@@ -1,7 +1,8 @@
-"""Models that the native kernels do not have as a whole: milliseconds natively in parts, on torch's operators, elsewhere.
+"""Models other than classifiers of images: milliseconds natively, mostly in parts, on torch's operators, elsewhere.
 
 Detectors, optical flow and a YOLO, whose own code runs between graphs; segmentation heads, shifted windows and transformers
-with functions of floats between integer ops. All weights are random. The contenders take turns in one process; medians.
+with functions of floats between integer ops; videos, waves and a U-Net, whose convolutions are over volumes, over lines and
+transposed. All weights are random. The contenders take turns in one process; medians.
 
 - parts: native parts of the graphs that were cut (whole graphs are not counted);
 - native: the share of the ops on integers that native kernels compute;
@@ -50,6 +51,50 @@ class Decoder(nn.Module):
         return output.logits, tuple(kept)
 
 
+class UNet(nn.Module):
+    """Three steps down and up, by transposed convolutions and padding ``"same"``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 64, 128, 256)
+        self.down = nn.ModuleList(double(a, b) for a, b in zip((3, *widths), widths, strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * a, a, 2, stride=2) for a in widths[2::-1])
+        self.joined = nn.ModuleList(double(2 * a, a) for a in widths[2::-1])
+        self.head = nn.Conv2d(widths[0], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of two classes for each pixel."""
+        kept = list[Tensor]()
+        for step in self.down:
+            x = step(nn.functional.max_pool2d(x, 2) if kept else x)
+            kept.append(x)
+        for up, joined, other in zip(self.up, self.joined, kept[2::-1], strict=True):
+            x = joined(torch.cat([up(x), other], 1))
+        return self.head(x)
+
+
+def double(inputs: int, outputs: int) -> nn.Sequential:
+    """Two convolutions with norms."""
+    layers = list[nn.Module]()
+    for size in (inputs, outputs):
+        layers += [nn.Conv2d(size, outputs, 3, padding="same"), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def m5() -> nn.Module:
+    """Classes of sounds from waves (Dai et al., "Very deep convolutional neural networks for raw waveforms", 1610.00087)."""
+    layers, size = list[nn.Module](), 1
+    for width, kernel, stride in ((128, 80, 4), (128, 3, 1), (256, 3, 1), (512, 3, 1)):
+        layers += [nn.Conv1d(size, width, kernel, stride), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(4)]
+        size = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(size, 35))
+
+
+def noise(*shape: int) -> Callable[[int, int], tuple[Tensor]]:
+    """Batches of noise of a shape."""
+    return lambda count, seed: (torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)),)
+
+
 def tokens_and_cache(count: int, seed: int) -> tuple[Tensor, Any]:
     """One token and the keys and values of 64 others."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,6 +129,9 @@ def networks() -> dict[str, Case]:
         "swin_t": Case(lambda: torchvision.models.swin_t(weights=None), images(224)),
         "t5 encoder": Case(t5_encoder, words),
         "gpt2 with cache": Case(Decoder, tokens_and_cache),
+        "r3d_18": Case(lambda: torchvision.models.video.r3d_18(weights=None), noise(3, 8, 112, 112)),
+        "u-net": Case(UNet, images(224)),
+        "m5": Case(m5, noise(1, 8000)),
     }
 
 
