@@ -32,7 +32,7 @@ def products(step: Step) -> int:
     """Products of a step with weights."""
     kind, y = NAMES[step.kind], step.y
     if kind == "convolution":
-        return y.n * y.h * y.w * step.taps * step.depth * (y.c // step.groups if step.flags & 1 else y.c)
+        return y.n * y.h * y.w * y.c * step.taps * step.depth
     if kind.startswith("depthwise"):
         return y.n * y.h * y.w * y.c * step.window.kernel[0] * step.window.kernel[1]
     return y.n * y.h * y.w * y.c * 9 * step.depth if kind == "winograd" else 0

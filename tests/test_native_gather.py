@@ -101,3 +101,17 @@ def test_other_orders_are_found(function, shape, order):
 )
 def test_what_moves_in_neither_way_is_refused(function):
     assert isinstance(gathering_of(function, (2, 500), torch.uint8), Refusal)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 3), (1, 2, 3), (2, 1, 3), (2, 3, 2)])
+def test_a_maximum_of_few_numbers_is_no_move(shape):
+    """The numbers that were tried may happen to have theirs where it would be a move."""
+    for function in (lambda x: x.sort(dim=-1).values, lambda x: F.adaptive_max_pool1d(x.double(), 1).to(x.dtype)):
+        assert isinstance(gathering_of(function, shape, torch.uint8), Refusal)
+    model = nn.Sequential(nn.Conv1d(shape[1], shape[1], 1), nn.Hardtanh(-1, 1), nn.AdaptiveMaxPool1d(1))
+    integer = fxquant.quantize(model.eval(), [torch.randn(64, *shape[1:])], progress=False)
+    for seed in range(8):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        got = integer(x)
+        with by_reference(integer):
+            assert torch.equal(got, integer(x))

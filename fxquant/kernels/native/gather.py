@@ -116,7 +116,20 @@ def gathering_of(
     if not isinstance(result, Tensor) or not result.numel():
         return Refusal(_NOT_NATIVE)
     found = _by_axes(function, numbers, result) if result.ndim == len(shape) else None
-    return found or _reordering(function, numbers, result) or Refusal(_NOT_NATIVE)
+    found = found or _reordering(function, numbers, result)
+    return found if found is not None and _whatever_they_are(found, function, shape) else Refusal(_NOT_NATIVE)
+
+
+def _whatever_they_are(found: Gathering | Reordering, function: Callable[[Tensor], Any], shape: Sequence[int]) -> bool:
+    """Whether numbers move so in rising and in falling order: a maximum or a sort of few numbers may look like a move."""
+    rising = torch.arange(math.prod(shape), dtype=torch.float64)
+    for numbers in (rising.reshape(tuple(shape)), rising.flip(0).reshape(tuple(shape))):
+        moved = torch.full(found.shape, float(found.filling), dtype=torch.float64)
+        for source, target in found.views(numbers, moved):
+            target.copy_(source)
+        if not torch.equal(moved, function(numbers)):
+            return False
+    return True
 
 
 def _reordering(function: Callable[[Tensor], Any], numbers: Tensor, result: Tensor) -> Reordering | None:
