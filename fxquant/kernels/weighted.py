@@ -26,7 +26,7 @@ from fxquant.kernels.place import Known, Place, Step, clamped, zero_point_held
 from fxquant.kernels.quantized import FLOAT32
 from fxquant.kernels.saturation import INT32, can_saturate, largest_sum
 from fxquant.kernels.storage import Storage, convert
-from fxquant.nn.accumulating import IntegerWeighted, channels_first
+from fxquant.nn.accumulating import IntegerWeighted, channels_first, padding_sides
 
 __all__ = [
     "Geometry",
@@ -61,8 +61,8 @@ def geometry_of(part: IntegerWeighted) -> Geometry:
         Refusal: they fit no packed operator.
     """
     attributes, dims = part.attributes, part.weight.ndim - 2
-    padding = _numbered(attributes.get("padding", 0), part.weight.shape[2:], attributes.get("dilation", 1))
-    if attributes.get("padding_mode", "zeros") != "zeros" or padding is None:
+    sides = padding_sides(attributes.get("padding", 0), part.weight.shape[2:], attributes.get("dilation", 1))
+    if attributes.get("padding_mode", "zeros") != "zeros" or any(before != behind for before, behind in sides):
         raise Refusal("its padding is no number of zeros on both sides")
 
     def pair(value: Any, free: int) -> list[int]:
@@ -70,18 +70,7 @@ def geometry_of(part: IntegerWeighted) -> Geometry:
         return values if dims == 2 else [free, *values]
 
     stride, dilation = pair(attributes.get("stride", 1), 1), pair(_without_idle_dilation(part)["dilation"], 1)
-    return Geometry(stride, pair(padding, 0), dilation, int(attributes.get("groups", 1)))
-
-
-def _numbered(padding: Any, kernel: Sequence[int], dilation: Any) -> Any:
-    """A padding that is told in words, in numbers; None where it differs from side to side."""
-    if padding == "valid":
-        return 0
-    if padding != "same":
-        return padding
-    gaps = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation)
-    totals = [gap * (size - 1) for gap, size in zip(gaps, kernel, strict=True)]
-    return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
+    return Geometry(stride, pair([before for before, _ in sides], 0), dilation, int(attributes.get("groups", 1)))
 
 
 def require_bytes(part: IntegerWeighted) -> None:

@@ -12,6 +12,7 @@ below 2**24, or 2**53, is exact in any order of addition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,15 @@ from fxquant.nn.integer import IntegerOp, Multipliers, Site
 from fxquant.numerics.affine import quantize
 from fxquant.numerics.requantize import combine, common_multipliers, requantize
 
-__all__ = ["IntegerMatmul", "IntegerProduct", "IntegerSum", "IntegerWeighted", "channels_first", "weight_rows"]
+__all__ = [
+    "IntegerMatmul",
+    "IntegerProduct",
+    "IntegerSum",
+    "IntegerWeighted",
+    "channels_first",
+    "padding_sides",
+    "weight_rows",
+]
 
 
 class IntegerWeighted(IntegerOp):
@@ -105,6 +114,16 @@ class IntegerWeighted(IntegerOp):
         shape = [1] * ndim
         shape[self.channel_axis] = -1
         return values.reshape(shape)
+
+
+def padding_sides(padding: Any, kernel: Sequence[int], dilation: Any) -> list[tuple[int, int]]:
+    """A convolution's padding, in numbers or as ``"same"`` or ``"valid"``, before and behind each axis."""
+    if padding == "same":
+        gaps = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation)
+        totals = [gap * (size - 1) for gap, size in zip(gaps, kernel, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    sizes = 0 if padding == "valid" else padding
+    return [(int(size), int(size)) for size in ([sizes] * len(kernel) if isinstance(sizes, int) else sizes)]
 
 
 def channels_first(part: IntegerWeighted) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.behaviour import Weighted
-from fxquant.nn.accumulating import IntegerWeighted
+from fxquant.nn.accumulating import IntegerWeighted, padding_sides
 from fxquant.nn.integer import Site
 from fxquant.ops.entry import Call, OpEntry
 from fxquant.ops.example import example
@@ -21,16 +21,7 @@ __all__ = ["addmm", "conv1d", "conv2d", "conv3d"]
 
 def _padded(x: Tensor, weight: Tensor, padding: Any, dilation: Any, mode: str) -> Tensor:
     """``x`` padded on every spatial side as a convolution with ``padding_mode=mode`` pads it."""
-    dims = weight.ndim - 2
-    steps = [dilation] * dims if isinstance(dilation, int) else list(dilation)
-    if padding == "same":
-        totals = [step * (size - 1) for step, size in zip(steps, weight.shape[2:], strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    elif padding == "valid":
-        sides = [(0, 0)] * dims
-    else:
-        sizes = [padding] * dims if isinstance(padding, int) else list(padding)
-        sides = [(size, size) for size in sizes]
+    sides = padding_sides(padding, weight.shape[2:], dilation)
     return F.pad(x, [amount for side in reversed(sides) for amount in side], mode=mode)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fxquant.errors import InputError, Refusal
 from fxquant.kernels.weighted import Geometry
-from fxquant.nn.accumulating import IntegerWeighted, channels_first
+from fxquant.nn.accumulating import IntegerWeighted, channels_first, padding_sides
 
 __all__ = ["AsImages", "Moves", "as_images"]
 
@@ -117,12 +117,7 @@ Sides = list[tuple[int, int]]
 
 def _paddings(attributes: dict[str, Any], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[list[int], Sides]:
     """What a kernel takes for outside on both sides of each axis, and what must be written before and behind."""
-    given = attributes.get("padding", 0)
-    if given == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [(p, p) for p in _each(0 if given == "valid" else given, len(kernel))]
+    sides = padding_sides(attributes.get("padding", 0), kernel, dilation)
     if attributes.get("padding_mode", "zeros") != "zeros":
         return [0] * len(kernel), sides
     return [left for left, _ in sides], [(0, right - left) for left, right in sides]

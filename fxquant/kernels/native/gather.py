@@ -115,8 +115,8 @@ def gathering_of(
     result = function(numbers)
     if not isinstance(result, Tensor) or not result.numel():
         return Refusal(_NOT_NATIVE)
-    found = _by_axes(function, numbers, result) if result.ndim == len(shape) else None
-    found = found or _reordering(function, numbers, result)
+    by_axes = _by_axes(function, numbers, result) if result.ndim == len(shape) else None
+    found = by_axes or _reordering(function, numbers, result)
     return found if found is not None and _whatever_they_are(found, function, shape) else Refusal(_NOT_NATIVE)
 
 
