@@ -111,6 +111,59 @@ def test_gradients_are_the_papers(rule, scheme, scale, zero):
         )
 
 
+LAYOUTS = {
+    "dense": lambda t: t.contiguous(),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "with gaps": lambda t: torch.cat([t, t], 3)[..., ::2],
+    "gradient of a sum": lambda t: t[:1, :1, :1, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize(
+    "layouts", [("dense", "dense"), ("channels last", "dense"), ("with gaps", "gradient of a sum")]
+)
+@pytest.mark.parametrize("bounds", [(None, None), (0.0, None), (0.0, 1.0)])
+@pytest.mark.parametrize("rule", LEARNED)
+def test_pieces_give_what_one_pass_gives(rule, bounds, layouts, monkeypatch):
+    """A backward pass by pieces on the CPU, against the formula that other devices run."""
+    random = torch.Generator().manual_seed(0)
+    lower, upper = bounds
+    for scheme, scale, zero in GRIDS:
+        if RULES[rule].refusal(scheme, "tensor") is not None:
+            continue
+        n, p = scheme.qmin - zero, scheme.qmax - zero
+        x = torch.randn(3, 5, 20, 12, generator=random) * scale * (p - n)
+        ends = torch.cat([edges(scale, n, p), torch.tensor([float("inf"), -float("inf"), 0.0, 1.0])])
+        x.view(-1)[: ends.numel()] = ends
+        x, g = (LAYOUTS[name](t) for name, t in zip(layouts, (x, torch.randn(x.shape, generator=random)), strict=True))
+        found = []
+        for small in (0, x.numel()):
+            monkeypatch.setattr("fxquant.numerics.learned_rounding._SMALL", small)
+            monkeypatch.setattr("fxquant.numerics.memory._ELEMENTS_PER_THREAD", 500)
+            made_of = [t.detach().requires_grad_() for t in (x, torch.tensor(scale), torch.tensor(0.0))]
+            y = round_to_learned_grid(
+                made_of[0],
+                made_of[1],
+                torch.tensor(zero),
+                scheme.qmin,
+                scheme.qmax,
+                rule=RULES[rule].tensor.gradients,
+                offset=made_of[2],
+                lower=lower,
+                upper=upper,
+                gain=0.5,
+            )
+            y.backward(g)
+            found.append((y.detach(), *(t.grad for t in made_of)))
+        pieces, whole = found
+        assert_same_bits(pieces[0], whole[0])
+        assert torch.equal(pieces[1], whole[1]) and pieces[1].stride() == whole[1].stride()
+        assert float(pieces[2]) == pytest.approx(float(whole[2]), rel=1e-4, abs=1e-3)
+        assert (pieces[3] is None) == (whole[3] is None)
+        if pieces[3] is not None:
+            assert float(pieces[3]) == pytest.approx(float(whole[3]), rel=1e-4, abs=1e-3)
+
+
 @pytest.mark.parametrize("rule", ["lsq", "ewgs", "tqt"])
 def test_gradients_of_weights_are_per_channel(rule):
     scheme = Scheme.weight(3)

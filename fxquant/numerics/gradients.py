@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.affine import broadcast
-from fxquant.numerics.memory import flat_view, piece_size, pieces
+from fxquant.numerics.memory import dense_view, flat_view, piece_size, pieces
 
 __all__ = ["fake_quantize", "traces"]
 
@@ -198,12 +198,6 @@ def _may_overwrite(x: Tensor) -> bool:
     return not (x._is_view() or x.is_inference() or (x.is_leaf and x.requires_grad))
 
 
-def _dense(x: Tensor) -> Tensor:
-    flat = flat_view(x)
-    assert flat is not None, "fake_quantize makes its input dense"
-    return flat
-
-
 def _by_interval(x: Tensor, s: float, low: float, high: float, *, inplace: bool, mask: Tensor | None) -> Tensor:
     """One scale on the CPU: ``s * round(clamp(x, low, high) / s)``, piece by piece, and ``mask = low ≤ x ≤ high``."""
     if x.dtype == torch.float32 and x.numel() <= _SMALL:
@@ -212,11 +206,11 @@ def _by_interval(x: Tensor, s: float, low: float, high: float, *, inplace: bool,
             torch.eq(x, t, out=mask)
         return torch.div(t, s, out=x if inplace else t).round_().mul_(s)
     y = x if inplace else torch.empty_like(x)
-    flat_x, flat_y = _dense(x), _dense(y)
+    flat_x, flat_y = dense_view(x), dense_view(y)
     is_wide = x.dtype == torch.float32
     spare = torch.empty(min(x.numel(), piece_size()))
     wide = spare if is_wide else torch.empty_like(spare)
-    passes = () if mask is None else (_dense(mask).view(torch.int8),)
+    passes = () if mask is None else (dense_view(mask).view(torch.int8),)
     for source, target, *passing in pieces(flat_x, flat_y, *passes):
         t = spare[: source.numel()]
         u = target if is_wide else wide[: source.numel()].copy_(source)
@@ -234,10 +228,10 @@ def _where(mask: Tensor, grad: Tensor) -> Tensor:
     if mask.device.type != "cpu" or mask.numel() <= _SMALL or torch.is_grad_enabled():
         return torch.where(mask, grad, 0.0)
     result = torch.empty_like(mask, dtype=grad.dtype)
-    flat_result = _dense(result)
-    flat_grad = _dense(grad) if grad.stride() == mask.stride() else _dense(result.copy_(grad))
+    flat_result = dense_view(result)
+    flat_grad = dense_view(grad) if grad.stride() == mask.stride() else dense_view(result.copy_(grad))
     spare = torch.empty(min(mask.numel(), piece_size()), dtype=grad.dtype)
-    for passes, incoming, outgoing in pieces(_dense(mask).view(torch.int8), flat_grad, flat_result):
+    for passes, incoming, outgoing in pieces(dense_view(mask).view(torch.int8), flat_grad, flat_result):
         t = spare[: passes.numel()].copy_(passes)
         torch.ops.aten.threshold_backward.grad_input(incoming, t, 0.0, grad_input=outgoing)
     return result

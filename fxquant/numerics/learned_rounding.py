@@ -16,19 +16,26 @@ other rules differ from it in one of these:
                           1 where x is clipped, else 0, and n, p in ∂y/∂s are qmin, qmax
     element_gain = δ      EWGS (2104.00903, eq. 3): ∂y/∂x times 1 + δ·sign(g)·(v - r)/(p - n), g the incoming gradient
 
-All of it is elementwise and on the device; nothing is read back.
+All of it is elementwise and on the device; nothing is read back. On the CPU, where that costs nothing, the numbers of one
+scale are, and the backward pass works on pieces that stay in cache, without masks: ``hardtanh_backward(a, b, low, high)`` is
+``a`` where ``low < b < high``, else 0, in one pass, and with it
+
+    ∂y/∂s = clamp(r, n, p) - (v where n < v < p, else 0)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from fxquant.numerics.affine import broadcast
 from fxquant.numerics.gradients import fake_quantize, traces
+from fxquant.numerics.memory import dense_view, flat_view, pieces
 
 __all__ = ["GradientRule", "round_to_learned_grid"]
 
@@ -112,6 +119,11 @@ class _Call:
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor, call: _Call) -> Tensor:
+        if x.numel() > _SMALL and not traces():
+            with torch.no_grad():
+                return fake_quantize(
+                    x, scale, zero_point, call.qmin, call.qmax, axis=call.axis, lower=call.lower, upper=call.upper
+                )
         v, n, p, s = call.levels(x, scale, zero_point)
         return v.round_().clamp_(n, p).mul_(s).to(x.dtype)
 
@@ -124,6 +136,9 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, scale, zero_point = ctx.saved_tensors
         call: _Call = ctx.call
+        if _fits_pieces(x, scale, gradient):
+            piecewise = _PiecewiseBackward(scale, zero_point, call)
+            return *piecewise.gradients(x, gradient, *ctx.needs_input_grad[:3]), None, None
         rule = call.rule
         v, n, p, _ = call.levels(x, scale, zero_point)
         r = torch.round(v)
@@ -161,3 +176,90 @@ def _reduced(slope: Tensor, scale: Tensor, call: _Call) -> Tensor:
         rest = [d for d in range(slope.ndim) if d != call.axis % slope.ndim]
         total = slope.sum(rest) if rest else slope
     return (total * call.gain).reshape(scale.shape).to(scale.dtype)
+
+
+_hardtanh_backward: Any = torch.ops.aten.hardtanh_backward
+_SMALL = 1 << 14
+"""Up to so many elements pieces gain nothing."""
+
+
+def _fits_pieces(x: Tensor, scale: Tensor, gradient: Tensor) -> bool:
+    one_scale = x.device.type == "cpu" and scale.numel() == 1 and x.numel() > _SMALL
+    return one_scale and x.dtype == gradient.dtype == torch.float32 and not (traces() or torch.is_grad_enabled())
+
+
+class _PiecewiseBackward:
+    """The backward pass of one scale on the CPU, over pieces of float32 numbers."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, call: _Call) -> None:
+        self.scale, self.call = scale, call
+        self.s, self.z = float(scale), int(zero_point)
+        self.n, self.p = float(call.qmin - self.z), float(call.qmax - self.z)
+        lower = -math.inf if call.lower is None else call.lower
+        upper = math.inf if call.upper is None else call.upper
+        # Two levels beyond the grid are as far out as infinity, and 0 times them is 0.
+        self.least = min(max(lower, (self.n - 2) * self.s), upper)
+        self.most = max(min(upper, (self.p + 2) * self.s), lower)
+
+    def gradients(
+        self, x: Tensor, gradient: Tensor, to_input: bool, to_scale: bool, to_offset: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients that are asked for."""
+        flat_x = flat_view(x)
+        if flat_x is None:
+            x = x.contiguous()
+            flat_x = x.view(-1)
+        result = torch.empty_like(x)
+        if gradient.stride() != result.stride():
+            gradient = result.copy_(gradient).clone()
+        flat_g, flat_result = (dense_view(t) for t in (gradient, result))
+        by_scale, by_offset = [], []
+        for part, g, target in pieces(flat_x, flat_g, flat_result):
+            v = part.clamp(self.least, self.most).div_(self.s)
+            r = torch.round(v)
+            if to_input:
+                self._to_input(part, v, r, g, target)
+            outside = g.sum() - self._inside(g, v, r).sum() if self.call.rule.floats else None
+            if outside is not None:
+                by_offset.append(outside)
+            if to_scale:
+                total = torch.dot(self._slope(v, r), g)
+                by_scale.append(total if outside is None else total + self.z * outside)
+        return (
+            result if to_input else None,
+            self._total(by_scale) if to_scale else None,
+            self._total(by_offset) if to_offset and by_offset else None,
+        )
+
+    def _to_input(self, x: Tensor, v: Tensor, r: Tensor, g: Tensor, target: Tensor) -> None:
+        """Into ``target``: the gradient of ``x``."""
+        rule, call = self.call.rule, self.call
+        if rule.element_gain:
+            factor = torch.sub(v, r).mul_(rule.element_gain / (self.p - self.n)).mul_(g.sign()).add_(1.0)
+            g = factor.mul_(g)
+        level, low, high = (r, self.n - 0.5, self.p + 0.5) if rule.by_level else (v, _below(self.n), -_below(-self.p))
+        _hardtanh_backward.grad_input(g, level, low, high, grad_input=target)
+        if call.lower is not None or call.upper is not None:
+            low = -math.inf if call.lower is None else call.lower
+            high = math.inf if call.upper is None else call.upper
+            _hardtanh_backward.grad_input(target, x, low, high, grad_input=target)
+
+    def _inside(self, taken: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        """``taken`` where a number is not clipped, else 0."""
+        if self.call.rule.by_level:
+            return _hardtanh_backward(taken, r, self.n - 0.5, self.p + 0.5)
+        return _hardtanh_backward(taken, v, self.n, self.p)
+
+    def _slope(self, v: Tensor, r: Tensor) -> Tensor:
+        """``∂y/∂s``, in the memory of ``r``."""
+        inside = self._inside(v if self.call.rule.residual else r, v, r)
+        return r.clamp_(self.n, self.p).sub_(inside)
+
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        total = torch.stack(parts).double().sum() * self.call.gain
+        return total.reshape(self.scale.shape).to(self.scale.dtype)
+
+
+def _below(x: float) -> float:
+    """The float32 number before ``x``."""
+    return float(numpy.nextafter(numpy.float32(x), numpy.float32(-math.inf)))

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["flat_view", "piece_size", "pieces"]
+__all__ = ["dense_view", "flat_view", "piece_size", "pieces"]
 
-_ELEMENTS_PER_THREAD = 1 << 20
+_ELEMENTS_PER_THREAD = 1 << 18
 """Two float32 operands of that size stay within a usual share of the last cache. Smaller pieces gain little, and every
 op on a piece is one more time that all threads wait for each other, which is slow where cores are shared."""
 
@@ -26,6 +26,13 @@ def flat_view(x: Tensor) -> Tensor | None:
     stride = x.stride()
     ordered = x.permute(sorted(range(x.ndim), key=stride.__getitem__, reverse=True))
     return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+def dense_view(x: Tensor) -> Tensor:
+    """The same of a tensor that was made dense before."""
+    flat = flat_view(x)
+    assert flat is not None, "a tensor with gaps or overlaps has no flat view"
+    return flat
 
 
 def piece_size() -> int:
