@@ -76,22 +76,37 @@ def _comparable(prepared: nn.Module) -> dict[nn.Module, list[bool]]:
         return {prepared: [False]}
     if not isinstance(prepared, LeveledModule):
         return {prepared: []}
-    parts = {n: prepared.get_submodule(str(n.target)) for n in prepared.graph.nodes if n.op == "call_module"}
-    behind: dict[fx.Node, None] = {}
-    for node in prepared.graph.nodes:
-        is_island = node in parts and bool(islands_of(parts[node]))
-        if is_island or any(read in behind for read in node.all_input_nodes):
-            behind[node] = None
+    parts, behind = _behind(prepared)
     read = dict.fromkeys(n for node in behind for n in node.all_input_nodes if n not in behind)
     results = next(node for node in prepared.graph.nodes if node.op == "output").args[0]
     sorts = [leaf in behind for leaf in tree_leaves(results) if isinstance(leaf, fx.Node)]
     return {prepared: sorts, **{parts[n]: [False] for n in read if n in parts}}
 
 
+def _behind(prepared: LeveledModule) -> tuple[dict[fx.Node, nn.Module], dict[fx.Node, None]]:
+    """The module of each node that calls one, and the nodes that are islands or read what an island has touched."""
+    parts = {n: prepared.get_submodule(str(n.target)) for n in prepared.graph.nodes if n.op == "call_module"}
+    behind: dict[fx.Node, None] = {}
+    for node in prepared.graph.nodes:
+        is_island = node in parts and bool(islands_of(parts[node]))
+        if is_island or any(read in behind for read in node.all_input_nodes):
+            behind[node] = None
+    return parts, behind
+
+
+def _entered(prepared: nn.Module) -> list[nn.Module]:
+    """The islands none of whose operands another one has touched: there, what functions give them is compared as well."""
+    if not isinstance(prepared, LeveledModule) or not islands_of(prepared):
+        return []
+    parts, behind = _behind(prepared)
+    later = {parts[n] for n in behind if n in parts and any(read in behind for read in n.all_input_nodes)}
+    return [parts[n] for n in behind if n in parts and islands_of(parts[n]) and parts[n] not in later]
+
+
 def _left(prepared: nn.Module, run: Callable[[], Any], off: Callable[[], Any]) -> float:
     """The least signal to noise, in dB, that one run leaves of the model's results."""
-    watched = _comparable(prepared)
-    exact, rounded = _results(prepared, watched, run, off), _results(prepared, watched, run, nullcontext)
+    watched, entered = _comparable(prepared), _entered(prepared)
+    exact, rounded = (_results(prepared, watched, entered, run, context) for context in (off, nullcontext))
     return min((_sqnr(x, y) for x, y in zip(rounded, exact, strict=False)), default=math.inf)
 
 
@@ -102,9 +117,14 @@ def _is_for_eight_bits(prepared: nn.Module) -> bool:
 
 
 def _results(
-    prepared: nn.Module, watched: dict[nn.Module, list[bool]], run: Callable[[], Any], off: Callable[[], Any]
+    prepared: nn.Module,
+    watched: dict[nn.Module, list[bool]],
+    entered: list[nn.Module],
+    run: Callable[[], Any],
+    off: Callable[[], Any],
 ) -> list[Tensor]:
-    """The tensors of real numbers that the calls of ``watched`` give in one run, sorted where that is said."""
+    """The real numbers that the calls of ``watched`` give in one run, sorted where that is said, and those that the
+    calls of ``entered`` are given."""
     found: list[Tensor] = []
 
     def keep(part: nn.Module, args: Any, result: Any) -> None:
@@ -119,7 +139,12 @@ def _results(
         for leaf, sorts in zip(leaves, told, strict=True):
             found.extend(x.flatten().sort().values if sorts else x for x in _reals(leaf))
 
+    def keep_given(part: nn.Module, args: Any, kwargs: Any) -> None:
+        if part in entered:
+            found.extend(_reals((args, kwargs)))
+
     hooks = [part.register_forward_hook(keep) for part in watched]
+    hooks += [part.register_forward_pre_hook(keep_given, with_kwargs=True) for part in entered]
     try:
         with _apart(prepared), off():
             run()

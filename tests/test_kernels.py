@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -220,6 +221,21 @@ def test_any_order_of_memory_gives_the_same(kernels):
     wide = torch.zeros(2, 3, 40, 32)
     wide[:, :, 4:36] = x
     assert_same_bits(integer(wide[:, :, 4:36]), want)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("shift", [-0.9, 0.0, 0.9])
+def test_numbers_far_beyond_the_range_stay_at_its_end(shift, kernels):
+    """From 2³¹ steps on, where integers of 32 bits end."""
+    x = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1 + shift
+    prepared = fxquant.calibrate(fxquant.prepare(nn.Linear(4, 4), x), [x], progress=False)
+    reference = fxquant.convert(prepared, kernels="reference")
+    is_native = kernels == "native"
+    other = fxquant.compile(reference, x, runtime="native") if is_native else fxquant.convert(prepared, kernels="torch")
+    for scale in (1.0, 1e3):
+        for far in (1e8, 1e20, 3.4e38, math.inf):
+            y = (x * scale).index_fill(1, torch.tensor(0), far).index_fill(1, torch.tensor(1), -far)
+            torch.testing.assert_close(other(y), reference(y))
 
 
 @fast

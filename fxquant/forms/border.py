@@ -12,7 +12,7 @@ from fxquant.kernels.native.lines import Lines
 from fxquant.kernels.native.operations import BorderOperation, Operation
 from fxquant.kernels.operators import Operators
 from fxquant.kernels.place import Place, Step
-from fxquant.kernels.quantized import ATEN
+from fxquant.kernels.quantized import ATEN, to_bytes
 from fxquant.kernels.storage import Storage
 from fxquant.nn.form import Computation, Form, RealForm, TorchKernel, register_form
 from fxquant.nn.integer import Dequantize, Quantize
@@ -34,7 +34,7 @@ def quantize_step(place: Place) -> Step:
         x = x.float()
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        q = torch.quantize_per_tensor(x, form.scale, form.zero_point, torch.quint8)
+        q = to_bytes(x, form.scale, form.zero_point)
         return q if whole else torch.clamp(q, low, high)
 
     return Step(run, form, ATEN)

@@ -29,6 +29,7 @@ __all__ = [
     "rounded",
     "taken_by",
     "terms_of",
+    "to_bytes",
 ]
 
 FLOAT32 = "float32 inside"
@@ -46,12 +47,22 @@ def on_quantized(part: Any, operators: Operators) -> str:
     return ATEN
 
 
+def to_bytes(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """float32 ``x`` rounded to unsigned bytes.
+
+    With a zero point above 127 torch gives 0 from 2³¹ steps on, infinity included, in the place of 255.
+    """
+    if zero_point > 127:
+        x = x.clamp(max=2.0**30 * scale)
+    return torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+
+
 def rounded(place: Place, function: Callable[..., Tensor], given: Storage, scale: float | None = None) -> Any:
     """``function``, whose real result is rounded to the grid of the result; ``scale`` is its unit where not the grid's."""
     unit, zero_point = given.scale if scale is None else scale, given.zero_point
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        y = torch.quantize_per_tensor(function(*args, **kwargs), unit, zero_point, torch.quint8)
+        y = to_bytes(function(*args, **kwargs), unit, zero_point)
         return y if unit == given.scale else convert(y, given, False)
 
     return clamped(place.part, given, run)
