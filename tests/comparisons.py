@@ -42,6 +42,13 @@ def _require_alike(actual: Any, expected: Any, what: str) -> list[Pair]:
     return list(zip(a, e, strict=True))
 
 
+def decibels(true: Tensor, other: Tensor) -> float:
+    """The power of ``true`` over that of what ``other`` is off by; infinite where that is nothing."""
+    true, other = true.detach().double(), other.detach().double()
+    noise = (true - other).square().sum()
+    return float(10 * torch.log10(true.square().sum() / noise)) if noise > 0 else float("inf")
+
+
 def assert_same_bits(actual: Any, expected: Any, what: str = "output") -> None:
     """Tensors, or nested outputs, are equal bit for bit (NaN equals NaN)."""
     for x, y in _require_alike(actual, expected, what):

@@ -8,6 +8,7 @@ import itertools
 import digits
 import pytest
 import torch
+from comparisons import decibels
 from torch import Tensor, nn
 
 import fxquant
@@ -28,10 +29,6 @@ def setting(weight: int, activation: int = 8) -> fxquant.Setting:
 def ready(model: nn.Module, batches: list, weight: int, activation: int = 8):
     prepared = fxquant.prepare(model, batches[0], recipe=setting(weight, activation))
     return fxquant.calibrate(prepared, batches, progress=False)
-
-
-def decibels(true: Tensor, other: Tensor) -> float:
-    return float(10 * torch.log10(true.square().mean() / (true - other).square().mean()))
 
 
 KINDS = {

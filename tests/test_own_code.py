@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import decibels
 from torch import nn
 
 import fxquant
@@ -162,10 +163,6 @@ LONG: tuple[Callable[..., Any], ...] = (
     through_a_row, all_parameters, dtype_of_parameters, state, asks_for_a_class,
 )  # fmt: skip
 RARE = [*QUICK, *(pytest.param(rare, marks=pytest.mark.long) for rare in LONG)]
-
-
-def decibels(wanted, found):
-    return float(10 * torch.log10(wanted.pow(2).sum() / (wanted - found).pow(2).sum()))
 
 
 @pytest.mark.parametrize("rare", RARE, ids=lambda rare: rare.__name__)

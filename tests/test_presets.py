@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import decibels
 from torch import Tensor, nn
 
 import fxquant
@@ -150,11 +151,6 @@ def test_academic_counts_in_a_transformer():
 def test_deploy_has_one_width(net, bits):
     model = prepared(net, "deploy", bits)
     assert set(weights(model)) == set(tensors(model)) == {bits}
-
-
-def decibels(signal: Tensor, other: Tensor) -> float:
-    noise = (signal - other).double().square().sum().clamp(min=1e-300)
-    return float(10 * torch.log10(signal.double().square().sum() / noise))
 
 
 CASES = [(net, preset, bits) for net in NETS for preset in ("academic", "deploy") for bits in (4, 2)]

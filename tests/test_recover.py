@@ -10,6 +10,7 @@ import digits
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import decibels
 from torch import Tensor, nn
 
 import fxquant
@@ -38,10 +39,6 @@ def ready(model: nn.Module, batches: list, *, weight: int = 4, activation: int =
 
 def recovered(model: nn.Module, batches: list, **more):
     return fxquant.recover(ready(model, batches, **more), batches, progress=False)
-
-
-def decibels(true: Tensor, other: Tensor) -> float:
-    return float(10 * torch.log10(true.pow(2).mean() / (true - other).pow(2).mean().clamp(min=1e-30)))
 
 
 def quantizers(model: nn.Module) -> list[WeightQuantize]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import decibels
 from torch import Tensor, nn
 
 import fxquant
@@ -129,11 +130,6 @@ def outputs(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
         y = model(**batch) if isinstance(batch, dict) else model(batch)
     return torch.cat([part.flatten() for part in (y.values() if isinstance(y, dict) else [y])]).double()
-
-
-def decibels(x: Tensor, y: Tensor) -> float:
-    """The power of ``x`` over that of what ``y`` is off by."""
-    return float(10 * torch.log10(x.square().sum() / (x - y).square().sum().clamp(min=1e-300)))
 
 
 def facts_of(prepared: Any) -> dict[str, Any]:

@@ -12,18 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import decibels
 from torch import Tensor, nn
 
 import fxquant
 from fxquant import Op, Recipe, Setting
 from fxquant.kernels.agreement import agreement
 from fxquant.nn.fake_quantize import FakeQuantize
-
-
-def decibels(want: Tensor, got: Tensor) -> float:
-    """The ratio of signal to error."""
-    want, got = want.detach(), got.detach()
-    return float(10 * torch.log10(want.double().pow(2).sum() / (want.double() - got.double()).pow(2).sum()))
 
 
 def quantized(model: nn.Module, inputs: tuple[Any, ...], recipe: Recipe | None = None) -> tuple[Any, Any]:

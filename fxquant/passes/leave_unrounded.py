@@ -38,6 +38,10 @@ VANISHES = (8 + 1 + 16) * math.log(2)
 of a probability of 8 bits, and one stays under half of float32's last digit."""
 
 
+FAR = 100.0
+"""What a select puts in the place of masked values, where it is no number of the others' kind: -100, 1e9, infinity."""
+
+
 class _Origin(IntEnum):
     """What a tensor is computed from; of several operands the largest counts."""
 
@@ -55,6 +59,7 @@ def leave_unrounded(module: LeveledModule, *, recipe: Recipe) -> LeveledModule:
 
     - what reads a tensor made of integers: positions, masks, counts;
     - a sum that adds a mask on its way into a softmax;
+    - what reads values of which a select has put some far away, but for what bounds its result;
     - what magnifies errors of an operand without bound (division, exp, sin, sqrt …), and what reads its result together
       with other tensors;
     - what is computed for such an op alone;
@@ -79,6 +84,7 @@ class _Search:
         self.origin: dict[fx.Node, _Origin] = {}
         self.sensitive: dict[fx.Node, str] = {}
         self.left: set[fx.Node] = set()
+        self.far: set[fx.Node] = set()
         self.constants: dict[fx.Node, Tensor | None] = {}
         for node in edit.nodes:
             if _is_data(node):
@@ -93,6 +99,9 @@ class _Search:
         for node in self.edit.nodes:
             for operand in self._operands_with_masks(node):
                 self._follow_masks(operand, seen=set())
+        for node in self.edit.nodes:
+            if _is_data(node) and self._is_far(node):
+                self.far.add(node)
         for node in self.edit.nodes:
             if self._may_round(node):
                 self._read_operands(node)
@@ -245,6 +254,10 @@ class _Search:
     def _read_operands(self, node: fx.Node) -> None:
         """Leave an op that reads, beside other tensors, what an op magnified, or what an unknown op made with a mask."""
         roots = [_root(operand) for operand in self._operands(node)]
+        far = next((root for root in roots if root in self.far), None)
+        if far is not None and node in self.far:
+            self._leave(node, f"it reads {far.name}, some of whose values a mask has put far from the others")
+            return
         if len(roots) < 2:
             return
         for root in roots:
@@ -256,6 +269,22 @@ class _Search:
         if not isinstance(behaviour_of(node), FloatOnly) or self.origin.get(node) != _Origin.ACTIVE:
             return False
         return any(operand.meta.get("dtype") is torch.bool for operand in _data_of(node))
+
+    def _is_far(self, node: fx.Node) -> bool:
+        """Whether a mask has put some values of ``node`` far from the others: here, or before an op that keeps them so."""
+        if not self._selects(node):
+            keeps = isinstance(behaviour_of(node), (Rescaling, FloatOnly)) and "island" not in node.meta
+            return keeps and not self._multiplies(node) and any(_root(o) in self.far for o in _data_of(node))
+        constants = [self._constant(o) for o in _data_of(node) if self.origin[o] == _Origin.CONSTANT]
+        numbers = [float(c.abs().max()) for c in constants if c is not None and c.numel()]
+        made = [
+            o
+            for o in _data_of(node)
+            if isinstance(behaviour_of(o), FloatOnly) and o.meta.get("dtype") is not torch.bool
+        ]
+        for maker in (node, *made):  # masked_fill(scores, mask, -1e9), where(mask, scores, full_like(scores, -1e9))
+            numbers += [v for v in (*maker.args, *maker.kwargs.values()) if isinstance(v, (int, float))]
+        return any(abs(v) >= FAR for v in numbers)
 
     def _read_users(self, node: fx.Node) -> None:
         """Leave an op whose result only such ops read that must not read it rounded."""
@@ -289,7 +318,8 @@ class _Search:
 
         What else is float (an op that the table lacks, or that a recipe keeps) was never worth more than 8 bits.
         """
-        if node in self.left or self.origin[node] in (_Origin.CONSTANT, _Origin.COUNTED) or self._selects(node):
+        exact = node in self.left or node in self.far or self._selects(node)
+        if exact or self.origin[node] in (_Origin.CONSTANT, _Origin.COUNTED):
             return True
         operands = _data_of(node)
         if isinstance(behaviour_of(node), Passing):
