@@ -238,6 +238,40 @@ def test_numbers_far_beyond_the_range_stay_at_its_end(shift, kernels):
             torch.testing.assert_close(other(y), reference(y))
 
 
+MOVES = {
+    "interpolation": lambda x: F.interpolate(x, scale_factor=2.0),
+    "maximum": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
+    "interpolated volume": lambda x: F.interpolate(x.unsqueeze(-1), scale_factor=2.0),
+    "maximum over volumes": lambda x: F.max_pool3d(x.unsqueeze(3), 3, stride=1, padding=1),
+}
+
+
+class Permuted(nn.Module):
+    """Axes in another order, along some of which there is one element."""
+
+    def __init__(self, order: tuple[int, ...], move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.move, self.conv = order, move, nn.Conv2d(4, 5, 1)
+        self.gains = nn.Parameter(torch.rand(5, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.move((self.conv(x) * self.gains).permute(self.order))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2), (0, 2, 1, 3), (0, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("name", MOVES)
+def test_axes_of_one_element_in_any_order_are_not_misread(name, order, sizes):
+    model = Permuted(order, MOVES[name]).eval()
+    x = torch.randn(3, 4, *sizes, generator=torch.Generator().manual_seed(0))
+    prepared = fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False)
+    integer = fxquant.convert(prepared, kernels="torch")
+    found = agreement(integer, x)
+    assert len(found) > 4 and all(own.worst <= 1 for own in found), found
+    assert_close_to_scale(integer(x), of_reference(integer)(x), 0.05)
+
+
 @fast
 @either
 def test_an_empty_batch_takes_the_reference(kernels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxquant.errors import Refusal
@@ -37,14 +38,22 @@ def passing_step(place: Place) -> Step:
 
 
 def _one_layout(value: Any) -> Any:
-    """``value``; an image of 1 × 1, whose strides fit both layouts, with those of channels last.
+    """``value``; an image or volume that lies as channels last does has its strides, also along axes of one element.
 
-    torch 2.14's nearest interpolation of quint8 takes such an image for channels last, and its result for contiguous.
+    There a stride moves nothing, and may be anything. torch 2.14's nearest interpolation and maxima of quint8 ask the memory
+    for the layout of what they take, and the strides for that of what they give.
     """
-    if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] > 1 and value.shape[2:].numel() == 1:
-        channels = value.shape[1]
-        return value.contiguous().as_strided(value.shape, (channels, 1, channels, channels))
-    return value
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if not isinstance(value, Tensor) or value.ndim not in formats or value.shape[1] < 2:
+        return value
+    if not value.is_contiguous(memory_format=formats[value.ndim]):
+        return value
+    strides, step = [1], value.shape[1]
+    for size in reversed(value.shape[2:]):
+        strides.insert(1, step)
+        step *= size
+    strides.insert(0, step)
+    return value if value.stride() == tuple(strides) else value.as_strided(value.shape, strides)
 
 
 def _maximum(lines: Lines, node: fx.Node, part: IntegerPass) -> Operation:
