@@ -223,15 +223,19 @@ def test_each_group_is_rounded_as_a_linear_layer_by_hand(kind, monkeypatch):
     for name in ("inputs", "crossed", "input_mean", "target_mean"):  # float32's sums of numbers up to 5
         torch.testing.assert_close(getattr(moments, name), getattr(by_hand, name), atol=2e-6, rtol=2e-6)
     assert (moments.count, moments.images) == (by_hand.count, by_hand.images)
-    ridge = 0.1 * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    share = closed_form.chosen_ridge(weights, moments)
+    ridge = share * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     ridge = ridge * torch.eye(weights.shape[-1]).double()
     goal = torch.linalg.solve(moments.inputs + ridge, moments.crossed + weights @ ridge, left=False)
+    trusted = moments.inputs, moments.crossed
+    if share > closed_form.RIDGE:
+        trusted = moments.inputs + ridge, moments.crossed + weights @ ridge
     groups, rows = weights.shape[:2]
     own = part.weight_quantizer
     together = [range(groups)] if matrices.shares_scales else [range(g, g + 1) for g in range(groups)]
     for some in together:
         at, scales = list(some), Scales(len(some), rows, rows)
-        each = (tensor[at] for tensor in (goal, weights, moments.inputs, moments.crossed))
+        each = (tensor[at] for tensor in (goal, weights, *trusted))
         wanted = rounded_rows(*each, scales, own.scheme, floor=NO_FLOOR)
         scale = own.scale.flatten() if matrices.shares_scales else own.scale.reshape(groups, rows)[at].flatten()
         torch.testing.assert_close(scale.double(), wanted.scale, atol=0, rtol=1e-6)  # kept as float32
@@ -240,6 +244,38 @@ def test_each_group_is_rounded_as_a_linear_layer_by_hand(kind, monkeypatch):
     real = matrices.rows(own(part.weight).detach()).double()
     bias = targets.mean(-1) - (real * means[:, None]).sum(-1)
     torch.testing.assert_close(own.bias_for(part.bias).double(), bias.flatten(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_parts_of_the_moments_make_up_the_whole(monkeypatch):
+    used: list[Moments] = []
+    monkeypatch.setattr(closed_form, "moments_of", lambda *a: used.append(moments_of(*a)) or used[-1])
+    recovered(nn.Sequential(nn.Conv2d(4, 6, 3, bias=False)).eval(), [torch.randn(8, 4, 6, 6) + 0.4 for _ in range(3)])
+    (whole,) = used
+    fit, rest = whole.halves
+    assert fit.count + rest.count == whole.count and rest.count == whole.count // 4
+    for name in ("inputs", "crossed", "input_mean", "target_mean"):
+        joined = (fit.count * getattr(fit, name) + rest.count * getattr(rest, name)) / whole.count
+        torch.testing.assert_close(joined, getattr(whole, name), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("images", [8, 16, 64])
+def test_few_images_do_no_harm_to_others(images):
+    """A layer with more columns than positions: least squares gave what calibrates it, and harmed everything else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, 2), nn.ReLU6(), nn.Conv2d(64, 64, 3, 2), nn.Flatten(), nn.Linear(576, 10))
+    model.eval()
+
+    def some(count: int, seed: int) -> torch.Tensor:
+        coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        return nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear")
+
+    batches = list(some(images, 1).split(8))
+    nearest, chosen = ready(model, batches, weight=8, activation=8), ready(model, batches, weight=8, activation=8)
+    fxquant.recover(chosen, batches, progress=False)
+    others = some(256, 2)
+    with torch.no_grad():
+        before, after = (decibels(model(others), prepared(others)) for prepared in (nearest, chosen))
+    assert after > before - 0.1
 
 
 @pytest.mark.parametrize("weight, activation", [(4, 8), (2, 8), (4, 4), (8, 8)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ _AT_ONCE = 1 << 24
 """Numbers of the inputs' matrix that are made at a time."""
 
 
+_HELD_OUT = 4
+"""One of so many positions is held out: the last ones of each batch, which are other images."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Averages over output positions, float64; G groups, R rows and K columns of the weight.
@@ -29,6 +33,7 @@ class Moments:
         input_mean, target_mean: ``(G, K)`` and ``(G, R)``.
         count: of positions.
         images: of samples of the batches.
+        halves: the same of most positions, and of the others; None where there are too few.
     """
 
     inputs: Tensor
@@ -37,6 +42,45 @@ class Moments:
     target_mean: Tensor
     count: int
     images: int
+    halves: tuple[Moments, Moments] | None = None
+
+
+class _Sums:
+    """Sums of x·xᵀ, t·xᵀ, x and t, less what the first batch has on average."""
+
+    def __init__(self, first_x: Tensor, first_t: Tensor) -> None:
+        self.first_x, self.first_t = first_x, first_t
+        groups, width = first_x.shape
+        self.inputs, self.crossed = first_x.new_zeros(groups, width, width), first_x.new_zeros(*first_t.shape, width)
+        self.x, self.t, self.count = torch.zeros_like(first_x), torch.zeros_like(first_t), 0
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """One batch, float32, of which the first one's means are off already."""
+        self.inputs += (x @ x.mT).double()
+        self.crossed += (t @ x.mT).double()
+        self.x += x.double().sum(-1)
+        self.t += t.double().sum(-1)
+        self.count += x.shape[-1]
+
+    def joined(self, other: _Sums) -> _Sums:
+        """Those of both."""
+        found = _Sums(self.first_x, self.first_t)
+        for name in ("inputs", "crossed", "x", "t", "count"):
+            setattr(found, name, getattr(self, name) + getattr(other, name))
+        return found
+
+    def moments(self, images: int, centred: bool) -> Moments:
+        """The averages."""
+        mean_x, mean_t, first_x = self.x / self.count, self.t / self.count, self.first_x
+        inputs, crossed = self.inputs / self.count, self.crossed / self.count
+        if centred:
+            inputs = inputs - mean_x[:, :, None] * mean_x[:, None, :]
+            crossed = crossed - mean_t[:, :, None] * mean_x[:, None, :]
+        else:  # the mean of (t + b)(x + a)ᵀ from that of t·xᵀ
+            whole = (mean_x + first_x)[:, None, :]
+            inputs = inputs + mean_x[:, :, None] * first_x[:, None, :] + first_x[:, :, None] * whole
+            crossed = crossed + mean_t[:, :, None] * first_x[:, None, :] + self.first_t[:, :, None] * whole
+        return Moments(inputs, crossed, mean_x + first_x, mean_t + self.first_t, self.count, images)
 
 
 def moments_of(
@@ -46,31 +90,25 @@ def moments_of(
 
     Sums are taken of float32 numbers less the mean of the first batch, and added up in float64.
     """
-    groups, rows, width = matrices.rows(layer.weight).shape
-    zero = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
-    inputs, crossed = zero.new_zeros(groups, width, width), zero.new_zeros(groups, rows, width)
-    first_x, first_t = zero.new_zeros(groups, width), zero.new_zeros(groups, rows)
-    sum_x, sum_t, count, images = torch.zeros_like(first_x), torch.zeros_like(first_t), 0, 0
+    sums: tuple[_Sums, _Sums] | None = None
+    images = 0
     for x, target, share in positions_of(layer, matrices, generator, positions):
-        if not count:
-            first_x, first_t = x.double().mean(-1), target.double().mean(-1)
-        x, target = x - first_x.to(x.dtype)[..., None], target - first_t.to(x.dtype)[..., None]
-        inputs += (x @ x.mT).double()
-        crossed += (target @ x.mT).double()
-        sum_x += x.double().sum(-1)
-        sum_t += target.double().sum(-1)
-        count, images = count + x.shape[-1], images + share
-    if not count:
+        if sums is None:
+            first = x.double().mean(-1), target.double().mean(-1)
+            sums = _Sums(*first), _Sums(*first)
+        x, target = x - sums[0].first_x.to(x.dtype)[..., None], target - sums[0].first_t.to(x.dtype)[..., None]
+        most = x.shape[-1] - x.shape[-1] // _HELD_OUT
+        sums[0].add(x[..., :most], target[..., :most])
+        if most < x.shape[-1]:
+            sums[1].add(x[..., most:], target[..., most:])
+        images += share
+    if sums is None:
         return None
-    mean_x, mean_t = sum_x / count, sum_t / count
-    inputs, crossed = inputs / count, crossed / count
-    if layer.bias is not None:
-        inputs -= mean_x[:, :, None] * mean_x[:, None, :]
-        crossed -= mean_t[:, :, None] * mean_x[:, None, :]
-    else:  # the mean of (t + b)(x + a)ᵀ from that of t·xᵀ
-        inputs += mean_x[:, :, None] * first_x[:, None, :] + first_x[:, :, None] * (mean_x + first_x)[:, None, :]
-        crossed += mean_t[:, :, None] * first_x[:, None, :] + first_t[:, :, None] * (mean_x + first_x)[:, None, :]
-    return Moments(inputs, crossed, mean_x + first_x, mean_t + first_t, count, images)
+    centred = layer.bias is not None
+    found = sums[0].joined(sums[1]).moments(images, centred)
+    if not sums[1].count:
+        return found
+    return replace(found, halves=(sums[0].moments(images, centred), sums[1].moments(images, centred)))
 
 
 def positions_of(
