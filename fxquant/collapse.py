@@ -209,7 +209,16 @@ def _sqnr(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape:
         return math.inf
     is_finite = torch.isfinite(expected)
-    actual, expected = actual[is_finite], expected[is_finite]
-    signal = float(expected.double().square().sum())
-    noise = float((actual.double() - expected.double()).square().sum())
+    if not bool(is_finite.all()):
+        actual, expected = actual[is_finite], expected[is_finite]
+    signal, noise = _power(expected), _power(actual - expected)
     return 10 * math.log10(signal / noise) if signal > 0 and 0 < noise < math.inf and signal < math.inf else math.inf
+
+
+def _power(x: Tensor) -> float:
+    """The sum of squares: each in float32 at least, the largest of which is 1, and added up in float64."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    largest = float(wide.abs().max()) if wide.numel() else 0.0
+    if not 0 < largest < math.inf:
+        return largest
+    return float((wide / largest).square_().sum(dtype=torch.float64)) * largest**2
