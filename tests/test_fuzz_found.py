@@ -10,6 +10,7 @@ from torch import nn
 from vocabulary import BRANCH
 
 import fxquant
+from fxquant.kernels.agreement import agreement
 
 IMAGE, ROWS, TOKENS = "torch.randn(n, 4, 6 + s, 6 + s)", "torch.randn(n, 16)", "torch.randn(n, 6 + s, 8)"
 
@@ -39,6 +40,18 @@ FOUND: dict[str, tuple[str, str, str]] = {
         IMAGE,
         "self.c = nn.Conv2d(4, 4, 1)",
         "y = self.c(x); y[:, :1] += 2; a = y.relu_(); y.mul_(2); a.add_(1); return y + a",
+    ),
+    # torch's formula for the layout of a norm's result is not its kernel's: a copy was taken for a view, or the other way.
+    "a write through what may be a view": (
+        "torch.randn(n, 7 + s, 2)",
+        "self.bn = nn.BatchNorm1d(2); self.fc = nn.Linear(2, 2)",
+        "y = self.bn(x.transpose(1, 2)); y.flatten(1).mul_(2); return y, self.fc(x)",
+    ),
+    # Half of all values lie half way between two integers, which torch rounds to even and the reference up.
+    "a tensor and itself": (
+        "torch.randn(n, 3, 8, 6)",
+        "self.fc = nn.Linear(6, 6)",
+        "y = x + x; z = self.fc(y.mean(-2)); return z, (y * 2).mean(-1)",
     ),
     # A float accumulator and a rounded tensor are joined, and only leave the model (passes/scale_groups.py).
     "joined with an accumulator that leaves": (
@@ -377,3 +390,24 @@ def test_a_file_has_no_state(tmp_path):
     report = fxquant.export_onnx(int8, tmp_path / "model.onnx", x, verify="nodes")
     assert int8.average == 0 and min(own.sqnr for own in report.agreement) > 60
     assert any("average" in note and "no state" in note for note in report.notes)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x, y):
+        return self.fc(x + y)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_sums_that_often_end_half_way_are_the_references(parts):
+    """Operands on grids whose steps are parts of the result's: torch rounds ties to even, and the reference up."""
+    x, y = (torch.randint(-127, 128, (64, 16), generator=torch.Generator().manual_seed(k)) / 64 for k in range(2))
+    prepared = fxquant.calibrate(fxquant.prepare(Sum(), (x, y)), [(x, y)], progress=False)
+    for name in ("x_quantizer", "y_quantizer"):
+        prepared.get_submodule(name).output_quantizer.set_grid(torch.tensor(1 / 64), torch.tensor(128))
+    prepared.add.output_quantizer.set_grid(torch.tensor(parts / 64), torch.tensor(128))
+    (own,) = (a for a in agreement(fxquant.convert(prepared, kernels="torch"), x, y) if a.node == "add")
+    assert own.worst == 0

@@ -4,6 +4,10 @@ Fake tensors share storages as real ones do, and count writes in their versions.
 under a name of the tensor it was written by, or one made since: then ``canonicalize`` can write out of place and change
 nothing. Names of one tensor are its node and the writes into it, which return it.
 
+Where a view needs a fitting layout and there is none, ``flatten`` and its kin copy. Layouts of results are those of torch's
+formulas for fake tensors, which its kernels do not always keep (a batch norm of a transposed tensor): whether a write into
+such a copy shows in its source is not known, and the source may not be read any more.
+
 What depends on data has no fake tensor: there an op is known to write by its spelling, and views by theirs.
 """
 
@@ -46,6 +50,10 @@ def _spelling(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+_MAY_COPY = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
+"""What gives a view where the layout allows one, by spelling."""
+
+
 class Memory:
     """Which nodes may read memory that was written in place, by storage."""
 
@@ -56,6 +64,8 @@ class Memory:
         self._attributes: set[int] = set()
         self._inputs: set[int] = set()
         self._kept: list[torch.Tensor] = []
+        self._copied: dict[int, int] = {}
+        """By the storage of what may be a copy or a view that of its source."""
         self._bases: dict[fx.Node, fx.Node] = {}
         """For a node whose value is not known the first one whose memory it may share."""
 
@@ -93,6 +103,19 @@ class Memory:
         key = self._key(target)
         self._name_anew(key, node)
         node.meta["writes"] = "attribute" if key in self._attributes else "input" if key in self._inputs else "value"
+        source = self._copied.get(key)
+        while source is not None:
+            self._names[source] = set()
+            source = self._copied.get(source)
+
+    def note_copy(self, node: fx.Node, module: nn.Module | None, source: Any, value: Any) -> None:
+        """``node`` has made ``value`` of ``source``: remember it where a real layout may make a view of it."""
+        flattens = isinstance(module, nn.Flatten) or (module is None and _spelling(node) in _MAY_COPY)
+        if not flattens or not isinstance(source, torch.Tensor) or not isinstance(value, torch.Tensor):
+            return
+        key, own = self._key(source), self._key(value)
+        if key != own and key not in self._inputs and key not in self._attributes:
+            self._copied[own] = key
 
     def _name_anew(self, key: Any, node: fx.Node) -> None:
         """``node`` has just written into its first argument: the names of that tensor are all that may be read."""

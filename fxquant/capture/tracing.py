@@ -215,6 +215,7 @@ class Tracer(Functions):
             first = self.values.get(node.all_input_nodes[0]) if node.args and node.all_input_nodes else None
             target = first if isinstance(first, torch.Tensor) else None
             self.memory.note_writes(node, target, [t for t, version in before if t._version != version])
+            self.memory.note_copy(node, module, target, value)
             self.memory.note_names(node, value)
         return value
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.capture.values import unchanged
 from fxquant.errors import SpecializationError
 from fxquant.export.signature import FlatModel
 
@@ -82,7 +83,7 @@ def _takes_other(model: FlatModel, tensors: Sequence[Tensor], position: int, axi
     alike = [i for i, x in enumerate(tensors) if x.ndim > axis and x.shape[axis] == size]
     for changed in ([position], alike):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), unchanged(model):
                 model(*(longer(x) if i in changed else x.clone() for i, x in enumerate(tensors)))
         except (SpecializationError, *_REFUSALS):
             continue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.capture.calls import Call
-from fxquant.capture.islands import graphs_of, map_graphs
+from fxquant.capture.islands import graphs_of, islands_of, map_graphs
 from fxquant.capture.values import unchanged
 from fxquant.export.deployment import Deployment
 from fxquant.export.signature import FlatModel, Signature
@@ -50,8 +50,8 @@ class QdqModel:
         deployment = Deployment.of(model, example_inputs)
         frozen, integer = deployment.frozen, deployment.integer
         settings = next(iter(graphs_of(integer).values())).settings
-        self.written = _written_buffers(integer)
         self.integer, self._call = _on_cpu(integer), _on_cpu(deployment.example)
+        self.written = tuple(sorted({*_written_buffers(integer), *_written_by_islands(self.integer, self._call)}))
         self.target: Target = settings.get("target", X86)
         self.float_dtype: str = settings["recipe"].float_dtype
         into = partial(to_qdq, integer_biases=self.target.integer_biases)
@@ -133,6 +133,18 @@ def _written_buffers(model: nn.Module) -> tuple[str, ...]:
         read = {source for node in writes for source in node.all_input_nodes[:1] if source.op == "get_attr"}
         found += [f"{path}.{node.target}" if path else str(node.target) for node in read]
     return tuple(sorted(found))
+
+
+@torch.no_grad()
+def _written_by_islands(model: nn.Module, call: Call) -> list[str]:
+    """The buffers that ``model`` writes in a call where it runs its author's own code, in which no graph shows that."""
+    if not islands_of(model):
+        return []
+    with unchanged(model):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model(*call.args, **call.kwargs)
+        after = dict(model.named_buffers())
+        return [name for name, x in after.items() if name not in before or not torch.equal(x, before[name])]
 
 
 def needed_bits(model: nn.Module) -> tuple[set[int], set[int]]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fxquant.capture.calls import Call
 from fxquant.capture.islands import graphs_of, map_graphs
+from fxquant.capture.values import unchanged
 from fxquant.errors import ExportError, FxquantError, InputError
 from fxquant.export.agreement import GOOD_SQNR, compare_output, other_batch, together
 from fxquant.export.deployment import example_call, integer_model
@@ -44,6 +45,7 @@ from fxquant.export.trace import first_line, has_free_batch, quiet, refusal, tra
 from fxquant.installed import require
 from fxquant.kernels.runner import use_kernels
 from fxquant.nn.decomposed import StoredPerChannel
+from fxquant.nn.integer import IntegerOp
 from fxquant.onnx.files import checked_path, replacing
 from fxquant.passes.levels import check
 from fxquant.passes.to_decomposed import to_decomposed
@@ -102,6 +104,17 @@ def export_executorch(
         )
     require("executorch", "export to ExecuTorch", "executorch")
     made = DecomposedModel(model, example_inputs)
+    with unchanged(made.flat):  # ExecuTorch's passes run it, and forward may write to its buffers
+        lowered, report = _made(made, target, dynamic, largest_batch, verify)
+    with replacing(target) as new, open(new, "wb") as file:
+        file.write(lowered.content)
+    return report
+
+
+def _made(
+    made: DecomposedModel, target: str, dynamic: str, largest_batch: int, verify: bool
+) -> tuple[Any, ExecutorchReport]:
+    """The program and its report."""
     rows = max(largest_batch, *(_rows(x) for x in made.inputs))
     lowered = _lowered(made, dynamic, rows)
     report = lowered.report(target)
@@ -113,9 +126,7 @@ def export_executorch(
             report = lowered.report(target)
             report.notes.append(f"each operator is a delegate of its own, which is slower: joined, {first_line(error)}")
             _verify(lowered, report)
-    with replacing(target) as new, open(new, "wb") as file:
-        file.write(lowered.content)
-    return report
+    return lowered, report
 
 
 class _CannotRunError(ExportError):
@@ -140,7 +151,8 @@ class DecomposedModel:
     @torch.no_grad()
     def reference_outputs(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The integer model's outputs, by the exact reference."""
-        outputs: tuple[Tensor, ...] = self.reference(*(x.clone() for x in tensors))
+        with unchanged(self.reference, but=IntegerOp):
+            outputs: tuple[Tensor, ...] = self.reference(*(x.clone() for x in tensors))
         return outputs
 
     def least_sqnr(self) -> float:
@@ -349,8 +361,8 @@ def _run(program: Any, method: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _verify(lowered: _Lowered, report: ExecutorchReport) -> None:
-    """Run the program beside the integer model."""
-    made, session = lowered.made, executorch_session(lowered.content)
+    """Run the program beside the integer model; loaded anew each time, since it may keep state from call to call."""
+    made = lowered.made
     names, low = made.signature.output_names, math.inf
     free = lowered.is_free
     more = other_batch(made.inputs, lambda i: free[i])
@@ -358,7 +370,7 @@ def _verify(lowered: _Lowered, report: ExecutorchReport) -> None:
         more = None
     for tensors in (made.inputs, *([] if more is None else [more])):
         try:
-            found = session(tensors)
+            found = executorch_session(lowered.content)(tensors)
         except InputError as error:
             raise _CannotRunError(
                 f"ExecuTorch cannot run the program that it made: {first_line(error)}\n"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.capture.calls import Call
+from fxquant.capture.values import unchanged
 from fxquant.export.agreement import GOOD_SQNR, together
 from fxquant.export.signature import tensors_of
 from fxquant.kernels.runner import by_reference
@@ -28,8 +29,8 @@ _SHARE = 1 / 12
 
 @torch.no_grad()
 def exact_outputs(int8: nn.Module, call: Call) -> list[Tensor]:
-    """The tensors that the exact reference gives."""
-    with by_reference(int8):
+    """The tensors that the exact reference gives; what forward writes to its buffers is put back."""
+    with unchanged(int8, but=IntegerOp), by_reference(int8):
         return tensors_of(int8(*call.args, **call.kwargs))
 
 
