@@ -28,6 +28,7 @@ from tqdm import tqdm
 import fxquant
 from fxquant import Scheme, Setting
 from fxquant.algorithms import synthesize
+from fxquant.processor import adds_pairs_in_16_bits
 
 SCHEMES = {
     "W8A8": (8, 8, True),
@@ -37,6 +38,8 @@ SCHEMES = {
 }
 """Bits of weights and of activations, and whether weights have a scale a channel."""
 SOURCES = ("photographs", "batch norms")
+HERE = "any" if adds_pairs_in_16_bits() else "vnni"
+"""What fxquant's models shall be right on: this processor, as the others' are; "any" has a row of its own."""
 KEYS = ("scheme", "calibrated on", "tool")
 BATCH, MADE_AT_ONCE = 32, 8
 
@@ -53,10 +56,10 @@ def setting(scheme: str, estimator: str) -> Setting:
     )
 
 
-def ours(model: nn.Module, batches: Batches, scheme: str, *, recovers: bool) -> Run:
+def ours(model: nn.Module, batches: Batches, scheme: str, *, recovers: bool, processor: str = HERE) -> Run:
     """fxquant's integer model: ranges alone, or roundings in closed form behind them."""
     estimator = "minmax" if min(SCHEMES[scheme][:2]) == 8 else "mse"
-    prepared = fxquant.prepare(model, batches[0][0][:1], recipe=setting(scheme, estimator))
+    prepared = fxquant.prepare(model, batches[0][0][:1], recipe=setting(scheme, estimator), processor=processor)
     fxquant.calibrate(prepared, batches, progress=False)
     if recovers:
         fxquant.recover(prepared, batches, progress=False)
@@ -85,6 +88,11 @@ def ort(model: nn.Module, batches: Batches, scheme: str, *, method: str) -> Run:
 TOOLS: dict[str, tuple[str, Callable[[nn.Module, Batches, str], Run], tuple[str, ...]]] = {
     "fxquant, ranges": ("fxquant", partial(ours, recovers=False), tuple(SCHEMES)),
     "fxquant, recover": ("fxquant", partial(ours, recovers=True), tuple(SCHEMES)),
+    "fxquant, recover, any processor": (
+        "fxquant",
+        partial(ours, recovers=True, processor="any"),
+        ("W8A8", "W8A8 per tensor"),
+    ),
     "FX": ("torch", fx, tuple(SCHEMES)),
     "FX, x86 default": ("torch", fx_default, ("W8A8",)),
     "ONNX Runtime, min-max": ("onnxruntime", partial(ort, method="MinMax"), ("W8A8", "W8A8 per tensor", "W4A8")),

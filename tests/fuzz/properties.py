@@ -311,7 +311,7 @@ def integer_is_frozen(t: Trial) -> None:
 
 
 def steps_open(noise: float, scale: float) -> float:
-    """How many steps of a grid float32 leaves open: all, where a quarter of the grid is noise (a mean that is zero on paper)."""
+    """How many steps of a grid float32 leaves open: all, where a quarter of the grid is noise (what is zero on paper)."""
     return math.inf if 4 * noise > 255 * scale else noise / scale
 
 
