@@ -4,7 +4,7 @@ Fake tensors share storages as real ones do, and count writes in their versions.
 under a name of the tensor it was written by, or one made since: then ``canonicalize`` can write out of place and change
 nothing. Names of one tensor are its node and the writes into it, which return it.
 
-Where a view needs a fitting layout and there is none, ``flatten`` and its kin copy. Layouts of results are those of torch's
+Where a view needs a fitting layout and there is none, what would give a view copies. Layouts of results are those of torch's
 formulas for fake tensors, which its kernels do not always keep (a batch norm of a transposed tensor): whether a write into
 such a copy shows in its source is not known, and the source may not be read any more.
 
@@ -48,10 +48,6 @@ def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
 
 def _spelling(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-_MAY_COPY = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
-"""What gives a view where the layout allows one, by spelling."""
 
 
 class Memory:
@@ -110,11 +106,12 @@ class Memory:
 
     def note_copy(self, node: fx.Node, module: nn.Module | None, source: Any, value: Any) -> None:
         """``node`` has made ``value`` of ``source``: remember it where a real layout may make a view of it."""
-        flattens = isinstance(module, nn.Flatten) or (module is None and _spelling(node) in _MAY_COPY)
-        if not flattens or not isinstance(source, torch.Tensor) or not isinstance(value, torch.Tensor):
+        if not isinstance(source, torch.Tensor) or not isinstance(value, torch.Tensor) or source.dtype != value.dtype:
             return
         key, own = self._key(source), self._key(value)
-        if key != own and key not in self._inputs and key not in self._attributes:
+        if key == own or key in self._inputs or key in self._attributes:
+            return
+        if isinstance(module, _HANDS_ON) if module is not None else _returns_its_own(_spelling(node)):
             self._copied[own] = key
 
     def _name_anew(self, key: Any, node: fx.Node) -> None:
@@ -210,10 +207,15 @@ def _may_be_view(node: fx.Node, source: fx.Node, module: nn.Module | None) -> bo
         return True
     if node.op == "call_module" or (source.op == "call_module" and node.target is operator.getitem):
         return node.op != "call_module" and not isinstance(node.args[1], (int, str))
-    packet = getattr(torch.ops.aten, _spelling(node), None)
+    return not hasattr(torch.ops.aten, _spelling(node)) or _returns_its_own(_spelling(node))
+
+
+def _returns_its_own(name: str) -> bool:
+    """Whether torch's schemas say that what ``name`` gives may be memory that it was given; False where there are none."""
+    packet = getattr(torch.ops.aten, name, None)
     if packet is None:
-        return True
-    returned = [r.alias_info for name in packet.overloads() for r in getattr(packet, name)._schema.returns]
+        return False
+    returned = [r.alias_info for overload in packet.overloads() for r in getattr(packet, overload)._schema.returns]
     return any(alias is not None and not alias.is_write for alias in returned)
 
 
