@@ -227,15 +227,15 @@ def test_each_group_is_rounded_as_a_linear_layer_by_hand(kind, monkeypatch):
     ridge = share * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     ridge = ridge * torch.eye(weights.shape[-1]).double()
     goal = torch.linalg.solve(moments.inputs + ridge, moments.crossed + weights @ ridge, left=False)
-    trusted = moments.inputs, moments.crossed
-    if share > closed_form.RIDGE:
-        trusted = moments.inputs + ridge, moments.crossed + weights @ ridge
+    delta = closed_form.chosen_damping(goal, moments, part.weight_quantizer.scheme)
+    delta = delta * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    inputs = moments.inputs + delta * torch.eye(weights.shape[-1]).double()
     groups, rows = weights.shape[:2]
     own = part.weight_quantizer
     together = [range(groups)] if matrices.shares_scales else [range(g, g + 1) for g in range(groups)]
     for some in together:
         at, scales = list(some), Scales(len(some), rows, rows)
-        each = (tensor[at] for tensor in (goal, weights, *trusted))
+        each = (tensor[at] for tensor in (goal, weights, inputs, goal @ inputs))
         wanted = rounded_rows(*each, scales, own.scheme, floor=NO_FLOOR)
         scale = own.scale.flatten() if matrices.shares_scales else own.scale.reshape(groups, rows)[at].flatten()
         torch.testing.assert_close(scale.double(), wanted.scale, atol=0, rtol=1e-6)  # kept as float32

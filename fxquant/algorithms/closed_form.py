@@ -10,14 +10,15 @@ For one layer with float weight W, float target t and quantized input x̂, both 
 1. *Targets from the float network, inputs from the quantized one* (the asymmetric form: Nagel et al., AdaRound, 2004.10568,
    §3.3, eq. 25; Li et al., GPTAQ, 2504.02692). Where GPTAQ adds a term to each of GPTQ's updates, V* is solved for first; it
    also makes up for what the layers before have lost. λ is the one with which V* from three quarters of the data gives the
-   last quarter best. Where that is more than the least one, data say too little of what x̂ can be (few images, many columns),
-   and J has the term λ‖V - W‖² in all that follows.
-2. *Scales*: for each channel the least Σ|v - s·q|^2.4 of V*, then a few scales around it, the one with the least J.
-3. *Rounding*: GPTQ (Frantar et al., 2210.17323, §3, eq. 2–3, and §4 Step 3 for the Cholesky form), columns in the order of
+   last quarter best: with few images and many columns least squares would give the images that calibrate, and nothing else.
+2. *From here on J is the error around V**, (V - V*) H' (V - V*)ᵀ, with H' = H + δI and δ likewise the one with which a
+   rounding on three quarters of the data loses least on the last quarter.
+3. *Scales*: for each channel the least Σ|v - s·q|^2.4 of V*, then a few scales around it, the one with the least J.
+4. *Rounding*: GPTQ (Frantar et al., 2210.17323, §3, eq. 2–3, and §4 Step 3 for the Cholesky form), columns in the order of
    falling H_kk. Then single columns are rounded again, given all others, as long as J falls (coordinate descent, as in Zhang
-   et al., COMQ, 2403.07134), and each scale is set to its least-squares value, s = (C qᵀ) / (q H qᵀ), alternately with that.
-4. Whatever J prefers is kept, nearest rounding included: the layer's error is never above that of rounding V* or W to the
-   nearest integer on the same scale.
+   et al., COMQ, 2403.07134), and each scale is set to its least-squares value, s = (C qᵀ) / (q H' qᵀ) with C = V* H',
+   alternately with that. Whatever J prefers is kept, nearest rounding included: J is never above that of rounding V* or W to
+   the nearest integer on the same scale.
 5. *Bias*: b̂ = E[t] - Ŵ E[x̂], exactly.
 
 All of this is done in float64, group by group of a convolution and for all groups at once.
@@ -44,7 +45,9 @@ RIDGE = 0.1
 """The least λ, as a share of the mean of H's diagonal. On held-out images anything from 0.005 to 0.2 did as well: ResNet-20
 at W4A4 was 0.28 to 0.30 nats (KL) from float."""
 RIDGES = (RIDGE, 0.3, 1.0, 3.0, 10.0, 1e2, 1e3, 1e4)
-"""What is tried."""
+"""What is tried of it."""
+DAMPINGS = (0.0, 0.1, 1.0, 10.0, 1e2, 1e3)
+"""δ, as such shares; what is tried."""
 DAMPING = 0.01
 """What GPTQ adds to H's diagonal, likewise (2210.17323, §4, Step 3)."""
 NORM = 2.4
@@ -58,6 +61,8 @@ _ROUNDS = 3
 _BLOCK = 64
 _LARGEST_BIAS = 2.0**29
 _TRIES = 6
+_ROWS = 32
+"""So many of a group's rows tell how far its H is to be trusted."""
 
 
 @dataclass
@@ -120,10 +125,9 @@ def closed_form(layer: Layer, generator: torch.Generator) -> Refusal | None:
         return Refusal("what it reads or gives is not finite")
     rows = matrices.rows(layer.weight).double()
     scales = Scales(rows.shape[0], rows.shape[1], max(quantizer.scale.numel(), 1))
-    ridge = chosen_ridge(rows, moments)
-    goal = rows if layer.is_shared else least_squares(rows, moments, ridge)
-    moments = _trusted(rows, moments, ridge)
-    crossed = rows @ moments.inputs if layer.is_shared else moments.crossed
+    goal = rows if layer.is_shared else least_squares(rows, moments, chosen_ridge(rows, moments))
+    moments = replace(moments, inputs=_damped(moments.inputs, chosen_damping(goal, moments, scheme)))
+    crossed = goal @ moments.inputs
     found = rounded_rows(goal, rows, moments.inputs, crossed, scales, scheme, floor=_floor(layer, moments, scales))
     found = _within_16_bits(layer, matrices, moments, scales, goal, crossed, found)
     real = found.integers * scales.spread(found.scale)[..., None]
@@ -154,13 +158,20 @@ def chosen_ridge(rows: Tensor, moments: Moments) -> float:
     return RIDGES[errors.index(min(errors))]
 
 
-def _trusted(rows: Tensor, moments: Moments, ridge: float) -> Moments:
-    """Moments with which J has ``λ‖V - W‖²`` in it, where data alone are not to be trusted."""
-    if ridge <= RIDGE:
-        return moments
-    added = ridge * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    return replace(moments, inputs=moments.inputs + added * eye, crossed=moments.crossed + added * rows)
+def chosen_damping(goal: Tensor, moments: Moments, scheme: Scheme) -> float:
+    """What H's diagonal gets: of ``DAMPINGS`` the one with which a rounding on most of the data loses least on the rest."""
+    if moments.halves is None:
+        return 0.0
+    fit, rest = moments.halves
+    some = goal[:, :_ROWS]
+    step = (some.abs().amax(-1) / scheme.qmax).clamp(min=smallest_scale())
+    errors = []
+    for share in DAMPINGS:
+        inputs = _damped(fit.inputs, share)
+        integers = _descended(round_in_order(some, inputs, step, scheme), step, inputs, some @ inputs, scheme)
+        off = integers * step[..., None] - some
+        errors.append(float(((off @ rest.inputs) * off).sum()))
+    return DAMPINGS[errors.index(min(errors))]
 
 
 def _damped(matrix: Tensor, share: float) -> Tensor:

@@ -329,8 +329,25 @@ def float_noise(graph: LeveledModule, values: dict[str, Any]) -> dict[str, float
         read = [values.get(n.name) for n in node.all_input_nodes]
         largest = [float(x.abs().max()) for x in read if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
         before = [found[n.name] for n in node.all_input_nodes if not rounds(graph, n)]
-        found[node.name] = max([1e-6 * max(largest, default=0.0), *before])
+        found[node.name] = max([1e-6 * max(largest, default=0.0), *before]) * magnified(node, values)
     return found
+
+
+def magnified(node: fx.Node, values: dict[str, Any]) -> float:
+    """How many times an error of the first operand is in a quotient or a product of floats; 1 at least."""
+    other = values.get(node.args[1].name) if len(node.args) > 1 and isinstance(node.args[1], fx.Node) else None
+    if (
+        node.op != "call_function"
+        or not isinstance(other, Tensor)
+        or not other.is_floating_point()
+        or not other.numel()
+    ):
+        return 1.0
+    name = getattr(node.target, "__name__", "")
+    size = other.detach().double().abs()
+    return max(
+        1.0, float(1 / size.min().clamp(min=1e-30)) if "div" in name else float(size.max()) if "mul" in name else 1.0
+    )
 
 
 def rounds(graph: LeveledModule, node: fx.Node) -> bool:
