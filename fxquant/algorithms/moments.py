@@ -70,16 +70,16 @@ class _Sums:
         return found
 
     def moments(self, images: int, centred: bool) -> Moments:
-        """The averages."""
+        """The averages, in the memory of the sums, which are used up: matrices of wide layers are large."""
         mean_x, mean_t, first_x = self.x / self.count, self.t / self.count, self.first_x
-        inputs, crossed = self.inputs / self.count, self.crossed / self.count
+        inputs, crossed = self.inputs.div_(self.count), self.crossed.div_(self.count)
         if centred:
-            inputs = inputs - mean_x[:, :, None] * mean_x[:, None, :]
-            crossed = crossed - mean_t[:, :, None] * mean_x[:, None, :]
+            inputs -= mean_x[:, :, None] * mean_x[:, None, :]
+            crossed -= mean_t[:, :, None] * mean_x[:, None, :]
         else:  # the mean of (t + b)(x + a)ᵀ from that of t·xᵀ
             whole = (mean_x + first_x)[:, None, :]
-            inputs = inputs + mean_x[:, :, None] * first_x[:, None, :] + first_x[:, :, None] * whole
-            crossed = crossed + mean_t[:, :, None] * first_x[:, None, :] + self.first_t[:, :, None] * whole
+            inputs += (mean_x[:, :, None] * first_x[:, None, :]).add_(first_x[:, :, None] * whole)
+            crossed += (mean_t[:, :, None] * first_x[:, None, :]).add_(self.first_t[:, :, None] * whole)
         return Moments(inputs, crossed, mean_x + first_x, mean_t + self.first_t, self.count, images)
 
 
