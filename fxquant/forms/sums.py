@@ -40,7 +40,7 @@ def sum_step(place: Place) -> Step:
     ratios = reals[:-1] / given.scale
     if float(ratios.abs().sum()) > _FINEST:
         raise Refusal("its result has so many steps to one of its operands' that float32 is not exact")
-    ties = _meets_ties(ratios)
+    ties = part.rounding != "float" and _meets_ties(ratios)
     plain = len(terms) == 2 and constant == 0.0 and not ties and all(abs(gain - 1) < 1e-6 for gain in gains)
     if plain and have_same_shapes(place):
         return Step(binary(place, place.operators.add, given), given, ATEN, takes)
@@ -64,7 +64,8 @@ _FINEST = 512.0
 def _meets_ties(ratios: Tensor) -> bool:
     """Whether results often lie half way between two integers: where steps of operands are halves or quarters of a result's.
 
-    There torch rounds to even, and the reference up, as kernels in integers do: half a step apart on half of all values.
+    There torch rounds to even, and the reference up, as kernels in integers do (but for ``rounding="float"``): a step apart on
+    a quarter of all values.
     """
     parts = ratios * _PARTS
     dyadic = bool(((parts - parts.round()).abs() < 1e-6).all())
