@@ -64,8 +64,8 @@ _FINEST = 512.0
 def _meets_ties(ratios: Tensor) -> bool:
     """Whether results often lie half way between two integers: where steps of operands are halves or quarters of a result's.
 
-    There torch rounds to even, and the reference up, as kernels in integers do (but for ``rounding="float"``): a step apart on
-    a quarter of all values.
+    There torch rounds to even, and the reference up, as kernels in integers do (but for ``rounding="float"``): a step apart
+    on a quarter of all values.
     """
     parts = ratios * _PARTS
     dyadic = bool(((parts - parts.round()).abs() < 1e-6).all())
