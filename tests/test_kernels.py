@@ -268,7 +268,8 @@ def test_axes_of_one_element_in_any_order_are_not_misread(name, order, sizes):
     prepared = fxquant.calibrate(fxquant.prepare(model, x), [x], progress=False)
     integer = fxquant.convert(prepared, kernels="torch")
     found = agreement(integer, x)
-    assert len(found) > 4 and all(own.worst <= 1 for own in found), found
+    assert any(own.node.startswith(("interpolate", "max_pool")) for own in found)
+    assert all(own.worst <= 1 for own in found), found
     assert_close_to_scale(integer(x), of_reference(integer)(x), 0.05)
 
 
