@@ -17,8 +17,6 @@ POSITIONS = 96
 """Output positions of an image that are looked at, on average: neighbours say much the same."""
 _AT_ONCE = 1 << 24
 """Numbers of the inputs' matrix that are made at a time."""
-
-
 _HELD_OUT = 4
 """One of so many positions is held out: the last ones of each batch, which are other images."""
 

@@ -44,7 +44,8 @@ def sum_step(place: Place) -> Step:
     plain = len(terms) == 2 and constant == 0.0 and not ties and all(abs(gain - 1) < 1e-6 for gain in gains)
     if plain and have_same_shapes(place):
         return Step(binary(place, place.operators.add, given), given, ATEN, takes)
-    constant += _UP * given.scale * ties
+    if ties:
+        constant += _UP * given.scale
     positions = list(terms)
 
     def total(*operands: Any) -> Tensor:
@@ -56,7 +57,10 @@ def sum_step(place: Place) -> Step:
     return Step(rounded(place, lambda *operands, **_: total(*operands), given), given, FLOAT32, takes)
 
 
-_PARTS, _UP = 16, 2.0**-12
+_PARTS = 16
+"""Operands' steps in such parts of a result's: results lie on a tie, or a sixteenth of a step from the next one at least."""
+_UP = 1 / 32
+"""What takes a tie up, and leaves alone what is no tie, where float32 errs by less than a sixty-fourth of a step."""
 _FINEST = 512.0
 """With 255 such steps float32's last digit is a sixty-fourth of a step of the result."""
 

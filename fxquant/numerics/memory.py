@@ -15,8 +15,8 @@ from torch import Tensor
 __all__ = ["dense_view", "flat_view", "piece_size", "pieces"]
 
 _ELEMENTS_PER_THREAD = 1 << 18
-"""Two float32 operands of that size stay within a usual share of the last cache. Smaller pieces gain little, and every
-op on a piece is one more time that all threads wait for each other, which is slow where cores are shared."""
+"""Of float32, a megabyte: the operands of a few passes stay within a core's own cache, or its share of the last. Smaller
+pieces gain little, and every op on a piece is one more time that all threads wait for each other, slow where cores are shared."""
 
 
 def flat_view(x: Tensor) -> Tensor | None:
