@@ -16,7 +16,7 @@ __all__ = ["dense_view", "flat_view", "piece_size", "pieces"]
 
 _ELEMENTS_PER_THREAD = 1 << 18
 """Of float32, a megabyte: the operands of a few passes stay within a core's own cache, or its share of the last. Smaller
-pieces gain little, and every op on a piece is one more time that all threads wait for each other, slow where cores are shared."""
+pieces gain little, and every op on a piece is one more time that all threads wait for each other, slow on shared cores."""
 
 
 def flat_view(x: Tensor) -> Tensor | None:
